@@ -1,0 +1,1 @@
+"""The layers: attention through a context, feed-forward, mixture of experts, one decoder block."""

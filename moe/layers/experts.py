@@ -1,0 +1,41 @@
+"""The stack of experts, run as one grouped GEMM, so an expert without tokens is an ordinary case.
+
+N rows sorted by expert, D width, F hidden width, E experts held here.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels import grouped_gemm
+from ..config import MoEConfig
+from .ffn import ACTIVATIONS, hidden_rows
+
+
+class Experts(nn.Module):
+    """E feed-forward networks in two stacked tensors.
+
+    Attributes:
+        w_in: [E, 2F or F, D]; for SwiGLU the gate's rows come before the up projection's.
+        w_out: [E, F, D].
+        first: global id of the first expert held here; expert parallelism moves it.
+    """
+
+    def __init__(self, cfg: MoEConfig) -> None:
+        super().__init__()
+        self.cfg, self.first = cfg, 0
+        rows = hidden_rows(cfg.activation, cfg.expert_width)
+        self.w_in = nn.Parameter(torch.empty(cfg.num_experts, rows, cfg.width))
+        self.w_out = nn.Parameter(torch.empty(cfg.num_experts, cfg.expert_width, cfg.width))
+        self.act = ACTIVATIONS[cfg.activation]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights afresh (truncated normal, σ = sqrt(init_scale / fan_in))."""
+        for weight, fan_in in ((self.w_in, self.cfg.width), (self.w_out, self.cfg.expert_width)):
+            std = (self.cfg.init_scale / fan_in) ** 0.5
+            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+    def forward(self, x_ND: Tensor, ends_E: Tensor) -> Tensor:
+        """Rows of expert e are x[ends[e-1] : ends[e]]; returns [N, D] in the same order."""
+        h_NF = self.act(grouped_gemm(x_ND, self.w_in.transpose(1, 2), ends_E))
+        return grouped_gemm(h_NF, self.w_out, ends_E)

@@ -1,0 +1,31 @@
+"""Feed-forward networks and their activations, shared by the dense slot, shared experts and the expert stack.
+
+T tokens, D width, F hidden width.
+"""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kernels import swiglu
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": swiglu, "relu": F.relu, "gelu": F.gelu}
+
+
+def hidden_rows(activation: str, hidden: int) -> int:
+    """Rows of the input projection: gate and up for SwiGLU (Shazeer 2002.05202), one row a hidden unit otherwise."""
+    return 2 * hidden if activation == "swiglu" else hidden
+
+
+class FeedForward(nn.Module):
+    """y = W_out · act(W_in · x), no bias."""
+
+    def __init__(self, width: int, hidden: int, activation: str = "swiglu") -> None:
+        super().__init__()
+        self.w_in = nn.Linear(width, hidden_rows(activation, hidden), bias=False)
+        self.w_out = nn.Linear(hidden, width, bias=False)
+        self.act = ACTIVATIONS[activation]
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.w_out(self.act(self.w_in(x_TD)))

@@ -1,0 +1,53 @@
+"""The mixture-of-experts layer: router + dispatcher + experts, usable in anyone's model.
+
+    layer = MoE(MoEConfig(width=512, expert_width=1024, num_experts=8, top_k=2, router="gshard"))
+    y_TD, routing = layer(x_TD)          # balance and z losses reach the router in y's backward pass
+
+T tokens, D width, K choices.
+"""
+
+from torch import Tensor, nn
+
+from ...parallel.dispatch.local import LocalDispatcher
+from ..config import MoEConfig
+from ..routing.losses import attach_loss
+from ..routing.record import RouteContext, Routing
+from ..routing.registry import build_router
+from .experts import Experts
+from .ffn import FeedForward
+
+
+class MoE(nn.Module):
+    """y = Σ_k w_k · E_{id_k}(x) + shared(x); a dropped choice adds nothing (GShard 2006.16668 eq. 2–4).
+
+    `dispatcher` is a plain object (`LocalDispatcher`, or `AllToAllDispatcher` when experts are spread over ranks).
+    """
+
+    def __init__(self, cfg: MoEConfig, layer: int = 0) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.router = build_router(cfg, layer)
+        self.experts = Experts(cfg)
+        hidden = cfg.shared_experts * cfg.expert_width
+        self.shared = FeedForward(cfg.width, hidden, cfg.activation) if hidden else None
+        self.dispatcher = LocalDispatcher()
+
+    def forward(self, x_TD: Tensor, context: RouteContext | None = None) -> tuple[Tensor, Routing]:
+        """Mix the experts' outputs.
+
+        Args:
+            x_TD: hidden states of T packed tokens.
+            context: groups, valid tokens, random keys; None = one group, all valid.
+
+        Returns:
+            y_TD and the routing record. In training the backward pass of y also trains the configured losses.
+        """
+        routing = self.router(x_TD, context or RouteContext())
+        sent = self.dispatcher.dispatch(x_TD, routing.ids_TK, routing.kept_TK, self.cfg.num_experts)
+        y_TD = self.dispatcher.combine(self.experts(sent.rows_ND, sent.ends_E), routing.weights_TK, sent)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        if routing.aux:
+            loss = self.cfg.balance_loss * routing.aux["balance"] + self.cfg.z_loss * routing.aux["z"]
+            y_TD = attach_loss(y_TD, loss)
+        return y_TD, routing

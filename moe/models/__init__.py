@@ -1,0 +1,1 @@
+"""Whole models, their training context, initialisation, and the servable directory."""

@@ -1,0 +1,53 @@
+"""The decoder-only transformer, dense or sparse: the same object trains and serves.
+
+T tokens, D width, V vocabulary, R rows whose logits are wanted.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from ..layers.block import Block
+from ..layers.context import Context
+from ..layers.norm import RMSNorm
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, norm, head (tied to the embedding or not)."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.width)
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.layers))
+        self.norm = RMSNorm(cfg.width, cfg.norm_eps)
+        self.head = None if cfg.tie_embeddings else nn.Linear(cfg.width, cfg.vocab_size, bias=False)
+
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, ctx: Context) -> Tensor:
+        """Logits of the next token.
+
+        Args:
+            tokens_T: int64 token ids of packed sequences.
+            positions_T: int64 position of each token in its own sequence.
+            ctx: how to attend, how to route, which rows are wanted.
+
+        Returns:
+            logits_RV for the rows `ctx.logit_rows` (all T when None).
+        """
+        x_TD = self.embed(tokens_T)
+        for block in self.blocks:
+            x_TD = block(x_TD, positions_T, ctx)
+        x_RD = self.norm(x_TD if ctx.logit_rows is None else x_TD[ctx.logit_rows])
+        return F.linear(x_RD, self.embed.weight if self.head is None else self.head.weight)
+
+    def plan(self) -> dict[str, str]:
+        """How each parameter may be spread over ranks: name pattern → placement; what is not named is replicated."""
+        return {
+            "embed.weight": "vocab",
+            "head.weight": "vocab",
+            "blocks.*.attention.w[qkv].weight": "column",
+            "blocks.*.attention.wo.weight": "row",
+            "blocks.*.ffn.w_in.weight": "column",
+            "blocks.*.ffn.w_out.weight": "row",
+            "blocks.*.ffn.experts.*": "expert",
+        }

@@ -1,0 +1,137 @@
+"""The servable form of a model: a directory with `config.json`, `model.safetensors` and `tokenizer.json`.
+
+Written aside and renamed, so a directory is whole or absent; read strictly, naming what does not fit.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ... import CheckpointError, ConfigError
+from ...configs.typed import build, to_dict
+from ..config import ModelConfig
+from .decoder import Decoder
+
+MODEL_TYPE = "turnout"
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def save_model(
+    directory: str | Path, cfg: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: str | Path | None = None
+) -> Path:
+    """Write a servable directory, replacing an earlier one only when the new one is whole.
+
+    Args:
+        directory: where.
+        cfg: the model's configuration.
+        tensors: every parameter under its global name, whole (not sharded).
+        tokenizer: a `tokenizer.json` to travel with it.
+
+    Raises:
+        CheckpointError: `tensors` are not exactly the model's parameters, or the directory can not be written.
+    """
+    _match(tensors, cfg, "the tensors to save")
+    directory = Path(directory)
+    aside = directory.with_name(f"tmp-{directory.name}")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(whole, aside / WEIGHTS, metadata={"format": "pt"})
+        (aside / CONFIG).write_text(json.dumps({"model_type": MODEL_TYPE, **to_dict(cfg)}, indent=1) + "\n")
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, aside / TOKENIZER)
+        shutil.rmtree(directory, ignore_errors=True)
+        aside.rename(directory)
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory} can not be written ({error}): free space or choose another place"
+        ) from error
+    return directory
+
+
+def model_directory(path: str | Path) -> Path:
+    """The model directory that `path` means: itself, or `model/` of a run.
+
+    Raises:
+        CheckpointError: neither holds a `config.json`.
+    """
+    path = Path(path)
+    for candidate in (path, path / "model"):
+        if (candidate / CONFIG).is_file():
+            return candidate
+    raise CheckpointError(f"{path} holds no model ({CONFIG} is missing): give a run or a model directory")
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """Read and validate a model directory's configuration.
+
+    Raises:
+        CheckpointError: no model there. ConfigError: not a Turnout configuration.
+    """
+    file = model_directory(path) / CONFIG
+    try:
+        data: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} does not read as JSON ({error}): export the model again") from error
+    kind = data.pop("model_type", None) if isinstance(data, dict) else None
+    if kind != MODEL_TYPE:
+        raise ConfigError(f"model_type ({kind}) of {file} must be {MODEL_TYPE}: give a model that Turnout wrote")
+    return build(ModelConfig, data)
+
+
+def load_model(path: str | Path, dtype: str | None = None, device: str | torch.device = "cpu") -> Decoder:
+    """Load a servable model in evaluation mode.
+
+    Args:
+        path: a run directory or a model directory.
+        dtype: `float32`, `bfloat16`, `float16` or `float64`; None or `auto` = as stored. Routers stay float32.
+        device: where the weights go.
+
+    Raises:
+        CheckpointError: files are missing or malformed, or tensors are missing, unexpected, misshaped.
+        ConfigError: the configuration does not validate, or the dtype is unknown.
+    """
+    cfg, file = load_config(path), model_directory(path) / WEIGHTS
+    if dtype not in (None, "auto", *DTYPES):
+        raise ConfigError(f"dtype ({dtype}) is not supported: use auto, {', '.join(DTYPES)}")
+    try:
+        with safe_open(file, framework="pt") as reader:
+            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} does not read as safetensors ({error}): export the model again") from error
+    _match(tensors, cfg, str(file))
+    with torch.device("meta"):
+        model = Decoder(cfg)
+    wanted = DTYPES.get(dtype or "auto")
+    cast = {
+        name: tensor.to(device=device, dtype=torch.float32 if name.endswith("router.weight") else wanted)
+        for name, tensor in tensors.items()
+    }
+    model.load_state_dict(cast, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _match(tensors: Mapping[str, Tensor], cfg: ModelConfig, source: str) -> None:
+    with torch.device("meta"):
+        expected = {name: tuple(weight.shape) for name, weight in Decoder(cfg).named_parameters()}
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        words = [
+            f"{kind} {names[0]} ({len(names)} in all)" for kind, names in (("miss", missing), ("add", extra)) if names
+        ]
+        raise CheckpointError(f"{source} {' and '.join(words)}: they must be exactly the tensors of {CONFIG}")
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            found = list(tensors[name].shape)
+            raise CheckpointError(f"{name} {found} in {source} must have shape {list(shape)}: {CONFIG} does not fit it")
+        if not tensors[name].is_floating_point():
+            raise CheckpointError(f"{name} ({tensors[name].dtype}) in {source} must be floating point: export it again")
