@@ -1,0 +1,59 @@
+# Every target sets up what it needs: Python 3.11 or newer and a C compiler are enough.
+#   make quickstart   train, evaluate and serve a small Switch model (QUICK=1: the reduced form)
+#   make test         the quick tier; make test-full: everything
+#   make lint         ruff; make typecheck: mypy
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet -c constraints.txt
+
+# A set-up is done again when what it depends on has changed.
+KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+RUNTIME := $(VENV)/.runtime-$(KEY)
+DEV := $(VENV)/.dev-$(KEY)
+
+MIN_TESTS := 1
+
+.PHONY: install quickstart test test-full lint typecheck clean
+
+install: $(RUNTIME)
+
+quickstart: $(RUNTIME)
+	$(BIN)/turnout quickstart $(if $(QUICK),quick=true)
+
+test: $(DEV)
+	$(BIN)/pytest --min-tests $(MIN_TESTS)
+
+test-full: $(DEV)
+	$(BIN)/pytest --full --min-tests $(MIN_TESTS)
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(DEV)
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+# A torch that is already there (a GPU machine's own build) is kept.
+$(RUNTIME): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/turnout
+	$(BIN)/python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch"))' \
+		|| $(BIN)/pip install --quiet torch==2.13.0
+	$(PIP) setuptools wheel
+	$(PIP) --no-build-isolation --editable .
+	rm -f $(VENV)/.runtime-*
+	touch $@
+
+# Triton: torch's builds for GPUs bring theirs, the others get the one whose interpreter the tests know.
+# DeepSpeed compiles nothing here, and must see the torch that is installed.
+$(DEV): $(RUNTIME)
+	$(BIN)/python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("triton"))' \
+		|| $(BIN)/pip install --quiet triton==3.6.0
+	$(PIP) --no-build-isolation --editable .[dev]
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation --editable .[deepspeed]
+	rm -f $(VENV)/.dev-*
+	touch $@
