@@ -1,0 +1,69 @@
+"""The serving engine's settings: batch and pool sizes, precision, queue limits."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..configs.typed import check
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What the engine and its scheduler are built from.
+
+    Args:
+        max_num_seqs: requests that may run at once.
+        max_num_batched_tokens: token budget of one step; at least `max_num_seqs`, so that no decode ever starves.
+        block_size: tokens in one block of the KV cache.
+        num_blocks: blocks in the pool, the null block included; None = from `kv_memory_mb`.
+        max_model_len: longest prompt + completion in tokens; None = what the model was built for.
+        enable_prefix_caching: share the keys and values of equal prefixes between requests.
+        dtype: precision of weights and KV cache; "auto" = the checkpoint's.
+        seed: key of the random numbers of requests that bring no seed of their own.
+        max_waiting: requests that may queue; more are refused (HTTP 429).
+        queue_timeout: seconds that a request may wait for its first step before it expires (HTTP 503); None = for ever.
+        kv_memory_mb: size of the KV cache in MiB when `num_blocks` is None; None = the engine's default.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    block_size: int = 16
+    num_blocks: int | None = None
+    max_model_len: int | None = None
+    enable_prefix_caching: bool = True
+    dtype: Dtype = "auto"
+    seed: int = 0
+    max_waiting: int = 1024
+    queue_timeout: float | None = None
+    kv_memory_mb: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "block_size", "max_model_len", "max_waiting", "kv_memory_mb"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, name, value, "must be at least 1", "use a positive number")
+        check(
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            "max_num_batched_tokens",
+            self.max_num_batched_tokens,
+            f"must be at least max_num_seqs ({self.max_num_seqs})",
+            "raise it or lower max_num_seqs",
+        )
+        check(
+            self.num_blocks is None or self.num_blocks >= 2,
+            "num_blocks",
+            self.num_blocks,
+            "must leave a usable block beside the null block",
+            "use at least 2",
+        )
+        check(
+            self.queue_timeout is None or self.queue_timeout > 0,
+            "queue_timeout",
+            self.queue_timeout,
+            "must be positive",
+            "use seconds, or null to wait for ever",
+        )
+        check(0 <= self.seed < 2**64, "seed", self.seed, "must fit 64 bits", "use 0 to 2**64 - 1")

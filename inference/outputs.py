@@ -1,0 +1,45 @@
+"""What the engine hands out, under vLLM's names. Every output is cumulative: all text and tokens so far."""
+
+from dataclasses import dataclass
+
+from .core.request import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One choice of a request.
+
+    Args:
+        index: the choice, 0 to n - 1.
+        text: the completion so far.
+        token_ids: its tokens so far, a final end-of-sequence token included.
+        logprobs: one dict a token, token id → log-probability in nats; None unless asked for.
+        finish_reason: None while it runs.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, float]] | None = None
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A request and its choices.
+
+    Args:
+        request_id: the caller's id.
+        prompt: the prompt's text; None when it came as tokens.
+        prompt_token_ids: the prompt's tokens.
+        outputs: one for each choice, by index.
+        finished: every choice has its finish reason.
+        num_cached_tokens: prompt tokens that the prefix cache had when the request started.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    num_cached_tokens: int = 0
