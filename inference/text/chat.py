@@ -1,0 +1,102 @@
+"""Chat messages to a prompt: the model's own jinja2 template, or a plain transcript for a base model.
+
+A template comes with the model, so it is rendered in jinja2's immutable sandbox: no attribute or file access.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ... import ConfigError, DataError, RequestError
+from .tokenizer import TextTokenizer
+
+PLAIN = """\
+{% for message in messages %}
+{{ message.role }}: {{ message.content }}
+{% endfor %}
+{% if add_generation_prompt %}
+assistant:{% endif %}"""
+
+
+class ChatTemplate:
+    """Renders and encodes one model's chats.
+
+    Args:
+        tokenizer: the model's.
+        source: the jinja2 template; None = a plain transcript (`role: content` lines).
+        tokens: names that the template may use, such as `bos_token`.
+
+    Raises:
+        ConfigError: the template does not parse.
+    """
+
+    def __init__(
+        self, tokenizer: TextTokenizer, source: str | None = None, tokens: Mapping[str, str] | None = None
+    ) -> None:
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
+        self._tokenizer = tokenizer
+        self._own = source is not None
+        self._tokens = dict(tokens or {})
+        try:
+            self._template = environment.from_string(PLAIN if source is None else source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(f"chat template (line {error.lineno}) does not parse: {error.message}") from error
+
+    @classmethod
+    def from_dir(cls, path: str | Path, tokenizer: TextTokenizer) -> "ChatTemplate":
+        """The template of `chat_template.jinja` or `tokenizer_config.json` in `path`, or the plain transcript.
+
+        Raises:
+            ConfigError: the template does not parse.
+            DataError: `tokenizer_config.json` is not JSON.
+        """
+        settings = _tokenizer_config(Path(path))
+        file = Path(path) / "chat_template.jinja"
+        source = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+        if isinstance(source, list):  # several named templates
+            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        tokens = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        return cls(tokenizer, source, tokens)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """The prompt of `messages` (each `{"role": ..., "content": ...}`).
+
+        Raises:
+            RequestError: the template refuses the messages.
+        """
+        if not messages:
+            raise RequestError("messages (0) must hold at least one message: add one", "messages")
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._tokens)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise RequestError(f"messages do not fit the model's chat template: {error}", "messages") from error
+
+    def encode(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+        """The prompt's token ids. A model's own template spells its special tokens itself, so none are added to it."""
+        return self._tokenizer.encode(self.render(messages, add_generation_prompt), add_special_tokens=not self._own)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _tokenizer_config(path: Path) -> dict[str, Any]:
+    file = path / "tokenizer_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file} is not JSON ({error}): copy the model's tokenizer_config.json again") from error
+
+
+def _content(token: object) -> str:
+    """A special token is written as a string or as `{"content": ...}`."""
+    if isinstance(token, dict):
+        return str(token.get("content", ""))
+    return token if isinstance(token, str) else ""

@@ -1,0 +1,40 @@
+"""Tokens to text, one token at a time, for one running choice.
+
+The bytes of each token go through an incremental UTF-8 decoder: an incomplete character is held back until its last
+byte comes, never shown as U+FFFD, and each token costs its own bytes only. All pieces joined are exactly the decoding
+of the whole; bytes that never become a character show as U+FFFD once that is certain, as in any UTF-8 decoder.
+"""
+
+import codecs
+from collections.abc import Sequence
+
+from .tokenizer import TextTokenizer
+
+LONGEST_CHARACTER = 4  # bytes
+
+
+class Detokenizer:
+    """The text of one choice as it grows.
+
+    Args:
+        tokenizer: the model's.
+        prompt_ids: what stands before; a character that its last bytes begin is completed by the first output tokens.
+        skip_special_tokens: leave control tokens out of the text.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token_id in prompt_ids[-LONGEST_CHARACTER:]:
+            self.push(token_id)
+
+    def push(self, token_id: int) -> str:
+        """The characters that this token completes, possibly none."""
+        if self._skip and self._tokenizer.is_special(token_id):
+            return ""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    def flush(self) -> str:
+        """What is still held back when the choice ends: nothing, or one U+FFFD for bytes that will never be whole."""
+        return self._decoder.decode(b"", final=True)
