@@ -1,0 +1,128 @@
+"""The block manager: hands out the KV cache's blocks, counts references, shares computed prefixes.
+
+Every usable block is free (nothing in it is of use), idle (computed and published, no reference; evicted when free ones
+run out) or referenced (in as many live tables as its count says). Block 0 is the null block, the target of padding.
+Only full, computed blocks are shared, so a block that is still written to has exactly one owner.
+"""
+
+from .prefix import PrefixCache
+from .request import Request
+
+
+class BlockManager:
+    """Owns block ids, not tensors; a failed call changes nothing.
+
+    Args:
+        num_blocks: size of the pool, the null block included.
+        block_size: tokens in a block.
+        enable_prefix_caching: share computed prefixes.
+        fingerprint: model version and KV precision; prefixes never match across different ones.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True, fingerprint: bytes = b""
+    ) -> None:
+        self.block_size = block_size
+        self.num_usable = num_blocks - 1
+        self.free = list(range(num_blocks - 1, 0, -1))
+        self.counts = [0] * num_blocks
+        self.prefix = PrefixCache(fingerprint)
+        self._caching = enable_prefix_caching
+
+    @property
+    def num_available(self) -> int:
+        return len(self.free) + len(self.prefix.idle)
+
+    @property
+    def usage(self) -> float:
+        """Referenced / usable blocks."""
+        return (self.num_usable - self.num_available) / self.num_usable
+
+    def start(self, request: Request) -> bool:
+        """Give a request without blocks all that its tokens need, reusing its longest cached prefix.
+
+        At least one token is left to compute, because the next one is sampled from its logits.
+
+        Returns:
+            Whether there was room; then `num_computed_tokens` counts the reused tokens.
+        """
+        reused = self._match(request)
+        missing = self._needed(request) - len(reused)
+        if missing > self.num_available - sum(self.counts[block] == 0 for block in reused):
+            return False
+        for block in reused:
+            self._reference(block)
+        request.block_table = reused + [self._take() for _ in range(missing)]
+        request.num_published_blocks = len(reused)
+        request.num_computed_tokens = len(reused) * self.block_size
+        return True
+
+    def extend(self, request: Request) -> bool:
+        """Lengthen a table to cover all of the request's tokens; False = no room."""
+        missing = self._needed(request) - len(request.block_table)
+        if missing > self.num_available:
+            return False
+        for _ in range(missing):
+            request.block_table.append(self._take())
+        return True
+
+    def publish(self, request: Request) -> None:
+        """Enter the request's newly computed full blocks into the prefix cache.
+
+        A prefix that is there already (two requests computed it side by side) is kept once: the table takes the
+        published block and gives its own back. So the parent of a published block is published and outlives it.
+        """
+        full = request.num_computed_tokens // self.block_size
+        first = request.num_published_blocks
+        if not self._caching or full == first:
+            return
+        names = self.prefix.hashes(request, full, self.block_size)
+        for i in range(first, full):
+            own, known = request.block_table[i], self.prefix.block_of.get(names[i])
+            if known is None:
+                self.prefix.insert(names[i], own)
+            else:
+                self._reference(known)
+                request.block_table[i] = known
+                self._drop(own)
+        request.num_published_blocks = full
+
+    def release(self, request: Request) -> None:
+        """Take all blocks back, tails first, so that a prefix loses its tail before its head."""
+        for block in reversed(request.block_table):
+            self._drop(block)
+        request.block_table = []
+        request.num_published_blocks = 0
+        request.num_computed_tokens = 0
+
+    def _needed(self, request: Request) -> int:
+        return -(-len(request.token_ids) // self.block_size)
+
+    def _match(self, request: Request) -> list[int]:
+        if not self._caching:
+            return []
+        blocks = []
+        for name in self.prefix.hashes(request, (request.num_tokens - 1) // self.block_size, self.block_size):
+            block = self.prefix.block_of.get(name)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def _reference(self, block: int) -> None:
+        if self.counts[block] == 0:
+            del self.prefix.idle[block]
+        self.counts[block] += 1
+
+    def _take(self) -> int:
+        block = self.free.pop() if self.free else self.prefix.evict()
+        self.counts[block] = 1
+        return block
+
+    def _drop(self, block: int) -> None:
+        self.counts[block] -= 1
+        if self.counts[block] == 0:
+            if block in self.prefix.hash_of:
+                self.prefix.idle[block] = None
+            else:
+                self.free.append(block)
