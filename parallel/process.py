@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from .. import PeerError
 
-_PEER_TROUBLE = re.compile(r"gloo|nccl|timed? ?out|connection|broken pipe|socket|recvvalue|store", re.IGNORECASE)
+_PEER_TROUBLE = re.compile(r"gloo|nccl|timed? ?out|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 
 
 def start(timeout: float = 120.0, device_type: str | None = None) -> None:

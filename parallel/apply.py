@@ -1,0 +1,67 @@
+"""Apply a model's plan to a mesh: keep this rank's experts, put the all-to-all between router and experts.
+
+The model knows nothing of it: its experts merely hold fewer of the stacked tensors, and its dispatcher is another
+plain object. Works on the meta device too, so that no rank ever holds all experts.
+
+E experts of a layer.
+"""
+
+from torch import nn
+
+from .. import ConfigError
+from .dispatch.all_to_all import AllToAllDispatcher
+from .mesh import Mesh
+from .plan import match
+from .shard import ShardSpec
+
+
+def parallelize(model: nn.Module, mesh: Mesh) -> dict[str, ShardSpec]:
+    """Spread `model` over `mesh`, in place.
+
+    Every module that has `experts` and `dispatcher` gets `experts.first` (global id of its first local expert) and,
+    when experts are spread, an `AllToAllDispatcher`. Parameters of a sliced tensor are new objects: build the
+    optimizer afterwards.
+
+    Returns:
+        parameter name → where this rank's tensor lies in the global one, for every parameter and persistent buffer.
+
+    Raises:
+        ConfigError: the number of experts can not be divided by the ranks, or the plan uses an unknown placement.
+    """
+    plan = model.plan() if hasattr(model, "plan") else {}
+    shards = {}
+    for name, tensor in list(model.state_dict(keep_vars=True).items()):
+        shape = tuple(tensor.shape)
+        first = 0
+        if match(plan, name) == "expert" and mesh.ep_size > 1:
+            first = _keep_local_experts(model, name, mesh)
+        shards[name] = ShardSpec(shape, (first,) + (0,) * (len(shape) - 1) if shape else ())
+    for name, module in model.named_modules():
+        if hasattr(module, "experts") and hasattr(module, "dispatcher") and mesh.expert is not None:
+            total = next(s.global_shape[0] for n, s in shards.items() if n.startswith(_join(name, "experts.")))
+            module.experts.first = total // mesh.ep_size * mesh.ep_rank
+            if mesh.ep_size > 1:
+                module.dispatcher = AllToAllDispatcher(mesh.expert.get_group("ep"), total)
+    return shards
+
+
+def _keep_local_experts(model: nn.Module, name: str, mesh: Mesh) -> int:
+    """Replace the stacked tensor [E, ...] by this rank's E / ep experts; returns the global id of the first."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    whole = getattr(owner, leaf)
+    if whole.shape[0] % mesh.ep_size:
+        raise ConfigError(
+            f"parallel.ep ({mesh.ep_size}) must divide the experts of {name} ({whole.shape[0]}): use a divisor of it"
+        )
+    local = whole.shape[0] // mesh.ep_size
+    part = whole.detach()[mesh.ep_rank * local : (mesh.ep_rank + 1) * local].clone()
+    if isinstance(whole, nn.Parameter):
+        setattr(owner, leaf, nn.Parameter(part, requires_grad=whole.requires_grad))
+    else:
+        owner.register_buffer(leaf, part)
+    return mesh.ep_rank * local
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -1,0 +1,93 @@
+"""Dispatch and combine: all-to-all gives each rank what one rank holding all experts would compute.
+
+T tokens, D width, E experts, K choices, N rows.
+"""
+
+import pytest
+import torch
+
+from turnout.parallel import process
+from turnout.parallel.config import ParallelConfig
+from turnout.parallel.dispatch.all_to_all import AllToAllDispatcher
+from turnout.parallel.dispatch.local import LocalDispatcher
+from turnout.parallel.mesh import build_mesh
+from turnout.tests.helpers.ranks import run_ranks
+
+WIDTH, EXPERTS = 6, 4
+
+
+def tokens_of(rank: int, case: str, top_k: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """This rank's hidden states, expert ids, weights and kept mask."""
+    tokens = {"even": 8, "uneven": 5 + 8 * rank, "one rank empty": 9 * rank, "all empty": 0}.get(case, 7)
+    generator = torch.Generator().manual_seed(100 + rank)
+    x_TD = torch.randn(tokens, WIDTH, generator=generator, dtype=dtype)
+    ids_TK = torch.rand(tokens, EXPERTS, generator=generator).argsort(1)[:, :top_k]
+    weights_TK = torch.rand(tokens, top_k, generator=generator)
+    kept_TK = torch.rand(tokens, top_k, generator=generator) < 0.7
+    if case == "hot expert":
+        ids_TK[:, 0] = 1
+    if case == "all dropped":
+        kept_TK[:] = False
+    return x_TD, ids_TK, weights_TK, kept_TK
+
+
+def expert_rows(rows_ND: torch.Tensor, ends_E: torch.Tensor, scale_EDD: torch.Tensor) -> torch.Tensor:
+    """A stand-in for the experts: rows of expert e times its matrix."""
+    starts = [0, *ends_E.tolist()[:-1]]
+    return torch.cat([rows_ND[a:b] @ w for a, b, w in zip(starts, ends_E.tolist(), scale_EDD, strict=True)])
+
+
+def mix(dispatcher, first: int, last: int, inputs: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+    """Forward and backward through experts `first` to `last`; the outputs and all gradients."""
+    x_TD, ids_TK, weights_TK, kept_TK = inputs
+    matrices = torch.randn(EXPERTS, WIDTH, WIDTH, generator=torch.Generator().manual_seed(3)).to(x_TD.dtype)
+    w_EDD = matrices[first:last].requires_grad_()
+    x_TD, weights_TK = x_TD.requires_grad_(), weights_TK.requires_grad_()
+    sent = dispatcher.dispatch(x_TD, ids_TK, kept_TK, EXPERTS)
+    y_TD = dispatcher.combine(expert_rows(sent.rows_ND, sent.ends_E, w_EDD), weights_TK, sent)
+    y_TD.float().square().sum().backward()
+    parts = {"y": y_TD, "x.grad": x_TD.grad, "weights.grad": weights_TK.grad, "w.grad": w_EDD.grad}
+    return {name: part.detach() for name, part in parts.items()}
+
+
+def all_to_all(case: str, top_k: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    mesh = build_mesh(ParallelConfig(ep=process.world()), num_experts=EXPERTS)
+    local = EXPERTS // mesh.ep_size
+    dispatcher = AllToAllDispatcher(mesh.expert.get_group("ep"), EXPERTS)
+    first = local * mesh.ep_rank
+    return mix(dispatcher, first, first + local, tokens_of(mesh.rank, case, top_k, dtype))
+
+
+CASES = ["even", "uneven", "one rank empty", "all empty", "hot expert", "all dropped"]
+
+
+@pytest.mark.parametrize(("top_k", "world"), [(1, 2), (2, 2), pytest.param(2, 4, marks=pytest.mark.full)])
+@pytest.mark.parametrize("case", CASES)
+def test_all_to_all_equals_one_rank_with_all_experts(case, top_k, world):
+    spread = run_ranks(all_to_all, world, case, top_k, torch.float64)
+    batches = [tokens_of(rank, case, top_k, torch.float64) for rank in range(world)]
+    whole = mix(LocalDispatcher(), 0, EXPERTS, tuple(map(torch.cat, zip(*batches, strict=True))))
+    for name, expected in whole.items():
+        torch.testing.assert_close(torch.cat([part[name] for part in spread]), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_bfloat16_rows_travel_as_bfloat16():
+    spread = run_ranks(all_to_all, 2, "uneven", 2, torch.bfloat16)
+    for rank, part in enumerate(spread):
+        alone = mix(LocalDispatcher(), 0, EXPERTS, tokens_of(rank, "uneven", 2, torch.bfloat16))
+        torch.testing.assert_close(part["y"], alone["y"], rtol=0.02, atol=0.05)
+        assert part["y"].dtype == torch.bfloat16
+
+
+def rows_by_source() -> tuple[list[float], list[int]]:
+    """Each token carries rank * 100 + its index; 4 experts, 2 on each rank."""
+    mesh = build_mesh(ParallelConfig(ep=2))
+    x_T1 = torch.arange(3.0)[:, None] + 100 * mesh.rank
+    ids_T1 = torch.tensor([[3], [0], [3]]) if mesh.rank == 0 else torch.tensor([[2], [3], [1]])
+    dispatcher = AllToAllDispatcher(mesh.expert.get_group("ep"), EXPERTS)
+    sent = dispatcher.dispatch(x_T1, ids_T1, torch.ones_like(ids_T1, dtype=torch.bool), EXPERTS)
+    return sent.rows_ND[:, 0].tolist(), sent.ends_E.tolist()
+
+
+def test_rows_arrive_by_local_expert_then_source_rank_then_token():
+    assert run_ranks(rows_by_source, 2) == [([1.0, 102.0], [1, 2]), ([100.0, 0.0, 2.0, 101.0], [1, 4])]
