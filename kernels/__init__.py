@@ -1,1 +1,32 @@
-"""."""
+"""Pure functions on tensors: every operation has a plain PyTorch reference and, where it pays, faster forms.
+
+`from turnout.kernels import grouped_gemm`. `registry.py` picks the form; `with using("reference"):` forces one.
+Nothing here knows of a model or of other processes. Names are resolved on first use, so importing this is free.
+"""
+
+import importlib
+
+_OPS = (
+    "combine",
+    "cross_entropy",
+    "grouped_gemm",
+    "paged_attention",
+    "permute",
+    "rms_norm",
+    "rope",
+    "sort_by_expert",
+    "store_kv",
+    "swiglu",
+    "varlen_attention",
+)
+_LAZY = dict.fromkeys(_OPS, ".ops") | {"uniform": ".random", "using": ".registry", "table": ".registry"}
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(_LAZY)

@@ -1,0 +1,165 @@
+"""The operations' signatures and promises. What each computes is written out in `reference/`.
+
+T tokens, D width, E experts, K choices, N rows (kept assignments, sorted by expert), M output width, V vocabulary,
+B sequences, H heads, G key/value heads (G divides H), d head dim, F expert hidden. Every operation takes T = 0.
+"""
+
+import torch
+from torch import Tensor
+
+from . import registry
+
+
+def grouped_gemm(x_NK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
+    """y[n] = x[n] @ w[e], rows sorted by expert: expert e owns rows ends[e-1] up to ends[e].
+
+    Args:
+        x_NK: rows. float16, bfloat16, float32 or float64, as w; under autocast both are cast to its dtype.
+        w_EKM: one matrix an expert, of any strides (`w_EMK.mT` is free).
+        ends_E: int32, cumulative row ends; experts without rows are fine; the last one is N.
+
+    Returns:
+        y_NM, of the dtype of the operands; differentiable in x and w.
+    """
+    x_NK, w_EKM = _autocast(x_NK, w_EKM)
+    with _exact(x_NK):
+        return registry.call("grouped_gemm", x_NK, w_EKM, ends_E)
+
+
+def sort_by_expert(ids_TK: Tensor, kept_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Order the kept assignments by expert, stably (by token, then choice, within an expert).
+
+    Args:
+        ids_TK: int64 expert of each (token, choice); where not kept, any value.
+        kept_TK: bool.
+
+    Returns:
+        order_N: int64, row → flat index t·K + k.
+        slot_TK: int64, (t, k) → its row, or -1 where not kept.
+        counts_E: int64, rows of each expert.
+    """
+    return registry.call("sort_by_expert", ids_TK, kept_TK, num_experts)
+
+
+def permute(x_TD: Tensor, order_N: Tensor, slot_TK: Tensor) -> Tensor:
+    """Rows for the experts: out[n] = x[order[n] // K]. The gradient of a token is summed in choice order in float32."""
+    return registry.call("permute", x_TD, order_N, slot_TK)
+
+
+def combine(y_ND: Tensor, weights_TK: Tensor, order_N: Tensor, slot_TK: Tensor) -> Tensor:
+    """out[t] = sum over k of weights[t, k] · y[slot[t, k]], k ascending, in float32, returned in y's dtype.
+
+    A dropped assignment (slot -1) adds zero. A gather, so the order of additions never varies; differentiable in y
+    and weights.
+    """
+    return registry.call("combine", y_ND, weights_TK, order_N, slot_TK)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """weight · x / sqrt(mean(x²) + eps) in float32 (float64 stays), returned in x's dtype (Zhang & Sennrich 2019)."""
+    return registry.call("rms_norm", x_TD, weight_D, eps)
+
+
+def rope(x_THd: Tensor, positions_T: Tensor, theta: float) -> Tensor:
+    """Rotary position embedding (Su et al. 2021) in the rotate-half convention of GPT-NeoX and Hugging Face.
+
+    Args:
+        positions_T: int64. Angles are float32 (float64 for float64 x), whatever autocast says.
+        theta: base of the frequencies theta^(-2i/d).
+    """
+    return registry.call("rope", x_THd, positions_T, theta)
+
+
+def swiglu(gate_up_N2F: Tensor) -> Tensor:
+    """silu(first half of the last dimension) · second half (Shazeer 2020) → [N, F]."""
+    return registry.call("swiglu", gate_up_N2F)
+
+
+def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """Nats a token, float32 (float64 stays): logsumexp(logits[t]) - logits[t, target]. A negative target has loss 0."""
+    return registry.call("cross_entropy", logits_TV, targets_T)
+
+
+def varlen_attention(
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    cu_seqlens_B1: Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+) -> Tensor:
+    """softmax(scale · q kᵀ) v within each packed sequence; query head h reads key/value head h // (H / G).
+
+    Args:
+        cu_seqlens_B1: int, cumulative sequence starts, from 0 to T; empty sequences are fine.
+        window: a query sees its own position and the window - 1 before it (and after it, if not causal).
+
+    Returns:
+        o_THd (d of v). Differentiable. Under autocast the operands are cast to its dtype.
+    """
+    q_THd, k_TGd, v_TGd = _autocast(q_THd, k_TGd, v_TGd)
+    with _exact(q_THd):
+        return registry.call(
+            "varlen_attention", q_THd, k_TGd, v_TGd, cu_seqlens_B1, scale=scale, causal=causal, window=window
+        )
+
+
+def store_kv(k_TGd: Tensor, v_TGd: Tensor, cache_k: Tensor, cache_v: Tensor, slots_T: Tensor) -> None:
+    """Write keys and values into their pages, in place.
+
+    Args:
+        cache_k, cache_v: [num_blocks, block_size, G, d], contiguous; the values are cast to its dtype.
+        slots_T: int64, block · block_size + offset; no slot twice, but for those nobody reads (the null block).
+    """
+    registry.call("store_kv", k_TGd, v_TGd, cache_k, cache_v, slots_T)
+
+
+def paged_attention(
+    q_THd: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    block_tables_BM: Tensor,
+    context_lens_B: Tensor,
+    cu_q_B1: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention of this step's queries to the keys and values in their sequence's pages. Not differentiable.
+
+    Args:
+        cache_k, cache_v: [num_blocks, block_size, G, d]; what a page holds beyond a context is never read.
+        block_tables_BM: int, the blocks of each sequence in order; entries past its context have any value.
+        context_lens_B: int, tokens of each sequence, those of this step (already stored) included.
+        cu_q_B1: int, cumulative query starts, from 0 to T. Query i of sequence b stands at position
+            context_len - query_len + i.
+        window: as in `varlen_attention`.
+    """
+    with _exact(q_THd):
+        return registry.call(
+            "paged_attention",
+            q_THd,
+            cache_k,
+            cache_v,
+            block_tables_BM,
+            context_lens_B,
+            cu_q_B1,
+            scale=scale,
+            window=window,
+        )
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast would do to a matrix product's operands: cast all but float64 ones."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _exact(x: Tensor) -> torch.autocast:
+    """Autocast off: the operands have their dtype already, and intermediate results keep theirs."""
+    return torch.autocast(x.device.type, enabled=False)

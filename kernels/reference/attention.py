@@ -1,0 +1,74 @@
+"""Attention one sequence at a time, over packed rows or over pages.
+
+T tokens, H query heads, G key/value heads, d head dim, S queries and L keys of one sequence, B sequences.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from .precision import wide
+
+
+def visible(q_at_S: Tensor, k_at_L: Tensor, causal: bool, window: int | None) -> Tensor:
+    """Bool [S, L]: may the query at this position see the key at that one."""
+    ahead = k_at_L - q_at_S[:, None]
+    seen = ahead <= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
+    return seen if window is None else seen & (ahead.abs() < window)
+
+
+def attend(q_SHd: Tensor, k_LGd: Tensor, v_LGd: Tensor, seen_SL: Tensor, scale: float) -> Tensor:
+    """softmax(scale · q kᵀ) v where seen, in float32."""
+    groups = q_SHd.shape[1] // k_LGd.shape[1]
+    k, v = (wide(t).repeat_interleave(groups, dim=1) for t in (k_LGd, v_LGd))
+    scores = torch.einsum("shd,lhd->hsl", wide(q_SHd), k) * scale
+    probabilities = scores.masked_fill(~seen_SL, float("-inf")).softmax(-1)
+    return torch.einsum("hsl,lhd->shd", probabilities, v).to(q_SHd.dtype)
+
+
+def varlen_attention(
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    cu_seqlens_B1: Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+) -> Tensor:
+    outputs = [q_THd[:0, :, :1].expand(-1, -1, v_TGd.shape[2])]
+    for start, end in itertools.pairwise(cu_seqlens_B1.tolist()):
+        at = torch.arange(end - start, device=q_THd.device)
+        sequence = slice(start, end)
+        outputs.append(
+            attend(q_THd[sequence], k_TGd[sequence], v_TGd[sequence], visible(at, at, causal, window), scale)
+        )
+    return torch.cat(outputs)
+
+
+def store_kv(k_TGd: Tensor, v_TGd: Tensor, cache_k: Tensor, cache_v: Tensor, slots_T: Tensor) -> None:
+    for new, cache in ((k_TGd, cache_k), (v_TGd, cache_v)):
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, slots_T, new.to(cache.dtype))
+
+
+def paged_attention(
+    q_THd: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    block_tables_BM: Tensor,
+    context_lens_B: Tensor,
+    cu_q_B1: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    outputs = [q_THd.new_empty(0, q_THd.shape[1], cache_v.shape[3])]
+    spans = itertools.pairwise(cu_q_B1.tolist())
+    for (start, end), length, table in zip(spans, context_lens_B.tolist(), block_tables_BM, strict=True):
+        blocks = table[: -(-length // cache_k.shape[1])].long()
+        k_LGd, v_LGd = (cache[blocks].flatten(0, 1)[:length] for cache in (cache_k, cache_v))
+        k_at = torch.arange(length, device=q_THd.device)
+        q_at = torch.arange(length - (end - start), length, device=q_THd.device)
+        outputs.append(attend(q_THd[start:end], k_LGd, v_LGd, visible(q_at, k_at, True, window), scale))
+    return torch.cat(outputs).to(q_THd.dtype)

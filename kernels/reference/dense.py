@@ -1,0 +1,35 @@
+"""The elementwise parts of a transformer block and its loss.
+
+T tokens, D width, H heads, d head dim, N rows, F hidden width, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from .precision import wide
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    x = wide(x_TD)
+    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight_D).to(x_TD.dtype)
+
+
+def rope(x_THd: Tensor, positions_T: Tensor, theta: float) -> Tensor:
+    x = wide(x_THd)
+    d = x.shape[-1]
+    frequencies = theta ** (-torch.arange(0, d, 2, dtype=x.dtype, device=x.device) / d)
+    angles_T1d = (positions_T[:, None] * frequencies)[:, None, :]
+    cos, sin = angles_T1d.cos(), angles_T1d.sin()
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_THd.dtype)
+
+
+def swiglu(gate_up_N2F: Tensor) -> Tensor:
+    gate, up = gate_up_N2F.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    logits = wide(logits_TV)
+    picked = logits.gather(1, targets_T.clamp_min(0)[:, None])[:, 0]
+    return torch.where(targets_T >= 0, logits.logsumexp(dim=1) - picked, 0.0)

@@ -1,0 +1,87 @@
+"""Which form of an operation runs: the table, the probe and the override.
+
+An operation `f` has up to three forms of one signature: `reference` (plain PyTorch, the documentation), `torch` (made
+of library calls) and `triton` (a GPU kernel). A form with limits has a predicate `f_fits` of the same signature beside
+it. Without an override the first form of `DEFAULT` that fits runs.
+"""
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any
+
+from .. import ConfigError
+
+DEFAULT = ("torch", "reference")
+PREFERENCES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"reference": ("reference",), "torch": DEFAULT, "triton": ("triton", *DEFAULT)}
+)
+FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "grouped_gemm": {
+            "reference": "reference.grouped_gemm",
+            "torch": "torch_ops.grouped_gemm",
+            "triton": "triton.grouped_gemm",
+        },
+        "sort_by_expert": {"reference": "reference.routing", "torch": "torch_ops.routing"},
+        "permute": {"reference": "reference.routing", "torch": "torch_ops.routing"},
+        "combine": {"reference": "reference.routing", "torch": "torch_ops.routing"},
+        "rms_norm": {"reference": "reference.dense"},
+        "rope": {"reference": "reference.dense"},
+        "swiglu": {"reference": "reference.dense"},
+        "cross_entropy": {"reference": "reference.dense", "torch": "torch_ops.loss"},
+        "varlen_attention": {"reference": "reference.attention", "torch": "torch_ops.attention"},
+        "store_kv": {"reference": "reference.attention"},
+        "paged_attention": {"reference": "reference.attention", "torch": "torch_ops.attention"},
+    }
+)
+_forced: ContextVar[str | None] = ContextVar("forced", default=None)
+
+
+@contextlib.contextmanager
+def using(form: str) -> Iterator[None]:
+    """Prefer `form` within this block (and this thread): `reference`, `torch` or `triton`.
+
+    `reference` is strict. `torch` and `triton` fall back, in that order downwards, for operations that have no such
+    form or whose arguments it does not fit; `table` tells which.
+
+    Raises:
+        ConfigError: no such form.
+    """
+    if form not in PREFERENCES:
+        raise ConfigError(f"kernels.using ({form!r}) must be a form: use one of {', '.join(PREFERENCES)}")
+    token = _forced.set(form)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def call(op: str, *args: Any, **kwargs: Any) -> Any:
+    """Run the chosen form of `op`."""
+    return _load(op, choose(op, *args, **kwargs))[0](*args, **kwargs)
+
+
+def choose(op: str, *args: Any, **kwargs: Any) -> str:
+    """The name of the form of `op` that runs for these arguments."""
+    for form in PREFERENCES[_forced.get() or "torch"]:
+        if form in FORMS[op]:
+            fits = _load(op, form)[1]
+            if fits is None or fits(*args, **kwargs):
+                return form
+    return "reference"
+
+
+def table() -> dict[str, dict[str, str]]:
+    """Operation → the forms it has, in the order in which they are tried now, with the module of each."""
+    order = PREFERENCES[_forced.get() or "torch"]
+    return {op: {form: forms[form] for form in order if form in forms} for op, forms in FORMS.items()}
+
+
+@functools.cache
+def _load(op: str, form: str) -> tuple[Callable[..., Any], Callable[..., bool] | None]:
+    module = importlib.import_module(f".{FORMS[op][form]}", __package__)
+    return getattr(module, op), getattr(module, f"{op}_fits", None)

@@ -1,0 +1,1 @@
+"""Library forms: the same operations made of the fastest PyTorch calls, on any device."""
