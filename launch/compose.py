@@ -1,0 +1,163 @@
+"""From a command line to a validated run: Hydra composes, the dataclasses validate. No torch is imported on the way.
+
+    compose(["experiment=switch_pydocs", "moe.num_experts=16"]) -> Composed(config, nproc, run, name)
+
+Hydra's own complaints are turned into ours, which name the field, the value, the rule and the fix.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .. import ConfigError
+from ..configs.schema import MISSING, known_keys, register
+from ..configs.typed import build, check
+from ..moe.config import ModelConfig, MoEConfig
+from ..moe.data.config import DataConfig
+from ..moe.train.config import LogConfig, OptimConfig, RunConfig, TrainConfig
+from ..parallel.config import ParallelConfig
+
+GROUPS: Mapping[str, type] = {
+    "model": ModelConfig,
+    "moe": MoEConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "parallel": ParallelConfig,
+    "train": TrainConfig,
+    "log": LogConfig,
+}
+ROOT_KEYS = ("seed", "engine", "nproc", "run", "experiment")
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What the launcher alone needs.
+
+    Args:
+        nproc: ranks on this machine; null = one per accelerator, one without any.
+        run: the run's directory; null = a new one under `runs/`.
+    """
+
+    nproc: int | None = None
+    run: str | None = None
+
+    def __post_init__(self) -> None:
+        check(self.nproc is None or self.nproc >= 1, "nproc", self.nproc, "must be at least 1", "use nproc=2")
+        check(self.run != "", "run", repr(self.run), "must name a directory", "use run=runs/NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composed:
+    """A run ready to start: `config` fits `world` ranks. `name` is the experiment's, for the run's directory."""
+
+    config: RunConfig
+    world: int
+    run: str | None
+    name: str
+
+
+def compose(overrides: Sequence[str], world: int | None = None) -> Composed:
+    """Compose and validate one run.
+
+    Args:
+        overrides: `key=value` in Hydra's override grammar, without sweeps.
+        world: ranks, when something else (torchrun) has already decided; None = `nproc`.
+
+    Raises:
+        ConfigError: whatever can not work, before any process is started.
+    """
+    parsed = parse(overrides)
+    swept = next((o for o in parsed if o.is_sweep_override()), None)
+    if swept is not None:
+        raise ConfigError(f"{swept.input_line!r} is a sweep: use -m, as in `turnout train -m ...`")
+    plain = _plain(overrides)
+    launch = build(Launch, {key: plain.pop(key) for key in ("nproc", "run")})
+    config = _typed(plain)
+    if world is None:
+        world = launch.nproc or max(accelerators(), 1)
+    config.layout(world)
+    name = next((str(o.value()) for o in reversed(parsed) if o.key_or_group == "experiment"), "train")
+    return Composed(config=config, world=world, run=launch.run, name=name)
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """The overrides by Hydra's grammar, each checked to be a known key or a known option of a group."""
+    parser, known = OverridesParser.create(), known_keys(GROUPS, ROOT_KEYS)
+    parsed = []
+    for text in overrides:
+        if text.startswith(("+", "~")):
+            raise ConfigError(f"{text!r} adds or deletes a key: every key exists already, write key=value")
+        if "=" not in text:
+            raise ConfigError(f"{text!r} has no '=': settings of `turnout train` are key=value")
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            raise ConfigError(
+                f"{text!r} does not read as key=value: quote special characters, as in key='a b'"
+            ) from error
+        _check_key(override, known)
+        parsed.append(override)
+    return parsed
+
+
+def accelerators() -> int:
+    """NVIDIA GPUs of this machine, without asking torch."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def _check_key(override: Override, known: Sequence[str]) -> None:
+    key = override.key_or_group
+    if key.startswith("hydra."):
+        return
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
+            key.rpartition(".")[2], [k.rpartition(".")[2] for k in known], n=1
+        )
+        full = next((k for k in known if close and (k == close[0] or k.endswith(f".{close[0]}"))), None)
+        fix = f"did you mean {full}?" if full else "keys are " + ", ".join([*ROOT_KEYS, *(f"{g}.*" for g in GROUPS)])
+        value = str(override.input_line).partition("=")[2]
+        raise ConfigError(f"{key} ({value}) is not a setting: {fix}")
+    if (key in GROUPS or key == "experiment") and not override.is_sweep_override():
+        options = sorted(p.stem for p in (CONFIGS / key).glob("*.yaml"))
+        value = override.value()
+        if value not in options and not (key == "experiment" and value is None):
+            close = difflib.get_close_matches(str(value), options, n=1)
+            fix = f"did you mean {key}={close[0]}?" if close else f"use one of {', '.join(options)}"
+            raise ConfigError(f"{key} ({value}) is not one of its options: {fix}")
+
+
+def _plain(overrides: Sequence[str]) -> dict[str, Any]:
+    """What Hydra composes, as plain values with every interpolation resolved."""
+    register(GROUPS)
+    try:
+        with initialize_config_module(f"{__package__.rpartition('.')[0]}.configs", version_base="1.3"):
+            composed = hydra_compose("train", overrides=list(overrides))
+        plain: Any = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        line = " ".join(str(error).split())
+        raise ConfigError(f"{line}: see the groups of `turnout train --help`") from error
+    for group, values in plain.items():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if value == MISSING:
+                raise ConfigError(f"{group}.{key} is missing: give it a value, as in {group}.{key}=VALUE")
+    return plain
+
+
+def _typed(plain: dict[str, Any]) -> RunConfig:
+    """The groups, each built under its own name so that messages carry it; `moe` goes into the model."""
+    moe, model = plain.pop("moe"), plain.pop("model")
+    fix = "use model.moe=null for a dense model, and moe.* for the experts"
+    check(model["moe"] in (None, moe), "model.moe", model["moe"], "must be null or left alone", fix)
+    model["moe"] = None if model["moe"] is None else build(MoEConfig, moe, "moe")
+    return build(RunConfig, {**plain, "model": build(ModelConfig, model, "model")})

@@ -1,0 +1,199 @@
+"""What a training run is: one frozen tree of dataclasses, validated as a whole at birth. No torch here.
+
+`RunConfig` is what the launcher freezes into `runs/<id>/config.yaml` and what every rank reads.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ...configs.typed import check
+from ...parallel.config import Layout, ParallelConfig
+from ..config import ModelConfig
+from ..data.config import DataConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer and its learning-rate schedule.
+
+    Args:
+        name: `adamw` for everything, or `muon` for hidden matrices with AdamW for the rest.
+        lr: AdamW's peak learning rate.
+        muon_lr: Muon's peak learning rate, for matrices.
+        momentum: Muon's Nesterov momentum.
+        beta1: AdamW's decay of the mean.
+        beta2: AdamW's decay of the square.
+        eps: AdamW's epsilon.
+        weight_decay: decoupled decay of matrices, embeddings and heads (vectors and routers do not decay).
+        warmup: share of the run, in [0, 1), over which the rate rises linearly.
+        final: share of the peak at which the cosine ends.
+        clip: global gradient norm above which gradients are scaled down; null = never.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-3
+    muon_lr: float = 0.02
+    momentum: float = 0.95
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup: float = 0.02
+    final: float = 0.0
+    clip: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "muon_lr", "eps"):
+            _positive(f"optim.{name}", getattr(self, name))
+        for name in ("momentum", "beta1", "beta2", "warmup"):
+            value = getattr(self, name)
+            check(0 <= value < 1, f"optim.{name}", value, "must lie in [0, 1)", "choose a share below 1")
+        check(0 <= self.final <= 1, "optim.final", self.final, "must lie in [0, 1]", "use 0 to decay to zero")
+        value = self.weight_decay
+        check(0 <= value < 1, "optim.weight_decay", value, "must lie in [0, 1)", "use 0.1, or 0 for none")
+        if self.clip is not None:
+            _positive("optim.clip", self.clip, "use 1.0, or null to never clip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long a run is, how large its steps are, and what it keeps.
+
+    Args:
+        steps: optimizer steps of the run; null = train by `seconds`.
+        seconds: length of the run on rank 0's clock; null = train by `steps`.
+        global_batch: rows of one optimizer step, over all ranks.
+        micro_batch: rows of one forward pass of one rank; null = all of the rank's rows at once.
+        seq_len: tokens of a row.
+        eval_every: steps between evaluations on held-out text; null = only at the end.
+        eval_bytes: how much held-out text an evaluation within the run reads; null = all of it.
+        save_every: steps between checkpoints; null = only at the end.
+        keep: newest checkpoints kept.
+        dtype: of the forward pass under autocast (parameters and optimizer stay float32, the router too).
+        init: a run or model directory whose weights the run starts from.
+        resume: true = go on from the run's newest checkpoint if there is one; or a run or checkpoint directory.
+    """
+
+    steps: int | None = 1000
+    seconds: float | None = None
+    global_batch: int = 8
+    micro_batch: int | None = None
+    seq_len: int = 256
+    eval_every: int | None = None
+    eval_bytes: int | None = 200_000
+    save_every: int | None = 500
+    keep: int = 2
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    init: str | None = None
+    resume: bool | str = False
+
+    def __post_init__(self) -> None:
+        rule = f"and train.seconds ({self.seconds}) are two ways to end a run and exactly one must be set"
+        fix = "make one of them null, as in train.steps=1000 train.seconds=null"
+        check((self.steps is None) != (self.seconds is None), "train.steps", self.steps, rule, fix)
+        for name in ("steps", "micro_batch", "eval_every", "eval_bytes", "save_every"):
+            if getattr(self, name) is not None:
+                _at_least_one(f"train.{name}", getattr(self, name))
+        for name in ("global_batch", "keep"):
+            _at_least_one(f"train.{name}", getattr(self, name))
+        check(self.seq_len >= 2, "train.seq_len", self.seq_len, "must be at least 2", "use 256")
+        if self.seconds is not None:
+            _positive("train.seconds", self.seconds, "use 180")
+        if self.init is not None and self.resume is not False:
+            rule = "can not be combined with train.resume"
+            check(False, "train.init", self.init, rule, "resume continues a run, init starts a new one: keep one")
+        check(self.resume != "", "train.resume", repr(self.resume), "must be true, false or a directory", "name a run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What a run tells.
+
+    Args:
+        every: steps between rows of `metrics.jsonl` and progress lines.
+        wandb: also log to Weights & Biases: online with a key, offline without one.
+        project: its project there.
+    """
+
+    every: int = 10
+    wandb: bool = False
+    project: str = "turnout"
+
+    def __post_init__(self) -> None:
+        _at_least_one("log.every", self.every)
+        check(bool(self.project), "log.project", repr(self.project), "must not be empty", "use log.project=turnout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that a training run computes from. `model.moe` holds the `moe` group."""
+
+    model: ModelConfig
+    data: DataConfig
+    seed: int = 0
+    engine: Literal["native", "deepspeed"] = "native"
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        check(0 <= self.seed < 2**63, "seed", self.seed, "must lie in [0, 2**63)", "use seed=0")
+        model, seq_len = self.model, self.train.seq_len
+        rule = f"must equal data.vocab_size ({self.data.vocab_size})"
+        fits = model.vocab_size == self.data.vocab_size
+        check(fits, "model.vocab_size", model.vocab_size, rule, "leave it to follow data.vocab_size")
+        rule = f"can not exceed model.max_seq_len ({model.max_seq_len})"
+        check(seq_len <= model.max_seq_len, "train.seq_len", seq_len, rule, "shorten rows or raise model.max_seq_len")
+        if model.moe is not None:
+            tokens = model.moe.capacity_tokens
+            rule = f"must equal train.seq_len ({seq_len}), the group whose capacity is shared in training"
+            check(tokens in (None, seq_len), "moe.capacity_tokens", tokens, rule, "leave it to follow train.seq_len")
+        if self.engine == "deepspeed":
+            rule = "is not built for engine=deepspeed (ZeRO shards flat AdamW states)"
+            check(self.optim.name == "adamw", "optim.name", self.optim.name, rule, "use optim.name=adamw")
+
+    def layout(self, world: int) -> Layout:
+        """How `world` ranks share the run.
+
+        Raises:
+            ConfigError: the mesh does not fit the ranks, or the batch does not divide over them.
+        """
+        layout = self.parallel.resolve(world, self.model.moe.num_experts if self.model.moe else None)
+        rows, micro, dp = self.train.global_batch, self.train.micro_batch, layout.dp
+        rule = f"must be a multiple of the {dp} data-parallel ranks"
+        check(rows % dp == 0, "train.global_batch", rows, rule, f"use {max(rows // dp, 1) * dp}")
+        rule = f"must divide the {rows // dp} rows of a rank (train.global_batch / {dp})"
+        divides = micro is None or (rows // dp) % micro == 0
+        check(divides, "train.micro_batch", micro, rule, "use a divisor, or null for no accumulation")
+        return layout
+
+    def micro_batches(self, dp: int) -> int:
+        """Forward passes of one rank in one optimizer step."""
+        rows = self.train.global_batch // dp
+        return rows // (self.train.micro_batch or rows)
+
+
+# What two runs must share for one to go on from the other's checkpoint: what the parameters are and what they have seen.
+IDENTITY = ("model", "data", "seed", "optim.name", "train.global_batch", "train.seq_len")
+
+
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a run's plain configuration (`to_dict`) that its checkpoints depend on, flat: dotted key → value."""
+    flat = _flatten(config)
+    return {key: value for key, value in flat.items() if any(f"{key}.".startswith(f"{name}.") for name in IDENTITY)}
+
+
+def _flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flatten(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value})
+    return flat
+
+
+def _at_least_one(name: str, value: int) -> None:
+    check(value >= 1, name, value, "must be at least 1", f"use {name}=1 or more")
+
+
+def _positive(name: str, value: float, fix: str = "use a small positive number") -> None:
+    check(0 < value < float("inf"), name, value, "must be positive and finite", fix)

@@ -1,0 +1,117 @@
+"""A run's whole state as named tensors and plain JSON, and back.
+
+Tensors are named `model/<parameter>` and `optim/<parameter>/<key>`, each with the place of this rank's slice in the
+global tensor, so any layout can load what another saved. The JSON holds the rest: step, cursor, counters, identity.
+Every random number of a run is keyed by (seed, step, layer, token index): step and seed ARE the random streams.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from ... import CheckpointError, ConfigError
+from ...configs.typed import build
+from ...parallel.checkpoint import Checkpoint
+from ...parallel.shard import ShardSpec
+from ..data.rows import Cursor
+from .optim import Muon
+
+STATE_KEYS: Mapping[type, tuple[str, ...]] = {AdamW: ("exp_avg", "exp_avg_sq"), Muon: ("momentum",)}
+Named = dict[str, tuple[Tensor, ShardSpec]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands.
+
+    Args:
+        step: optimizer steps done.
+        cursor: rows consumed, in the global order.
+        tokens: valid target tokens seen.
+        seconds: trained so far, over all parts of the run.
+        wandb_id: wandb's name for the run.
+    """
+
+    step: int = 0
+    cursor: Cursor = field(default_factory=Cursor)
+    tokens: int = 0
+    seconds: float = 0.0
+    wandb_id: str | None = None
+
+
+def tensors(model: nn.Module, optimizers: Sequence[Optimizer], shards: Mapping[str, ShardSpec]) -> Named:
+    """Every tensor of the run under its name, with its place in the global one."""
+    weights = dict(model.named_parameters())
+    named: Named = {f"model/{name}": (weight.detach(), shards[name]) for name, weight in weights.items()}
+    for name, weight, optimizer in _owned(weights, optimizers):
+        for key in STATE_KEYS[type(optimizer)]:
+            named[f"optim/{name}/{key}"] = (optimizer.state[weight][key], shards[name])
+    return named
+
+
+@torch.no_grad()
+def restore(
+    checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[Optimizer], shards: Mapping[str, ShardSpec]
+) -> None:
+    """Fill model and optimizers in place with this rank's slices.
+
+    Raises:
+        CheckpointError: the checkpoint has other tensors than the run, or other shapes.
+    """
+    weights = dict(model.named_parameters())
+    owned = list(_owned(weights, optimizers))
+    wanted = {f"model/{name}" for name in weights}
+    wanted |= {f"optim/{name}/{key}" for name, _, optimizer in owned for key in STATE_KEYS[type(optimizer)]}
+    differing = sorted(wanted ^ set(checkpoint.names()))
+    if differing:
+        raise CheckpointError(
+            f"{checkpoint.path} and the run differ in {len(differing)} tensors ({differing[0]}, ...): "
+            "resume with the model and the optimizer that wrote it"
+        )
+    for name, weight in weights.items():
+        weight.copy_(checkpoint.read(f"model/{name}", shards[name], tuple(weight.shape)))
+    step = float(checkpoint.meta["step"])
+    for name, weight, optimizer in owned:
+        state: dict[str, Any] = {
+            key: checkpoint.read(f"optim/{name}/{key}", shards[name], tuple(weight.shape)).to(weight.device)
+            for key in STATE_KEYS[type(optimizer)]
+        }
+        if isinstance(optimizer, AdamW):
+            state["step"] = torch.tensor(step, dtype=torch.float32, device=weight.device)
+        optimizer.state[weight] = state
+
+
+def to_meta(progress: Progress, identity: Mapping[str, Any], tokenizer: str) -> dict[str, Any]:
+    """The JSON part of a checkpoint."""
+    return {**asdict(progress), "identity": dict(identity), "tokenizer": tokenizer}
+
+
+def from_meta(meta: Mapping[str, Any], identity: Mapping[str, Any], tokenizer: str) -> Progress:
+    """Where the checkpoint stands, after checking that it is of the same run.
+
+    Raises:
+        ConfigError: model, data, seed, optimizer or batch differ from those that wrote it; the first is named.
+    """
+    then = {**meta["identity"], "tokenizer": meta["tokenizer"]}
+    now = {**identity, "tokenizer": tokenizer}
+    for key in sorted(then.keys() | now.keys()):
+        if then.get(key) != now.get(key):
+            raise ConfigError(
+                f"{key} ({now.get(key)}) was {then.get(key)} when the checkpoint was written and can not change on "
+                "resume: set it back, or start a new run with train.init"
+            )
+    known = {key: meta[key] for key in Progress.__dataclass_fields__}
+    return build(Progress, known)
+
+
+def _owned(weights: Mapping[str, nn.Parameter], optimizers: Sequence[Optimizer]) -> Any:
+    """(name, parameter, its optimizer), in the optimizers' order."""
+    names = {weight: name for name, weight in weights.items()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                yield names[weight], weight, optimizer
