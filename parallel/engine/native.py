@@ -4,11 +4,12 @@ Losses are sums divided by a global token count, so every reduction here is a pl
 and nothing is divided. In a world of one there is no DDP and no communication.
 
     logits = engine.forward(tokens_T, positions_T, ctx)
-    engine.backward(loss, last=True)       # last=False: accumulate, nothing travels
+    engine.backward(loss, last=True)       # last=False: accumulate, no gradient travels
     result = engine.step()                 # norm, vote, clip, optimizers; gradients are gone afterwards
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,18 +65,29 @@ class NativeEngine:
         self._last = True
         self._wrapped: nn.Module = model
         if mesh.dense is not None:
-            model._ddp_params_and_buffers_to_ignore = sorted(self.sharded)
-            with naming("start of data parallelism"):
-                self._wrapped = DistributedDataParallel(
-                    model,
-                    process_group=mesh.dense.get_group(),
-                    broadcast_buffers=False,
-                    gradient_as_bucket_view=True,
-                )
-            self._wrapped.register_comm_hook(self, _sum_bucket)
+            self._wrapped = self._replicate(mesh.dense.get_group())
+
+    def _replicate(self, group: dist.ProcessGroup) -> DistributedDataParallel:
+        """The model in DDP, experts left out.
+
+        `find_unused_parameters`: a rank without tokens may leave parameters untouched, which must not hang the others;
+        and DDP then keeps its first buckets, so a sum of more than two ranks has one order, resumed or not.
+        """
+        self.model._ddp_params_and_buffers_to_ignore = sorted(self.sharded)  # type: ignore[assignment]
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        with naming("start of data parallelism"):
+            wrapped = DistributedDataParallel(
+                self.model,
+                process_group=group,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=True,
+            )
+        wrapped.register_comm_hook(self, _sum_bucket)
+        return wrapped
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward pass, prepared for `backward`."""
+        """The model's forward pass, prepared for `backward`; every loss must derive from what it returns."""
         with naming("forward pass"):
             return self._wrapped(*args, **kwargs)
 
@@ -92,7 +104,8 @@ class NativeEngine:
             group = self.mesh.expert.get_group("edp")
             with naming("sum of the expert gradients"):
                 for name, parameter in self.model.named_parameters():
-                    if name in self.sharded and parameter.grad is not None:
+                    if name in self.sharded:
+                        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                         _sum_in_float32(parameter.grad, group)
 
     def step(self) -> StepResult:
