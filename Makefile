@@ -1,7 +1,7 @@
 # Every target sets up what it needs: Python 3.11 or newer and a C compiler are enough.
 #   make quickstart   train, evaluate and serve a small Switch model (QUICK=1: the reduced form)
 #   make test         the quick tier; make test-full: everything
-#   make lint         ruff; make typecheck: mypy
+#   make lint         ruff; make typecheck: mypy; make docs: docs/architecture.md
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,7 @@ DEV := $(VENV)/.dev-$(KEY)
 
 MIN_TESTS := 1
 
-.PHONY: install quickstart test test-full lint typecheck clean
+.PHONY: install quickstart test test-full lint typecheck docs clean
 
 install: $(RUNTIME)
 
@@ -33,6 +33,9 @@ lint: $(DEV)
 
 typecheck: $(DEV)
 	$(BIN)/mypy
+
+docs: $(RUNTIME)
+	$(BIN)/python docs/build.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info
