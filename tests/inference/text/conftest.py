@@ -1,31 +1,10 @@
-"""Tokenizers of both families, small and real."""
+"""The other family of tokenizers; the byte-level one is shared by all tests of the engine."""
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers
 
 from turnout.inference.text.tokenizer import TextTokenizer
-
-SAMPLE = [
-    "The import statement combines two operations; it searches for the named module, then it binds the results.",
-    "naïve café, Grüße, 日本語のテキスト, 한국어, emoji 👩‍👩‍👧‍👦 and 👍🏽 and 🏳️‍🌈.",
-    "def push(self, token_id: int) -> str:\n    return self._decoder.decode(data)\n",
-]
-SPECIAL = "<|endoftext|>"
-
-
-@pytest.fixture(scope="session")
-def byte_level() -> TextTokenizer:
-    """Byte-level BPE with few merges, so that most characters outside ASCII are spread over several tokens."""
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=[SPECIAL], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator(SAMPLE, trainer)
-    tokenizer.add_tokens(["<tool call>"])  # not special, and with a blank that byte-level BPE would not spell so
-    return TextTokenizer(tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,209 @@
+"""The engine in a thread of its own, for asyncio: many callers, one owner of model and requests.
+
+Callers put commands into an inbox and wait; the thread takes them between steps and sends outputs back through the
+callers' event loops. Outputs are cumulative, so a slow caller keeps only the newest. Every request gets exactly one
+last output, or one error; when the thread dies, all that wait learn the root cause.
+"""
+
+import asyncio
+import contextlib
+import queue
+import threading
+import uuid
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterable
+from functools import partial
+
+from .. import TurnoutError
+from .core.sampling import SamplingParams
+from .engine import Engine, EngineStats, FailedOutput, Prepared, Prompt
+from .errors import EngineStoppedError
+from .outputs import RequestOutput
+
+
+class _Stream:
+    """One caller's mailbox; only its event loop touches it."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._news = asyncio.Event()
+        self._latest: RequestOutput | TurnoutError | None = None
+
+    def put(self, item: RequestOutput | TurnoutError) -> None:
+        self._latest = item
+        self._news.set()
+
+    async def get(self) -> RequestOutput:
+        """The newest output that was not taken yet; raises the error that ended the request."""
+        await self._news.wait()
+        self._news.clear()
+        item, self._latest = self._latest, None
+        if isinstance(item, FailedOutput) and item.error is not None:
+            item = item.error
+        if isinstance(item, TurnoutError):
+            raise item
+        assert item is not None, "news without an item"
+        return item
+
+
+class AsyncEngine:
+    """An `Engine` for concurrent callers. Its methods may be called from any event loop.
+
+    Args:
+        engine: nobody else may use it from now on.
+
+    Attributes:
+        tokenizer, chat, config, model_config: the engine's; read-only.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.tokenizer = engine.tokenizer
+        self.chat = engine.chat
+        self.config = engine.config
+        self.model_config = engine.model_config
+        self._engine = engine
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._streams: dict[str, _Stream] = {}  # the thread's
+        self._stats = engine.stats()
+        self._door = threading.Lock()  # nothing enters the inbox once `_stopped` says why
+        self._stopped: str | None = None
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="turnout-engine", daemon=True)
+
+    @property
+    def healthy(self) -> bool:
+        """The thread runs and takes requests."""
+        return self._thread.is_alive() and self._stopped is None
+
+    def start(self) -> None:
+        """Start the thread, once."""
+        self._thread.start()
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Abort what still runs, after the step at hand, and join the thread. Idempotent.
+
+        Args:
+            timeout: seconds to wait for the thread; None = until it is done.
+        """
+        with contextlib.suppress(EngineStoppedError):
+            self._send(self._stop)
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, priority: int = 0
+    ) -> AsyncIterator[RequestOutput]:
+        """Run a request and yield its cumulative outputs; the last one is `finished`.
+
+        Leaving the iteration early aborts the request. Intermediate outputs may be skipped when the caller is slow.
+
+        Raises:
+            RequestError: it can not be served as asked. QueueFullError: too many wait. QueueTimeoutError: it waited
+            too long. NonFiniteError: its logits are not finite. EngineStoppedError: the engine is down.
+        """
+        name = request_id or uuid.uuid4().hex
+        prepared = await asyncio.to_thread(self._engine.prepare, name, prompt, params, priority)
+        stream, finished = _Stream(), False
+        self._send(partial(self._add, prepared, stream))
+        try:
+            while not finished:
+                output = await stream.get()
+                finished = output.finished
+                yield output
+        finally:
+            if not finished:
+                with contextlib.suppress(EngineStoppedError):
+                    self._send(partial(self._abort, name, stream))
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its last output, with finish reason "abort", still comes. Unknown ids are no error."""
+        with contextlib.suppress(EngineStoppedError):
+            self._send(partial(self._abort, request_id))
+
+    def stats(self) -> EngineStats:
+        """As of the last step."""
+        return self._stats
+
+    def _send(self, command: Callable[[], None]) -> None:
+        with self._door:
+            if self._stopped is not None:
+                raise EngineStoppedError(self._stopped)
+            self._inbox.put(command)
+
+    # What follows runs in the engine's thread.
+
+    def _run(self) -> None:
+        reason = "the engine was shut down"
+        try:
+            while not self._stopping:
+                self._take_commands()
+                if self._engine.has_unfinished:
+                    self._publish(self._engine.step())
+                self._stats = self._engine.stats()
+        except BaseException as error:
+            reason = f"the engine crashed: {type(error).__name__}: {error}"
+            raise  # the traceback goes to stderr through threading's hook
+        finally:
+            self._close(reason)
+
+    def _take_commands(self) -> None:
+        """Run what is in the inbox; wait for it when there is nothing else to do."""
+        while not self._stopping:
+            try:
+                command = self._inbox.get(block=not self._engine.has_unfinished)
+            except queue.Empty:
+                return
+            command()
+            self._stats = self._engine.stats()
+
+    def _add(self, prepared: Prepared, stream: _Stream) -> None:
+        try:
+            self._engine.add(prepared)
+        except TurnoutError as error:
+            self._deliver([(stream, error)])
+        else:
+            self._streams[prepared.request_id] = stream
+
+    def _abort(self, request_id: str, stream: _Stream | None = None) -> None:
+        """`stream` names the caller that left: a request of the same id that is not its own goes on."""
+        if stream is None or self._streams.get(request_id) is stream:
+            output = self._engine.abort(request_id)
+            self._publish([] if output is None else [output])
+
+    def _stop(self) -> None:
+        self._stopping = True
+        self._publish(self._engine.abort_all())
+
+    def _publish(self, outputs: Iterable[RequestOutput]) -> None:
+        mail = []
+        for output in outputs:
+            stream = self._streams[output.request_id]
+            if output.finished:
+                del self._streams[output.request_id]
+            mail.append((stream, output))
+        self._deliver(mail)
+
+    def _deliver(self, mail: Iterable[tuple[_Stream, RequestOutput | TurnoutError]]) -> None:
+        by_loop = defaultdict(list)
+        for stream, item in mail:
+            by_loop[stream.loop].append((stream, item))
+        for loop, items in by_loop.items():
+            with contextlib.suppress(RuntimeError):  # a closed loop: nobody waits any more
+                loop.call_soon_threadsafe(_put_all, items)
+
+    def _close(self, reason: str) -> None:
+        """Refuse new commands, then tell everyone who waits or has just asked."""
+        with self._door:
+            self._stopped = f"{reason}: start it again"
+        waiting = list(self._streams.values())
+        while not self._inbox.empty():
+            command = self._inbox.get()
+            if isinstance(command, partial) and command.func == self._add:
+                waiting.append(command.args[1])
+        self._deliver([(stream, EngineStoppedError(self._stopped)) for stream in waiting])
+        self._streams.clear()
+
+
+def _put_all(items: Iterable[tuple[_Stream, RequestOutput | TurnoutError]]) -> None:
+    for stream, item in items:
+        stream.put(item)

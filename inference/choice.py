@@ -1,0 +1,71 @@
+"""One choice of a request as its caller sees it: tokens, text, log-probabilities, finish reason.
+
+The scheduler knows tokens only; stop strings and characters are decided here, one token at a time.
+"""
+
+from .core.request import FinishReason, Request
+from .outputs import CompletionOutput
+from .text.detokenizer import Detokenizer
+from .text.stop import StopText
+from .text.tokenizer import TextTokenizer
+
+
+class Choice:
+    """The growing output of one scheduler request.
+
+    Attributes:
+        request_id: the caller's id; all choices of a request share it.
+        request: the scheduler's side of this choice.
+        seed: key of its random numbers.
+        finish_reason: set once; then nothing changes any more.
+    """
+
+    def __init__(self, request_id: str, request: Request, tokenizer: TextTokenizer, seed: int) -> None:
+        params = request.params
+        self.request_id = request_id
+        self.request = request
+        self.seed = seed
+        self.finish_reason: FinishReason | None = None
+        self._token_ids: list[int] = []
+        self._logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
+        self._detokenizer = Detokenizer(tokenizer, request.prompt_token_ids, params.skip_special_tokens)
+        self._text = StopText(params.stop or (), params.include_stop_str_in_output)
+
+    def advance(self, token: int, logprobs: dict[int, float] | None, reason: FinishReason | None) -> None:
+        """Take the next token.
+
+        Args:
+            token: its id.
+            logprobs: of this token, when asked for.
+            reason: the scheduler's, when this token ends the request. A stop string that completes in it wins.
+        """
+        assert self.finish_reason is None, "a finished choice gets no token"
+        params = self.request.params
+        self._token_ids.append(token)
+        if self._logprobs is not None:
+            assert logprobs is not None, "the sampler reports every request that asked"
+            self._logprobs.append(logprobs)
+        if reason == "stop" and not params.include_stop_str_in_output:
+            self.finish("stop")  # the stop token is no part of the text
+            return
+        search = len(self._token_ids) > params.min_tokens
+        if self._text.push(self._detokenizer.push(token), search):
+            self.finish_reason = "stop"
+        elif reason is not None:
+            self.finish(reason)
+
+    def finish(self, reason: FinishReason) -> None:
+        """End the choice and show what was held back; without effect when it has ended."""
+        if self.finish_reason is None:
+            self._text.push(self._detokenizer.flush(), search=False)
+            self.finish_reason = reason
+
+    def output(self) -> CompletionOutput:
+        """A snapshot for the caller."""
+        return CompletionOutput(
+            index=self.request.choice,
+            text=self._text.shown if self.finish_reason is None else self._text.text,
+            token_ids=list(self._token_ids),
+            logprobs=None if self._logprobs is None else list(self._logprobs),
+            finish_reason=self.finish_reason,
+        )

@@ -1,0 +1,271 @@
+"""The engine: every request's fate from its prompt to its last character, one step at a time.
+
+`step` is schedule → batch → forward → sample → commit → text. It owns scheduler, blocks, KV cache and model; one thread
+uses it (`AsyncEngine` gives it one of its own).
+"""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .. import ConfigError, NonFiniteError, RequestError, TurnoutError
+from ..configs.typed import digest
+from ..moe import Decoder, ModelConfig, load_model
+from ..moe.models.store import model_directory
+from .choice import Choice
+from .config import EngineConfig
+from .core.blocks import BlockManager
+from .core.request import Request
+from .core.sampling import SamplingParams
+from .core.scheduler import Scheduler, SchedulerStats, StepPlan
+from .errors import QueueTimeoutError
+from .outputs import RequestOutput
+from .run.kv import free_memory, plan_kv
+from .run.runner import ModelRunner
+from .run.sampler import Sampled, sample
+from .text.chat import ChatTemplate
+from .text.tokenizer import TextTokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class FailedOutput(RequestOutput):
+    """The last output of a request that could not be finished: `error` says why, unfinished choices are "abort"."""
+
+    error: TurnoutError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats(SchedulerStats):
+    """The scheduler's gauges and counters, and the engine's own since start.
+
+    Args:
+        steps: steps that computed something.
+        computed_tokens: tokens that went through the model, recomputed ones included.
+    """
+
+    steps: int = 0
+    computed_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A checked request that has not been added yet."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    priority: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """A live request: its choices, by index."""
+
+    prepared: Prepared
+    choices: tuple[Choice, ...]
+
+
+class Engine:
+    """Continuous batching over one model.
+
+    Args:
+        model: in evaluation mode, on its device.
+        tokenizer: the model's.
+        config: limits and sizes; what it leaves open is resolved here.
+        chat: the model's chat template; None = a plain transcript.
+
+    Attributes:
+        config: resolved: `max_model_len` and `num_blocks` are numbers.
+        kv_plan: how large the KV cache is and why.
+
+    Raises:
+        ConfigError: settings that do not fit the model or the memory.
+    """
+
+    def __init__(
+        self, model: Decoder, tokenizer: TextTokenizer, config: EngineConfig, chat: ChatTemplate | None = None
+    ) -> None:
+        longest = model.cfg.max_seq_len
+        length = config.max_model_len or longest
+        if length > longest:
+            raise ConfigError(f"max_model_len ({length}) must not exceed the model's max_seq_len: use {longest}")
+        weight = model.embed.weight
+        self.kv_plan = plan_kv(model.cfg, config, length, weight.dtype, free_memory(weight.device))
+        self.config = replace(config, max_model_len=length, num_blocks=self.kv_plan.num_blocks)
+        self.model_config: ModelConfig = model.cfg
+        self.tokenizer = tokenizer
+        self.chat = chat or ChatTemplate(tokenizer)
+        self.runner = ModelRunner(model, self.kv_plan)
+        self.blocks = BlockManager(
+            self.kv_plan.num_blocks,
+            config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+            fingerprint=f"{digest(model.cfg)} {weight.dtype}".encode(),
+        )
+        self.scheduler = Scheduler(self.config, self.blocks, time.monotonic)
+        self._eos = frozenset(() if model.cfg.eos_token_id is None else (model.cfg.eos_token_id,))
+        self._groups: dict[str, _Group] = {}
+        self._choices: dict[str, Choice] = {}
+        self._arrivals = 0
+        self._steps = 0
+        self._computed_tokens = 0
+
+    @classmethod
+    def from_path(
+        cls, path: str | Path, config: EngineConfig | None = None, device: str | torch.device | None = None
+    ) -> "Engine":
+        """Load a run or model directory.
+
+        Args:
+            path: a Turnout run or model directory.
+            config: the engine's settings.
+            device: None = the GPU if there is one.
+
+        Raises:
+            CheckpointError, DataError: files are missing or broken. ConfigError: settings do not fit.
+        """
+        config, directory = config or EngineConfig(), model_directory(path)
+        tokenizer = TextTokenizer.from_dir(directory)
+        chat = ChatTemplate.from_dir(directory, tokenizer)
+        model = load_model(directory, config.dtype, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(model, tokenizer, config, chat)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._groups)
+
+    def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> Prepared:
+        """Tokenise and check a request without touching the engine's state; any thread may call it.
+
+        Raises:
+            RequestError: token ids outside the vocabulary, or text that is not valid Unicode.
+        """
+        vocabulary = self.model_config.vocab_size
+        for field, ids in (
+            ("prompt", () if isinstance(prompt, str) else prompt),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
+            for token in ids or ():
+                if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocabulary:
+                    raise RequestError(f"{field} ({token!r}) must hold token ids from 0 to {vocabulary - 1}", field)
+        text = prompt if isinstance(prompt, str) else None
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return Prepared(
+            request_id=request_id, prompt=text, prompt_token_ids=tuple(ids), params=params, priority=priority
+        )
+
+    def add(self, prepared: Prepared) -> None:
+        """Queue a prepared request, all of its choices or none.
+
+        Raises:
+            RequestError: it can never run, or its id is taken. QueueFullError: too many wait.
+        """
+        name, params = prepared.request_id, prepared.params
+        if name in self._groups:
+            raise RequestError(f"request_id ({name!r}) must be new among live requests: choose another", "request_id")
+        arrival = time.monotonic()
+        requests = [
+            Request(
+                id=f"{name}#{choice}",
+                prompt_token_ids=prepared.prompt_token_ids,
+                params=params,
+                arrival=arrival,
+                priority=prepared.priority,
+                eos_token_ids=self._eos,
+                choice=choice,
+            )
+            for choice in range(params.n)
+        ]
+        self.scheduler.add(*requests)
+        seed = self._own_seed() if params.seed is None else params.seed
+        self._arrivals += 1
+        choices = tuple(Choice(name, request, self.tokenizer, seed) for request in requests)
+        self._groups[name] = _Group(prepared=prepared, choices=choices)
+        self._choices.update((choice.request.id, choice) for choice in choices)
+
+    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> None:
+        """`prepare` and `add` in one."""
+        self.add(self.prepare(request_id, prompt, params, priority))
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request wherever it stands and return its last output; None when it is not (or no longer) known."""
+        return self._end(request_id) if request_id in self._groups else None
+
+    def abort_all(self) -> list[RequestOutput]:
+        """End every request."""
+        return [self._end(request_id) for request_id in list(self._groups)]
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step and return the new state of every request that it changed."""
+        plan = self.scheduler.schedule()
+        rule = f"the request waited longer than queue_timeout ({self.config.queue_timeout} s): try again later"
+        late = {self._choices[request.id].request_id for request in plan.expired}
+        ended = [self._end(name, QueueTimeoutError(rule)) for name in late]
+        sampled = self._compute(plan)
+        broken = {self._choices[i].request_id for i, result in sampled.items() if result.token is None}
+        rule = "the logits of this request are not finite: check the model's weights"
+        ended += [self._end(name, NonFiniteError(rule)) for name in broken]
+        tokens = {i: result.token for i, result in sampled.items() if result.token is not None}
+        advanced: dict[str, None] = {}
+        for request in self.scheduler.commit(plan, tokens):
+            advanced[self._advance(request, sampled[request.id])] = None
+        return ended + [self._output(name) for name in advanced]
+
+    def stats(self) -> EngineStats:
+        return EngineStats(**asdict(self.scheduler.stats()), steps=self._steps, computed_tokens=self._computed_tokens)
+
+    def _compute(self, plan: StepPlan) -> dict[str, Sampled]:
+        """Forward and sample: scheduler request id → next token, for every request that samples in this step."""
+        if not plan.scheduled:
+            return {}
+        self._steps += 1
+        self._computed_tokens += plan.num_tokens
+        batch, logits_RV = self.runner.execute(plan)
+        ids = [request.id for request in batch.sampling]
+        results = sample(logits_RV, batch.sampling, [self._choices[i].seed for i in ids])
+        return dict(zip(ids, results, strict=True))
+
+    def _advance(self, request: Request, result: Sampled) -> str:
+        """Hand a committed token to its choice, and its stop string back to the scheduler."""
+        choice = self._choices[request.id]
+        choice.advance(request.token_ids[-1], result.logprobs, request.finish_reason)
+        if choice.finish_reason is not None:
+            self.scheduler.finish(request.id, choice.finish_reason)  # without effect when the scheduler ended it
+        return choice.request_id
+
+    def _end(self, request_id: str, error: TurnoutError | None = None) -> RequestOutput:
+        """Abort what still runs of a request, for `error` or because its caller wants it."""
+        for choice in self._groups[request_id].choices:
+            self.scheduler.abort(choice.request.id)
+            choice.finish("abort")
+        return self._output(request_id, error)
+
+    def _output(self, request_id: str, error: TurnoutError | None = None) -> RequestOutput:
+        """The request's state for its caller; a finished request is forgotten."""
+        group = self._groups[request_id]
+        finished = all(choice.finish_reason is not None for choice in group.choices)
+        if finished:
+            del self._groups[request_id]
+            for choice in group.choices:
+                del self._choices[choice.request.id]
+        state = (
+            request_id,
+            group.prepared.prompt,
+            list(group.prepared.prompt_token_ids),
+            [choice.output() for choice in group.choices],
+            finished,
+            group.choices[0].request.num_cached_tokens,
+        )
+        return RequestOutput(*state) if error is None else FailedOutput(*state, error)
+
+    def _own_seed(self) -> int:
+        """The key of a request without a seed: the engine's seed and how many requests came before it."""
+        key = f"{self.config.seed}/{self._arrivals}".encode()
+        return int.from_bytes(hashlib.sha256(key).digest()[:8], "little")

@@ -1,0 +1,128 @@
+"""The KV cache's tensors and how large they are.
+
+The size is planned first, as data that can be printed and tested, then allocated. Keys and values of a layer are
+[num_blocks, block_size, G, d]: G kv heads, d head size.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ... import ConfigError
+from ...moe import ModelConfig
+from ..config import EngineConfig
+
+MIB = 2**20
+CUDA_SHARE = 0.8
+"""Of the memory that is free on a GPU once the weights are there; the rest is for activations."""
+HOST_SHARE = 0.25
+"""Of the machine's memory: a CPU server is rarely alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVPlan:
+    """How many blocks there are and why.
+
+    Attributes:
+        num_blocks: the null block included.
+        bytes_per_block: keys and values of all layers.
+        limit: what set the number: `num_blocks`, `kv_memory_mb`, `max_num_seqs` (every sequence fits at its longest)
+            or `free memory`.
+    """
+
+    num_blocks: int
+    block_size: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    limit: str
+
+    @property
+    def bytes_per_block(self) -> int:
+        return block_bytes(self.layers, self.block_size, self.kv_heads, self.head_dim, self.dtype)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.num_blocks * self.bytes_per_block
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the cache holds; the null block holds none."""
+        return (self.num_blocks - 1) * self.block_size
+
+    def __str__(self) -> str:
+        return (
+            f"KV cache: {self.num_blocks} blocks of {self.block_size} tokens, {self.tokens} tokens, "
+            f"{self.total_bytes / MIB:.1f} MiB as {str(self.dtype).removeprefix('torch.')} (set by {self.limit})"
+        )
+
+
+def block_bytes(layers: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of one block: keys and values of all layers."""
+    return 2 * layers * block_size * kv_heads * head_dim * dtype.itemsize
+
+
+def plan_kv(
+    model: ModelConfig, config: EngineConfig, max_model_len: int, dtype: torch.dtype, free_bytes: int
+) -> KVPlan:
+    """Size the KV cache.
+
+    Args:
+        model: the model's shapes.
+        config: `num_blocks` wins, then `kv_memory_mb`; without both every sequence fits at its longest, as far as
+            memory goes.
+        max_model_len: the longest sequence, in tokens.
+        dtype: of keys and values.
+        free_bytes: what the cache may take.
+
+    Raises:
+        ConfigError: not even one usable block beside the null block fits.
+    """
+    size = config.block_size
+    each = block_bytes(model.layers, size, model.kv_heads, model.head_dim, dtype)
+    wanted = 1 + config.max_num_seqs * -(-max_model_len // size)
+    if config.num_blocks is not None:
+        num_blocks, limit = config.num_blocks, "num_blocks"
+    elif config.kv_memory_mb is not None:
+        num_blocks, limit = config.kv_memory_mb * MIB // each, "kv_memory_mb"
+    elif wanted * each <= free_bytes:
+        num_blocks, limit = wanted, "max_num_seqs"
+    else:
+        num_blocks, limit = free_bytes // each, "free memory"
+    if num_blocks < 2:
+        have = config.kv_memory_mb if limit == "kv_memory_mb" else free_bytes // MIB
+        fix = f"use kv_memory_mb={-(-2 * each // MIB)} or more, or a smaller block_size"
+        raise ConfigError(f"{limit} ({have} MiB) must hold 2 blocks of {each / MIB:.2f} MiB: {fix}")
+    return KVPlan(
+        num_blocks=num_blocks,
+        block_size=size,
+        layers=model.layers,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        dtype=dtype,
+        limit=limit,
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that the KV cache may take on `device`, the model's weights being there already."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * CUDA_SHARE)
+    return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * HOST_SHARE)
+
+
+class KVCache:
+    """Keys and values of all layers; `layer(i)` gives one layer's pages, which `store_kv` writes in place."""
+
+    def __init__(self, plan: KVPlan, device: torch.device) -> None:
+        shape = (plan.layers, plan.num_blocks, plan.block_size, plan.kv_heads, plan.head_dim)
+        self.plan = plan
+        self.keys = torch.zeros(shape, dtype=plan.dtype, device=device)
+        self.values = torch.zeros(shape, dtype=plan.dtype, device=device)
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """(keys, values), each [num_blocks, block_size, G, d]."""
+        return self.keys[layer], self.values[layer]

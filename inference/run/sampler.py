@@ -1,0 +1,132 @@
+"""The next token of every request that samples, the whole batch at once.
+
+Logits go through suppressed tokens, temperature, top-k, top-p in this order (vLLM's), and one uniform number picks from
+the distribution in vocabulary order. That number is keyed by (seed, choice, position), so what a request draws depends
+neither on its batch-mates nor on its row, nor on chunking, preemption or cache hits. Ties go to the lower token id.
+
+R rows (one a request), V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...kernels import uniform
+from ...kernels.random import SAMPLE
+from ..core.request import Request
+from ..core.sampling import MAX_LOGPROBS
+
+GREEDY = 1e-5
+"""Temperatures below are greedy: float32 logits divided by them overflow."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One request's next token.
+
+    Args:
+        token: its id, or None when the logits are not finite: no token can be chosen and the request has failed.
+        logprobs: token id → log-probability in nats of the sampled and of the most probable tokens, before temperature
+            and truncation; None unless asked for.
+    """
+
+    token: int | None
+    logprobs: dict[int, float] | None = None
+
+
+@torch.inference_mode()
+def sample(logits_RV: Tensor, requests: Sequence[Request], seeds: Sequence[int]) -> list[Sampled]:
+    """Choose a token for each row.
+
+    Args:
+        logits_RV: float32, as the model gave them; not changed.
+        requests: one a row; their parameters, choice and position.
+        seeds: the 64-bit key of each request's random numbers.
+    """
+    if not requests:
+        return []
+    finite_R = logits_RV.amax(-1).isfinite()
+    scores_RV = _suppress(logits_RV, requests)
+    tokens_R = _lowest_argmax(scores_RV)
+    if any(r.params.temperature >= GREEDY for r in requests):
+        temperature_R = logits_RV.new_tensor([r.params.temperature for r in requests])
+        greedy_R = temperature_R < GREEDY
+        probs_RV = (scores_RV / temperature_R.masked_fill(greedy_R, 1.0)[:, None]).softmax(-1)
+        drawn_R = _draw(_truncate(probs_RV, requests), requests, seeds)
+        tokens_R = torch.where(greedy_R, tokens_R, drawn_R)
+    logprobs = _logprobs(logits_RV, tokens_R, requests)
+    rows = zip(tokens_R.tolist(), finite_R.tolist(), logprobs, strict=True)
+    return [Sampled(token, logprob) if finite else Sampled(None) for token, finite, logprob in rows]
+
+
+def _suppress(logits_RV: Tensor, requests: Sequence[Request]) -> Tensor:
+    """Logits with the tokens that may not come yet at −inf."""
+    vocabulary = logits_RV.shape[1]
+    places = [(row, t) for row, r in enumerate(requests) for t in r.suppressed_token_ids if t < vocabulary]
+    if not places:
+        return logits_RV
+    rows, columns = torch.tensor(places, device=logits_RV.device).unbind(1)
+    return logits_RV.index_put((rows, columns), logits_RV.new_tensor(-torch.inf))
+
+
+def _lowest_argmax(scores_RV: Tensor) -> Tensor:
+    """The lowest index among the highest scores (`torch.argmax` promises none of them)."""
+    vocabulary = scores_RV.shape[1]
+    at_V = torch.arange(vocabulary, device=scores_RV.device)
+    lowest_R = torch.where(scores_RV == scores_RV.amax(-1, keepdim=True), at_V, vocabulary).amin(-1)
+    return lowest_R.clamp(max=vocabulary - 1)  # a row of NaN has no maximum
+
+
+def _truncate(probs_RV: Tensor, requests: Sequence[Request]) -> Tensor:
+    """Probabilities (not renormalised) outside the top k, then outside the top p of what is left, set to 0.
+
+    At least one token stays. The order among equal probabilities is by token id.
+    """
+    vocabulary = probs_RV.shape[1]
+    top_k = [min(r.params.top_k, vocabulary) if r.params.top_k > 0 else vocabulary for r in requests]
+    top_p = [r.params.top_p for r in requests]
+    if min(top_k) >= vocabulary and min(top_p) >= 1:
+        return probs_RV
+    sorted_RV, order_RV = probs_RV.sort(dim=-1, descending=True, stable=True)
+    rank_V = torch.arange(vocabulary, device=probs_RV.device)
+    sorted_RV = sorted_RV.masked_fill(rank_V >= torch.tensor(top_k, device=probs_RV.device)[:, None], 0.0)
+    before_RV = sorted_RV.cumsum(-1, dtype=torch.float64) - sorted_RV
+    total_R1 = sorted_RV.sum(-1, keepdim=True, dtype=torch.float64)
+    limit_R = torch.tensor([p if p < 1 else torch.inf for p in top_p], dtype=torch.float64, device=probs_RV.device)
+    outside_RV = (before_RV >= limit_R[:, None] * total_R1) & (rank_V > 0)
+    return torch.zeros_like(probs_RV).scatter(1, order_RV, sorted_RV.masked_fill(outside_RV, 0.0))
+
+
+def _draw(probs_RV: Tensor, requests: Sequence[Request], seeds: Sequence[int]) -> Tensor:
+    """The token at which the cumulative probability passes u · total, u ~ U[0, 1) keyed by (seed, choice, position)."""
+    device = probs_RV.device
+    signed = [seed - 2**64 if seed >= 2**63 else seed for seed in seeds]
+    u_R1 = uniform(
+        torch.tensor(signed, device=device),
+        torch.tensor([r.num_tokens for r in requests], device=device),
+        step=torch.tensor([r.choice for r in requests], device=device),
+        layer=0,
+        purpose=SAMPLE,
+    )
+    cumulative_RV = probs_RV.cumsum(-1, dtype=torch.float64)
+    drawn_R = torch.searchsorted(cumulative_RV, u_R1 * cumulative_RV[:, -1:], right=True)[:, 0]
+    return drawn_R.clamp(max=probs_RV.shape[1] - 1)
+
+
+def _logprobs(logits_RV: Tensor, tokens_R: Tensor, requests: Sequence[Request]) -> list[dict[int, float] | None]:
+    """Of the sampled token, then of the most probable ones, best first."""
+    found: list[dict[int, float] | None] = [None] * len(requests)
+    rows = [row for row, r in enumerate(requests) if r.params.logprobs is not None]
+    if not rows:
+        return found
+    logprobs_PV = logits_RV[rows].log_softmax(-1)  # P of the R rows
+    sampled_P1 = tokens_R[rows][:, None]
+    top_PV, ids_PV = logprobs_PV.sort(dim=-1, descending=True, stable=True)
+    ids = torch.cat([sampled_P1, ids_PV[:, :MAX_LOGPROBS]], dim=1).tolist()
+    values = torch.cat([logprobs_PV.gather(1, sampled_P1), top_PV[:, :MAX_LOGPROBS]], dim=1).tolist()
+    for row, tokens, logprobs in zip(rows, ids, values, strict=True):
+        count = 1 + (requests[row].params.logprobs or 0)
+        found[row] = dict(zip(tokens[:count], logprobs[:count], strict=True))
+    return found
