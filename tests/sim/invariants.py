@@ -1,0 +1,110 @@
+"""The invariants of the scheduling core, checked from outside after every step. Each message names its rule."""
+
+from collections import Counter
+from collections.abc import Collection
+from itertools import pairwise
+
+from turnout.inference.core.request import Request
+from turnout.inference.core.scheduler import Scheduler, StepPlan
+
+from .doubles import MODEL, CanaryCache
+
+
+def check_blocks(scheduler: Scheduler, held: Collection[Request]) -> None:
+    """Counts, sets and tables; `held` are finished requests whose step is still launched."""
+    blocks = scheduler.blocks
+    free, idle = Counter(blocks.free), Counter(list(blocks.prefix.idle))
+    referenced = Counter(block for block, count in enumerate(blocks.counts) if count)
+    pool = Counter(range(1, blocks.num_usable + 1))
+    assert free + idle + referenced == pool, "I1 every usable block is in exactly one set"
+    owners = [*scheduler.running, *held]
+    tables = Counter(block for request in owners for block in request.block_table)
+    assert tables == +Counter(dict(enumerate(blocks.counts))), "I1 a count is the number of tables that hold the block"
+    for request in scheduler.waiting:
+        assert not request.block_table, "I2 a waiting request holds nothing"
+    for request in owners:
+        table = request.block_table
+        assert len(set(table)) == len(table), "I8 no block twice in a table"
+        for block in table[request.num_published_blocks :]:
+            assert blocks.counts[block] == 1, "I8 a writable block has one owner"
+    assert scheduler.stats().usage == len(referenced) / blocks.num_usable, "I10 usage = referenced / usable"
+
+
+class PrefixWatch:
+    """What was ever published: a name stands for one content for ever, and that content stays while it is published."""
+
+    def __init__(self) -> None:
+        self.value_of: dict[bytes, int] = {}
+        self.name_of: dict[int, bytes] = {}
+
+    def check(self, scheduler: Scheduler, cache: CanaryCache, roots: Collection[int]) -> None:
+        blocks, prefix = scheduler.blocks, scheduler.blocks.prefix
+        assert {name: block for block, name in prefix.hash_of.items()} == prefix.block_of, "I4 names and blocks agree"
+        assert set(prefix.idle) <= set(prefix.hash_of), "I1 idle blocks are published"
+        assert not set(blocks.free) & set(prefix.hash_of), "I1 a free block has no name"
+        last, first = {}, {}
+        for block, name in prefix.hash_of.items():
+            cells = cache.block(block)
+            assert all(cells), "I3 published only when computed"
+            assert all(a.value == b.previous for a, b in pairwise(cells)), "I3 a published block is one context"
+            value = cells[-1].value
+            first[block], last[value] = cells[0].previous, block
+            assert self.value_of.setdefault(name, value) == value, "I4 one content for one name"
+            assert self.name_of.setdefault(value, name) == name, "I4 one name for one content"
+        age = {block: i for i, block in enumerate(prefix.idle)}
+        for block, previous in first.items():
+            assert previous in last or previous in roots, "I6 a published block's parent is published"
+            parent = last.get(previous)
+            if block in age and parent in age:
+                assert age[block] < age[parent], "I6 tails are evicted before heads"
+
+    def longest_hit(self, scheduler: Scheduler, request: Request) -> int:
+        """Tokens that the published blocks hold of this request, at least one token left out."""
+        size, names = scheduler.blocks.block_size, scheduler.blocks.prefix.block_of
+        assert names.keys() <= self.value_of.keys(), "I3 planning publishes nothing"
+        published = {self.value_of[name] for name in names}
+        values, hit = MODEL.values(request), 0
+        while hit + size < request.num_tokens and values[hit + size - 1] in published:
+            hit += size
+        return hit
+
+
+def check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
+    """Budget, progress, fairness; to be called while the plan is launched."""
+    config = scheduler.config
+    counts = [item.count for item in plan.scheduled]
+    assert sum(counts) == plan.num_tokens <= config.max_num_batched_tokens, "the budget holds"
+    assert plan.num_tokens >= 1 or not scheduler.requests, "P1 something runnable, so at least one token"
+    assert all(count >= 1 for count in counts), "P1 nobody is scheduled for nothing"
+    assert [item.request for item in plan.scheduled] == scheduler.running, "P7 every running request gets its share"
+    assert len(scheduler.running) <= config.max_num_seqs, "seats hold"
+    for item in plan.scheduled:
+        request, end = item.request, item.start + item.count
+        assert item.start == request.num_computed_tokens, "a share starts where the last one ended"
+        assert end <= request.num_tokens, "only known tokens are computed"
+        assert item.samples == (end == request.num_tokens), "P6 only the last chunk samples"
+        assert len(item.block_table) * scheduler.blocks.block_size >= end, "every token has a slot"
+    assert all(item.samples for item in plan.scheduled[:-1]), "P7 no decode waits for a prefill"
+    _check_order(scheduler, plan)
+
+
+def _check_order(scheduler: Scheduler, plan: StepPlan) -> None:
+    running, waiting = scheduler.running, scheduler.waiting
+    assert waiting == sorted(waiting, key=lambda r: r.rank), "P10 the queue is in order of rank"
+    for victim in plan.preempted:
+        assert all(request.rank < victim.rank for request in running), "P4 the victim has the lowest rank"
+    for priority in {request.priority for request in waiting}:
+        started = [r.order for r in running if r.priority == priority]
+        queued = [r.order for r in waiting if r.priority == priority]
+        assert max(started, default=-1) < min(queued), "P10 first come, first served within a priority"
+    if plan.num_tokens < scheduler.config.max_num_batched_tokens and waiting and running:
+        urgent = min(request.priority for request in waiting)
+        assert all(request.priority <= urgent for request in running), "P4 no priority inversion"
+
+
+def check_drained(scheduler: Scheduler) -> None:
+    """Nothing is left of any request."""
+    stats = scheduler.stats()
+    assert (stats.running, stats.waiting, stats.usage) == (0, 0, 0.0), "I2 drained"
+    assert not scheduler.requests, "I2 no request is left"
+    assert not any(scheduler.blocks.counts), "I2 no block is left referenced"

@@ -1,0 +1,238 @@
+"""A simulated server: arrivals, aborts and stops by seed around a real scheduler, with every invariant checked.
+
+Nothing here knows how the scheduler decides; it knows what must hold whatever it decides. Replay a seed with
+`Simulation(seed).run()`.
+"""
+
+import random
+from collections import Counter
+
+from turnout import RequestError
+from turnout.inference.config import EngineConfig
+from turnout.inference.core.blocks import BlockManager
+from turnout.inference.core.request import QueueFullError, Request, Status
+from turnout.inference.core.sampling import SamplingParams
+from turnout.inference.core.scheduler import Scheduled, Scheduler, StepPlan
+
+from .doubles import EOS, MODEL, CanaryCache, FakeClock, HashModel
+from .invariants import PrefixWatch, check_blocks, check_drained, check_plan
+
+SALTS = ("", "tenant")
+ROOTS = frozenset(HashModel.root(salt) for salt in SALTS)
+
+
+class Simulation:
+    """One seed's server.
+
+    Args:
+        seed: decides everything.
+        scheduler, blocks: the classes under test; mutants are passed here.
+    """
+
+    def __init__(
+        self, seed: int, scheduler: type[Scheduler] = Scheduler, blocks: type[BlockManager] = BlockManager
+    ) -> None:
+        self.random = random.Random(seed)
+        self.config = self._config()
+        self.clock = FakeClock()
+        size, pool = self.config.block_size, self.config.num_blocks or 2
+        manager = blocks(pool, size, enable_prefix_caching=self.config.enable_prefix_caching)
+        self.scheduler = scheduler(self.config, manager, self.clock)
+        self.cache = CanaryCache(pool, size)
+        self.watch = PrefixWatch()
+        self.prompts: list[tuple[int, ...]] = []
+        self.requests: list[Request] = []
+        self.ended: dict[Request, tuple[int, ...]] = {}
+        """Finished requests and the tokens that they had then."""
+        self.streamed: dict[Request, list[int]] = {}
+        """What the clients received, token by token."""
+        self.natural: set[Request] = set()
+        """Those that ended by themselves."""
+        self.alphabet = self.random.choice((2, 3))
+        self.abort_rate = self.random.choice((0.0, 0.05, 0.3))
+        self.stop_rate = self.random.choice((0.0, 0.05))
+        self.burst = self.random.choice((1, 2, 6))
+        self.to_arrive = self.random.randint(1, 80)
+        self.seen: Counter[str] = Counter()
+        """How often each situation came up; the tests want all of them."""
+
+    def run(self) -> None:
+        steps = 0
+        while self.to_arrive > 0 or self.scheduler.requests:
+            if self.to_arrive > 0 and self.random.random() < 0.4:
+                for _ in range(self.random.randint(1, self.burst)):
+                    self._arrive()
+            self.step()
+            steps += 1
+            work = sum(len(r.prompt_token_ids) + r.max_tokens for r in self.requests)
+            assert steps <= 400 + work, "P2 the best-ranked request progresses in every step"
+        check_drained(self.scheduler)
+        self._check_outputs()
+        stats = self.scheduler.stats()
+        self.seen.update(preempted=stats.preemptions, hit=stats.prefix_hits, steps=steps)
+        assert stats.preemptions == sum(request.num_preemptions for request in self.requests)
+        assert stats.prefix_hits == sum(request.num_cached_tokens for request in self.requests)
+
+    def step(self) -> None:
+        """Everything that one turn of a server's loop can meet."""
+        self.clock.now += 1.0
+        self._abort_some("abort between steps")
+        fresh = {request for request in self.scheduler.requests.values() if request.status is not Status.RUNNING}
+        plan = self.scheduler.schedule()
+        for request in plan.expired:
+            self.seen["expired"] += 1
+            self._end(request)
+        check_plan(self.scheduler, plan)
+        self._check_hits(plan, fresh)
+        held = self._abort_some("abort during a step")
+        if self.to_arrive > 0 and self.random.random() < 0.1:
+            self._arrive()
+        check_blocks(self.scheduler, [r for r in held if r.in_flight])
+        sampled = self._execute(plan)
+        self._commit(plan, sampled)
+        check_blocks(self.scheduler, [])
+        self.watch.check(self.scheduler, self.cache, ROOTS)
+
+    def _config(self) -> EngineConfig:
+        draw = self.random
+        size = draw.choice((1, 2, 3, 4, 8))
+        seats = draw.choice((1, 2, 3, 8))
+        return EngineConfig(
+            max_num_seqs=seats,
+            max_num_batched_tokens=seats + draw.choice((0, 1, size - 1, size, size + 1, 64)),
+            block_size=size,
+            num_blocks=1 + draw.choice((1, 2, 3, 5, 7, 10, 24)),
+            max_model_len=draw.choice((None, None, 4 * size, 40)),
+            enable_prefix_caching=draw.random() < 0.85,
+            max_waiting=draw.choice((2, 20, 100)),
+            queue_timeout=draw.choice((None, None, 30.0)),
+        )
+
+    def _length(self) -> int:
+        """A length at, just below or just above a block boundary, mostly so that two of them fit the pool."""
+        most = min(((self.config.num_blocks or 2) + self.random.choice((0, 0, 0, 1))) // 2, 6)
+        return max(1, self.random.randint(0, most) * self.config.block_size + self.random.choice((-1, 0, 1)))
+
+    def _prompt(self) -> tuple[int, ...]:
+        prompt = [self.random.randrange(self.alphabet) for _ in range(self._length())]
+        if self.prompts and self.random.random() < 0.6:
+            shared = self.random.choice(self.prompts)
+            prompt = [*shared[: self._length()], *prompt][: max(len(prompt), 1)]
+        self.prompts.append(tuple(prompt))
+        return self.prompts[-1]
+
+    def _arrive(self) -> None:
+        """One prompt with one to three choices, with live or used-up ids, perhaps one that can not be served."""
+        self.to_arrive -= 1
+        prompt, max_tokens = self._prompt(), self._length()
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=self.random.choice((0, 0, max_tokens // 2)),
+            ignore_eos=self.random.random() < 0.7,
+            stop_token_ids=self.random.choice(((), (), (3,))),
+        )
+        name = f"request {self.random.randrange(40)}"
+        priority, salt = self.random.choice((0, 0, 0, 1, -1)), self.random.choice((*SALTS, ""))
+        group = [
+            Request(f"{name}/{i}", prompt, params, self.clock.now, priority, EOS, i, salt)
+            for i in range(self.random.choice((1, 1, 1, 3)))
+        ]
+        refusal = self._refusal(group)
+        before = dict(self.scheduler.requests)
+        outcome: type[RequestError] | None = None
+        try:
+            self.scheduler.add(*group)
+        except RequestError as error:
+            outcome = type(error)
+        assert outcome is refusal, f"P8 expected {refusal}, got {outcome}"
+        if outcome is None:
+            self.requests.extend(group)
+        else:
+            assert self.scheduler.requests == before, "I2 a refused request leaves nothing"
+            self.seen[f"refused {outcome.__name__}"] += 1
+
+    def _refusal(self, group: list[Request]) -> type[RequestError] | None:
+        """The error that the request must meet, from its sizes alone."""
+        config, total = self.config, len(group[0].prompt_token_ids) + (group[0].params.max_tokens or 0)
+        slots = ((config.num_blocks or 0) - 1) * config.block_size
+        if total - 1 > slots or (config.max_model_len is not None and total > config.max_model_len):
+            return RequestError
+        if any(request.id in self.scheduler.requests for request in group):
+            return RequestError
+        return QueueFullError if len(self.scheduler.waiting) + len(group) > config.max_waiting else None
+
+    def _abort_some(self, situation: str) -> list[Request]:
+        """Abort any live request, twice, and an unknown one; returns the aborted."""
+        aborted = []
+        if self.random.random() < self.abort_rate and self.scheduler.requests:
+            request = self.random.choice(list(self.scheduler.requests.values()))
+            self.seen[f"{situation}: {request.status.value}"] += 1
+            assert self.scheduler.abort(request.id) is request
+            assert self.scheduler.abort(request.id) is None, "an id is aborted once"
+            assert self.scheduler.abort("nobody") is None
+            self._end(request)
+            aborted.append(request)
+        return aborted
+
+    def _check_hits(self, plan: StepPlan, fresh: set[Request]) -> None:
+        for item in plan.scheduled:
+            self.seen["chunked"] += not item.samples
+            if item.request in fresh:
+                hit = self.watch.longest_hit(self.scheduler, item.request)
+                assert item.start == hit, "I5 the longest cached prefix is used, less at least one token"
+
+    def _execute(self, plan: StepPlan) -> dict[str, int]:
+        """The model's step: all earlier tokens are read first, then all new ones are written, then read back."""
+        for item in plan.scheduled:
+            self._read(item, item.start)
+        written = [slot for item in plan.scheduled for slot in self.cache.write(MODEL, item)]
+        assert len(set(written)) == len(written), "I9 no two tokens in one slot"
+        for slot in written:
+            block = slot // self.config.block_size
+            assert block != 0, "I9 the null block takes padding only"
+            assert self.scheduler.blocks.counts[block] == 1, "I7 a launched step writes only blocks that it owns"
+        sampled = {}
+        for item in plan.scheduled:
+            values = self._read(item, item.start + item.count)
+            if item.samples:
+                sampled[item.request.id] = MODEL.next_token(values[-1], item.request.choice)
+        return sampled
+
+    def _read(self, item: Scheduled, end: int) -> list[int]:
+        values = MODEL.values(item.request)[:end]
+        assert self.cache.read(item, end) == values, "canary: a slot does not hold what was computed for it"
+        return values
+
+    def _commit(self, plan: StepPlan, sampled: dict[str, int]) -> None:
+        live = [item.request for item in plan.scheduled if item.samples and item.request not in self.ended]
+        advanced = self.scheduler.commit(plan, sampled)
+        assert advanced == live, "P5 a late output is dropped, every other one is applied"
+        for request in advanced:
+            streamed = self.streamed.setdefault(request, [])
+            streamed.append(request.token_ids[-1])
+            assert request.output_token_ids == streamed, "P3 every token is streamed exactly once"
+            if request.finish_reason is not None:
+                self.natural.add(request)
+                self._end(request)
+            elif self.random.random() < self.stop_rate:
+                self.seen["stop string"] += 1
+                assert self.scheduler.finish(request.id, "stop") is request
+                self._end(request)
+
+    def _end(self, request: Request) -> None:
+        assert request not in self.ended, "O2 exactly one end"
+        assert request.status is Status.FINISHED, "O2 an ended request is finished"
+        assert request.finish_reason is not None, "O2 with a reason"
+        self.ended[request] = tuple(request.output_token_ids)
+
+    def _check_outputs(self) -> None:
+        """Every request's tokens are those that it would have got alone."""
+        assert self.ended.keys() == set(self.requests), "O2 every request ends"
+        for request in self.requests:
+            output = request.output_token_ids
+            assert tuple(output) == self.ended[request], "P5 nothing is appended after the end"
+            expected, reason = MODEL.complete(request)
+            if request in self.natural:
+                assert (output, request.finish_reason) == (expected, reason), "P3 the oracle's tokens"
+            else:
+                assert output == expected[: len(output)], "P3 a prefix of the oracle's tokens"
