@@ -1,0 +1,19 @@
+"""Committed checkpoints: `save`, `latest`, `open_checkpoint`, `restore`. No pickle anywhere."""
+
+import importlib
+
+_LAZY = {
+    "Checkpoint": ".reader",
+    "latest": ".reader",
+    "open_checkpoint": ".reader",
+    "restore": ".reader",
+    "save": ".writer",
+}
+
+__all__ = ["Checkpoint", "latest", "open_checkpoint", "restore", "save"]
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,214 @@
+"""Loading: nothing that changed since it was written gets in."""
+
+import random
+import shutil
+
+import pytest
+import torch
+
+from turnout import CheckpointError
+from turnout.parallel.checkpoint import latest, open_checkpoint, restore, save
+from turnout.parallel.config import ParallelConfig
+from turnout.parallel.mesh import build_mesh
+from turnout.parallel.shard import ShardSpec
+from turnout.tests.helpers.ranks import run_ranks
+
+WIDE = torch.arange(24.0).view(4, 6)
+
+
+def spec(tensor):
+    return ShardSpec(tuple(tensor.shape), (0,) * tensor.ndim)
+
+
+def tensors():
+    values = {"model/a": WIDE, "model/b": torch.ones(3, dtype=torch.bfloat16), "optim/a/step": torch.tensor(4.0)}
+    return {name: (tensor.clone(), spec(tensor)) for name, tensor in values.items()}
+
+
+def write(root, step=1, keep=None):
+    return save(root, step, tensors(), {"step": step}, build_mesh(ParallelConfig()), keep=keep)
+
+
+def only_file(path):
+    return path / "rank-00000.safetensors"
+
+
+@pytest.mark.parametrize("flips", [20, pytest.param(200, marks=pytest.mark.full)])
+def test_every_bit_flip_is_refused_with_both_digests(tmp_path, flips):
+    path = write(tmp_path)
+    rng = random.Random(7)
+    files = sorted(path.iterdir())
+    for number in range(flips):
+        file = files[number % len(files)]
+        raw = file.read_bytes()
+        broken = bytearray(raw)
+        bit = rng.randrange(8 * len(raw))
+        broken[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(broken)
+        with pytest.raises(CheckpointError, match=file.name) as error:
+            open_checkpoint(path)
+        if file.suffix == ".safetensors":
+            assert "sha256" in str(error.value)
+            assert "written" in str(error.value)
+        file.write_bytes(raw)
+    open_checkpoint(path)
+
+
+def truncate(path):
+    only_file(path).write_bytes(only_file(path).read_bytes()[:-1])
+
+
+def swap_content(path):
+    """The shard of another step: right name, right size, right header."""
+    other = save(
+        path.parent / "other", 9, {n: (t + 1, s) for n, (t, s) in tensors().items()}, {}, build_mesh(ParallelConfig())
+    )
+    shutil.copy(only_file(other), only_file(path))
+
+
+DAMAGE = {
+    "truncated": (truncate, "should have"),
+    "grown": (lambda p: only_file(p).write_bytes(only_file(p).read_bytes() + b"\0"), "should have"),
+    "emptied": (lambda p: only_file(p).write_bytes(b""), "should have"),
+    "missing": (lambda p: only_file(p).unlink(), "misses rank-00000.safetensors"),
+    "renamed": (lambda p: only_file(p).rename(p / "rank-00001.safetensors"), "misses rank-00000"),
+    "of another step": (swap_content, "has changed"),
+    "extra file": (lambda p: (p / "rank-00001.safetensors").write_bytes(b"x"), "has the unexpected rank-00001"),
+    "planted pickle": (lambda p: torch.save({"a": torch.ones(1)}, p / "model.pt"), "has the unexpected model.pt"),
+    "no manifest": (lambda p: (p / "manifest.json").unlink(), "manifest.json"),
+    "empty manifest": (lambda p: (p / "manifest.json").write_bytes(b""), "not a manifest"),
+    "a directory as file": (lambda p: (only_file(p).unlink(), only_file(p).mkdir()), "rank-00000"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_refused_by_name_and_the_earlier_one_is_taken(tmp_path, kind):
+    damage, message = DAMAGE[kind]
+    write(tmp_path, 1)
+    path = write(tmp_path, 2)
+    damage(path)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(path)
+    assert latest(tmp_path).step == 1
+    assert not path.exists()
+    moved = tmp_path / "quarantine" / path.name
+    assert message in (moved / "reason.txt").read_text()
+
+
+def test_sizes_alone_do_not_see_a_bit_flip_but_headers_are_always_checked(tmp_path):
+    path = write(tmp_path)
+    raw = only_file(path).read_bytes()
+    only_file(path).write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    open_checkpoint(path, verify="size")
+    only_file(path).write_bytes(raw.replace(b'"shape":[4,6]', b'"shape":[6,4]'))
+    with pytest.raises(CheckpointError, match=r"model/a\) is not as manifest"):
+        open_checkpoint(path, verify="size")
+
+
+def test_a_renamed_checkpoint_directory_is_refused(tmp_path):
+    path = write(tmp_path, 1)
+    path.rename(tmp_path / "step-00000007")
+    with pytest.raises(CheckpointError, match="holds step 1: it was renamed"):
+        open_checkpoint(tmp_path / "step-00000007")
+
+
+def test_the_newest_is_taken_and_other_names_are_none_of_its_business(tmp_path):
+    for step in (2, 10, 9):
+        write(tmp_path, step)
+    for name in ("step-99", "step-00000099.bak", "step-0000009x", "notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000098").write_text("a file")
+    assert latest(tmp_path).step == 10
+    assert not (tmp_path / "quarantine").exists()
+    assert (tmp_path / "notes").exists()
+
+
+def test_nothing_saved_is_none_but_nothing_usable_is_an_error(tmp_path):
+    assert latest(tmp_path / "nowhere") is None
+    assert latest(tmp_path) is None
+    truncate(write(tmp_path, 1))
+    truncate(write(tmp_path, 2))
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* verifies"):
+        latest(tmp_path)
+    assert len(list((tmp_path / "quarantine").iterdir())) == 2
+
+
+def test_quarantine_never_overwrites(tmp_path):
+    write(tmp_path, 1)
+    for _ in range(3):
+        truncate(write(tmp_path, 2))
+        assert latest(tmp_path).step == 1
+    names = [f"step-00000002{end}" for end in ("", "-1", "-2")]
+    assert sorted(p.name for p in (tmp_path / "quarantine").iterdir()) == names
+
+
+def test_any_block_can_be_read(tmp_path):
+    checkpoint = open_checkpoint(write(tmp_path))
+    for offset, shape in [((0, 0), (4, 6)), ((1, 2), (2, 3)), ((3, 5), (1, 1)), ((0, 0), (0, 6)), ((4, 0), (0, 6))]:
+        expected = WIDE[offset[0] : offset[0] + shape[0], offset[1] : offset[1] + shape[1]]
+        assert torch.equal(checkpoint.read("model/a", ShardSpec((4, 6), offset), shape), expected)
+    assert checkpoint.read_all("model/b").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "shape", "message"),
+    [
+        ("model/zzz", ShardSpec((4, 6), (0, 0)), (4, 6), "model/zzz is not in"),
+        ("model/a", ShardSpec((6, 4), (0, 0)), (6, 4), r"model/a \(6, 4\) is \(4, 6\)"),
+        ("model/a", ShardSpec((4, 6), (3, 0)), (2, 6), "must lie in"),
+    ],
+)
+def test_a_block_that_does_not_exist_is_refused(tmp_path, name, where, shape, message):
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(write(tmp_path)).read(name, where, shape)
+
+
+def change(name, tensor):
+    return {**tensors(), name: (tensor, spec(tensor))}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (change("model/new", torch.ones(1)), "model/new is not in"),
+        (change("model/a", torch.zeros(4, 6, dtype=torch.float64)), "model/a"),
+        (change("model/a", torch.zeros(6, 4)), "model/a"),
+        ({k: v for k, v in tensors().items() if k != "model/b"}, r"model/b \(1 in all\) .* has no place"),
+    ],
+)
+def test_restore_is_strict_and_changes_nothing_when_it_refuses(tmp_path, wanted, message):
+    checkpoint = open_checkpoint(write(tmp_path))
+    wanted = {name: (torch.full_like(tensor, 7), where) for name, (tensor, where) in wanted.items()}
+    with pytest.raises(CheckpointError, match=message):
+        restore(checkpoint, wanted)
+    assert all(bool((tensor == 7).all()) for tensor, _ in wanted.values())
+
+
+def test_restore_can_take_one_part(tmp_path):
+    wanted = {name: (torch.zeros_like(t), s) for name, (t, s) in tensors().items() if name.startswith("model/")}
+    restore(open_checkpoint(write(tmp_path)), wanted, prefix="model/")
+    assert torch.equal(wanted["model/a"][0], WIDE)
+
+
+def pick(root):
+    try:
+        found = latest(root)
+    except CheckpointError as error:
+        return str(error)
+    return found and found.step
+
+
+def test_all_ranks_take_the_same_one_and_one_of_them_moves_the_bad(tmp_path):
+    assert run_ranks(pick, 2, tmp_path) == [None, None]
+    write(tmp_path, 1)
+    truncate(write(tmp_path, 2))
+    assert run_ranks(pick, 2, tmp_path) == [1, 1]
+    assert len(list((tmp_path / "quarantine").iterdir())) == 1
+    truncate(tmp_path / "step-00000001")
+    first, second = run_ranks(pick, 2, tmp_path)
+    assert first == second
+    assert "verifies" in first
+
+
+def test_the_verification_time_is_told(tmp_path):
+    assert open_checkpoint(write(tmp_path)).seconds > 0
