@@ -53,6 +53,8 @@ class Simulation:
         self.stop_rate = self.random.choice((0.0, 0.05))
         self.burst = self.random.choice((1, 2, 6))
         self.to_arrive = self.random.randint(1, 80)
+        self.trace: list[tuple[str, int, int]] = []
+        """Everything scheduled: request, first token, count."""
         self.seen: Counter[str] = Counter()
         """How often each situation came up; the tests want all of them."""
 
@@ -82,6 +84,7 @@ class Simulation:
         for request in plan.expired:
             self.seen["expired"] += 1
             self._end(request)
+        self.trace.extend((item.request.id, item.start, item.count) for item in plan.scheduled)
         check_plan(self.scheduler, plan)
         self._check_hits(plan, fresh)
         held = self._abort_some("abort during a step")
