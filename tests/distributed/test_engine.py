@@ -1,0 +1,93 @@
+"""The native engine under faults: a poisoned gradient moves nothing anywhere; a lost peer is a named error."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from turnout import PeerError
+from turnout.parallel import process
+from turnout.parallel.apply import parallelize
+from turnout.parallel.config import ParallelConfig
+from turnout.parallel.mesh import build_mesh
+from turnout.tests.distributed.tiny_training import Case, build_engine, build_model, rows_of, run_batch
+from turnout.tests.helpers.ranks import run_ranks
+
+
+def engine_for(case: Case):
+    mesh = build_mesh(ParallelConfig(ep=case.ep, timeout=10.0), "cpu")
+    model = build_model(case)
+    return build_engine(case, model, mesh, parallelize(model, mesh)), rows_of(case, mesh.rank, mesh.world)
+
+
+def poison_one_rank(ep: int, poisoned: str, value: float) -> dict:
+    """Two steps; in the first, rank 1 alone finds `value` in the gradient of `poisoned`."""
+    case = Case(ep=ep)
+    engine, rows = engine_for(case)
+    before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+    run_batch(engine, case, rows, step=0, last=True)
+    if process.rank() == 1:
+        engine.model.get_parameter(poisoned).grad.view(-1)[0] = value
+    bad = engine.step()
+    moved = [name for name, p in engine.model.named_parameters() if not torch.equal(p, before[name])]
+    run_batch(engine, case, rows, step=1, last=True)
+    good = engine.step()
+    moved_later = [name for name, p in engine.model.named_parameters() if not torch.equal(p, before[name])]
+    return {"finite": [bad.finite, good.finite], "moved": moved, "moved later": len(moved_later), "all": len(before)}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("poisoned", ["blocks.0.ffn.experts.w_in", "norm.weight"])
+@pytest.mark.parametrize("ep", [2, 1])
+def test_a_non_finite_gradient_on_one_rank_moves_no_parameter_on_any(ep, poisoned, value):
+    for seen in run_ranks(poison_one_rank, 2, ep, poisoned, value):
+        assert seen["finite"] == [False, True]
+        assert seen["moved"] == []
+        assert seen["moved later"] == seen["all"], "the next step goes on as if nothing had been"
+
+
+def lose_rank_1(ep: int, when: str) -> str:
+    case = Case(ep=ep)
+    engine, rows = engine_for(case)
+    run_batch(engine, case, rows, step=0, last=True)
+    engine.step()
+    if process.rank() == 1:
+        if when == "backward":
+            engine.model.norm.weight.register_hook(lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        run_batch(engine, case, rows, step=1, last=True)
+        engine.step()
+    except PeerError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("ep", "when", "operation"),
+    [
+        (2, "forward", "all-to-all of expert counts"),
+        (2, "backward", "all-to-all of expert gradients"),
+        (1, "backward", "sum of the dense gradients"),
+    ],
+)
+def test_a_peer_lost_in_training_is_a_peer_error_naming_the_operation(ep, when, operation):
+    message, lost = run_ranks(lose_rank_1, 2, ep, when, dies=(1,), timeout=60)
+    assert message.startswith(f"{operation} failed on rank 0: a peer is gone or hangs")
+    assert lost is None
+
+
+def accumulate(last: bool) -> float:
+    """How far this rank's dense gradient is from the other's after one backward pass."""
+    case = Case()
+    engine, rows = engine_for(case)
+    run_batch(engine, case, rows, step=0, last=last)
+    grad = engine.model.norm.weight.grad
+    return float((process.all_sum(grad) - 2 * grad).norm())
+
+
+def test_gradients_stay_local_until_the_last_micro_batch():
+    assert all(gap > 1e-3 for gap in run_ranks(accumulate, 2, False))
+    assert run_ranks(accumulate, 2, True) == [0.0, 0.0]

@@ -1,0 +1,60 @@
+"""Parallel sizes: what fits resolves, what does not is refused naming field, value, rule and fix; plans and shards."""
+
+import pytest
+
+from turnout import ConfigError
+from turnout.parallel.config import Layout, ParallelConfig
+from turnout.parallel.plan import match
+from turnout.parallel.shard import ShardSpec
+
+
+@pytest.mark.parametrize(
+    ("sizes", "world", "layout"),
+    [
+        ({}, 1, Layout(dp=1, ep=1, edp=1)),
+        ({}, 4, Layout(dp=4, ep=1, edp=4)),
+        ({"ep": 2}, 4, Layout(dp=4, ep=2, edp=2)),
+        ({"ep": 4, "dp": 4}, 4, Layout(dp=4, ep=4, edp=1)),
+    ],
+)
+def test_sizes_resolve_against_the_world(sizes, world, layout):
+    assert ParallelConfig(**sizes).resolve(world, num_experts=8) == layout
+
+
+@pytest.mark.parametrize(
+    ("sizes", "world", "message"),
+    [
+        ({"dp": 3}, 2, r"parallel\.dp \(3\) must equal the number of ranks \(2\): use parallel\.dp=2 or start 3 ranks"),
+        ({"ep": 3}, 4, r"parallel\.ep \(3\) must divide the data-parallel ranks \(4\): use 1, 2 or 4"),
+        ({"ep": 6}, 6, r"parallel\.ep \(6\) must divide moe\.num_experts \(8\): use 1, 2, 4 or 8"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_world_are_refused(sizes, world, message):
+    with pytest.raises(ConfigError, match=message):
+        ParallelConfig(**sizes).resolve(world, num_experts=8)
+
+
+@pytest.mark.parametrize("name", ["tp", "pp", "cp"])
+def test_dimensions_that_are_not_built_are_refused_with_the_reason(name):
+    with pytest.raises(ConfigError, match=rf"parallel\.{name} \(2\) is not built yet"):
+        ParallelConfig(**{name: 2})
+
+
+@pytest.mark.parametrize("bad", [{"ep": 0}, {"dp": 0}, {"timeout": 0.0}, {"timeout": float("inf")}])
+def test_impossible_values_are_refused_at_birth(bad):
+    with pytest.raises(ConfigError, match=rf"parallel\.{next(iter(bad))}"):
+        ParallelConfig(**bad)
+
+
+def test_the_first_matching_pattern_places_a_parameter_and_the_rest_is_replicated():
+    plan = {"blocks.*.experts.w_in": "expert", "blocks.*": "column"}
+    assert match(plan, "blocks.3.ffn.experts.w_in") == "expert"
+    assert match(plan, "blocks.3.wq.weight") == "column"
+    assert match(plan, "norm.weight") == "replicate"
+    with pytest.raises(ConfigError, match="colum"):
+        match({"*": "colum"}, "x")
+
+
+def test_a_shard_knows_whether_it_is_whole():
+    assert ShardSpec((4, 2), (0, 0)).is_whole((4, 2))
+    assert not ShardSpec((4, 2), (2, 0)).is_whole((2, 2))
