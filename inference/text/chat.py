@@ -78,7 +78,8 @@ class ChatTemplate:
 
     def encode(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """The prompt's token ids. A model's own template spells its special tokens itself, so none are added to it."""
-        return self._tokenizer.encode(self.render(messages, add_generation_prompt), add_special_tokens=not self._own)
+        text = self.render(messages, add_generation_prompt)
+        return self._tokenizer.encode(text, add_special_tokens=not self._own, parse_special_tokens=self._own)
 
 
 def _refuse(message: str) -> NoReturn:

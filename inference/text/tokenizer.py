@@ -5,6 +5,7 @@ understood, which covers decoder models: byte-level BPE (GPT-2, Llama 3, Qwen, o
 byte fallback (Llama 2, Mistral).
 """
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._literal = copy.deepcopy(tokenizer)
+        self._literal.encode_special_tokens = True  # the library's name for: do not parse them
         self._added = tokenizer.get_added_tokens_decoder()
         self._byte_level = _is_byte_level(tokenizer)
         self._bytes: dict[int, bytes] = {}
@@ -43,8 +46,14 @@ class TextTokenizer:
             raise DataError(f"{file} is not JSON ({error}): copy the model's tokenizer.json again") from error
         return cls(tokenizers.Tokenizer.from_str(text))
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`; `add_special_tokens` lets the tokenizer add what its model expects (such as BOS).
+    def encode(self, text: str, add_special_tokens: bool = True, parse_special_tokens: bool = False) -> list[int]:
+        """The ids of `text`.
+
+        Args:
+            text: what to encode.
+            add_special_tokens: let the tokenizer add what its model expects around a text (such as BOS).
+            parse_special_tokens: spelled control tokens become control tokens, as a chat template wants it; otherwise
+                they are only text, so that no prompt can forge one.
 
         Raises:
             RequestError: the text holds a lone surrogate, which no UTF-8 can carry.
@@ -53,7 +62,8 @@ class TextTokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError("prompt holds a lone surrogate: send valid Unicode", "prompt") from error
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        tokenizer = self._tokenizer if parse_special_tokens else self._literal
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of whole `ids` (for a stream use `Detokenizer`)."""

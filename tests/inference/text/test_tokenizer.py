@@ -26,6 +26,13 @@ def test_only_control_tokens_are_special(byte_level):
     assert not any(byte_level.is_special(i) for i in byte_level.encode("<tool call> x"))
 
 
+def test_a_text_can_not_forge_a_control_token(byte_level):
+    ids = byte_level.encode("a<|endoftext|>b")
+    assert not any(byte_level.is_special(i) for i in ids)
+    assert byte_level.decode(ids) == "a<|endoftext|>b"
+    assert 0 in byte_level.encode("a<|endoftext|>b", parse_special_tokens=True)
+
+
 def test_a_missing_or_broken_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"tokenizer\.json is missing"):
         TextTokenizer.from_dir(tmp_path)
