@@ -116,7 +116,7 @@ class _Explicit(Function):
     @staticmethod
     def forward(ctx: Any, q_PNd: Tensor, k_PLd: Tensor, v_PLd: Tensor, bias: Tensor, scale: float) -> Tensor:
         scores = torch.baddbmm(bias, wide(q_PNd), wide(k_PLd).mT, alpha=scale)
-        p_PNL = scores.softmax(-1).to(q_PNd.dtype)
+        p_PNL = torch.softmax(scores, -1, out=scores).to(q_PNd.dtype)
         o_PNd = p_PNL @ v_PLd
         ctx.save_for_backward(q_PNd, k_PLd, v_PLd, p_PNL, o_PNd)
         ctx.scale = scale
