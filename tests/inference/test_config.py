@@ -1,0 +1,36 @@
+"""A setting that can not work is refused when it is made, with the field, the value and the fix."""
+
+import pytest
+
+from turnout import ConfigError
+from turnout.configs.typed import build, to_dict
+from turnout.inference.config import EngineConfig
+
+
+def test_defaults_are_valid_and_survive_a_round_trip():
+    assert build(EngineConfig, to_dict(EngineConfig())) == EngineConfig()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_num_seqs", 0),
+        ("max_num_batched_tokens", 63),
+        ("block_size", 0),
+        ("num_blocks", 1),
+        ("max_model_len", 0),
+        ("max_waiting", 0),
+        ("queue_timeout", 0.0),
+        ("kv_memory_mb", 0),
+        ("seed", -1),
+        ("seed", 2**64),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(field, value):
+    with pytest.raises(ConfigError, match=rf"^{field} \({value}\) must .*: "):
+        EngineConfig(**{field: value})
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ConfigError, match="dtype"):
+        build(EngineConfig, {"dtype": "int3"})
