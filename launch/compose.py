@@ -7,7 +7,7 @@ Hydra's own complaints are turned into ours, which name the field, the value, th
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,13 @@ class Composed:
     name: str
 
 
-def compose(overrides: Sequence[str], world: int | None = None) -> Composed:
+def compose(overrides: Sequence[str], world: int | None = None, *, check_layout: bool = True) -> Composed:
     """Compose and validate one run.
 
     Args:
         overrides: `key=value` in Hydra's override grammar, without sweeps.
         world: ranks, when something else (torchrun) has already decided; None = `nproc`.
+        check_layout: whether the run must fit its ranks; False for words that are only a part of a run's.
 
     Raises:
         ConfigError: whatever can not work, before any process is started.
@@ -86,7 +87,8 @@ def compose(overrides: Sequence[str], world: int | None = None) -> Composed:
     config = _typed(plain)
     if world is None:
         world = launch.nproc or max(accelerators(), 1)
-    config.layout(world)
+    if check_layout:
+        config.layout(world)
     name = next((str(o.value()) for o in reversed(parsed) if o.key_or_group == "experiment"), "train")
     return Composed(config=config, world=world, run=launch.run, name=name)
 
@@ -155,9 +157,16 @@ def _plain(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _typed(plain: dict[str, Any]) -> RunConfig:
-    """The groups, each built under its own name so that messages carry it; `moe` goes into the model."""
-    moe, model = plain.pop("moe"), plain.pop("model")
+    """The groups, each built under its own name, a group before those that follow its values, so that a message names
+    the key that was written; `moe` goes into the model."""
+    built = {
+        group: build(GROUPS[group], plain[group], group) for group in ("data", "train", "optim", "parallel", "log")
+    }
+    sparse = plain["model"]["moe"]
     fix = "use model.moe=null for a dense model, and moe.* for the experts"
-    check(model["moe"] in (None, moe), "model.moe", model["moe"], "must be null or left alone", fix)
-    model["moe"] = None if model["moe"] is None else build(MoEConfig, moe, "moe")
-    return build(RunConfig, {**plain, "model": build(ModelConfig, model, "model")})
+    check(sparse in (None, plain["moe"]), "model.moe", sparse, "must be null or left alone", fix)
+    model = build(ModelConfig, {**plain["model"], "moe": None}, "model")
+    if sparse is not None:
+        model = replace(model, moe=build(MoEConfig, plain["moe"], "moe"))
+    rest = {key: value for key, value in plain.items() if key not in GROUPS}
+    return build(RunConfig, {**rest, **built, "model": model})

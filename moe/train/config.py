@@ -174,7 +174,7 @@ class RunConfig:
         return rows // (self.train.micro_batch or rows)
 
 
-# What two runs must share for one to go on from the other's checkpoint: what the parameters are and what they have seen.
+# What a run must share with a checkpoint to go on from it: what the parameters are and what they have seen.
 IDENTITY = ("model", "data", "seed", "optim.name", "train.global_batch", "train.seq_len")
 
 

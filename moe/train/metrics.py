@@ -10,14 +10,15 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
-from ..config import MoEConfig
+from ..config import ModelConfig, MoEConfig
 from ..routing.record import Routing
 from .config import LogConfig
 
@@ -63,6 +64,13 @@ class Window:
         """An optimizer step over `tokens` target tokens of the whole global batch is complete."""
         self.tokens += tokens
         self.steps += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count against tokens per second (evaluation, saving)."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
 
     def report(self, reduce: Reduce, flops_per_token: float, peak: float | None) -> dict[str, Any]:
         """The window over all ranks, as the fields of a row; every rank calls it."""
@@ -153,6 +161,30 @@ class Metrics:
     def _drop_wandb(self, error: Exception) -> None:
         self.wandb = None
         warnings.warn(f"wandb failed and is left out from now on: {error}", RuntimeWarning, stacklevel=3)
+
+
+def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
+    """Forward and backward: 6 per active matrix weight, 6 per head, head size and position that causal attention sees.
+
+    (Kaplan et al. 2001.08361 §2.1; PaLM 2204.02311 appendix B, halved for the causal mask.)
+    """
+    attention = cfg.width * cfg.head_dim * (2 * cfg.heads + 2 * cfg.kv_heads)
+    sparse, matrices = len(cfg.moe_layers), 3
+    dense = matrices * cfg.width * cfg.ffn_width * (cfg.layers - sparse)
+    if cfg.moe is not None:
+        matrices = 3 if cfg.moe.activation == "swiglu" else 2
+        experts = matrices * cfg.width * cfg.moe.expert_width * (cfg.moe.top_k + cfg.moe.shared_experts)
+        dense += sparse * (experts + cfg.width * cfg.moe.num_experts)
+    weights = cfg.layers * attention + dense + cfg.vocab_size * cfg.width
+    return 6.0 * (weights + cfg.layers * cfg.heads * cfg.head_dim * seq_len)
+
+
+def peak_flops(device: torch.device, world: int) -> float | None:
+    """Peak FLOP/s of all ranks' devices; None where it is not known (CPUs)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak * world for model, peak in PEAKS.items() if model in name), None)
 
 
 def progress_line(row: Mapping[str, Any], remaining: float | None) -> str:

@@ -11,10 +11,9 @@ from .config import OptimConfig, TrainConfig
 
 def progress(train: TrainConfig, step: int, seconds: float) -> float:
     """Share of the run behind us before optimizer step number `step` (from 0); 1 or more = finished."""
-    if train.steps is not None:
-        return step / train.steps
-    assert train.seconds is not None
-    return seconds / train.seconds
+    if train.seconds is not None:
+        return seconds / train.seconds
+    return step / (train.steps or 1)
 
 
 def rate(optim: OptimConfig, done: float, step: int) -> float:

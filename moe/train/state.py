@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from ... import CheckpointError, ConfigError
+from ... import ConfigError
 from ...configs.typed import build
 from ...parallel.checkpoint import Checkpoint
+from ...parallel.checkpoint import restore as fill
 from ...parallel.shard import ShardSpec
 from ..data.rows import Cursor
 from .optim import Muon
@@ -44,7 +45,7 @@ class Progress:
 
 
 def tensors(model: nn.Module, optimizers: Sequence[Optimizer], shards: Mapping[str, ShardSpec]) -> Named:
-    """Every tensor of the run under its name, with its place in the global one."""
+    """Every tensor of the run under its name, with its place in the global one. The optimizers must have stepped."""
     weights = dict(model.named_parameters())
     named: Named = {f"model/{name}": (weight.detach(), shards[name]) for name, weight in weights.items()}
     for name, weight, optimizer in _owned(weights, optimizers):
@@ -53,36 +54,20 @@ def tensors(model: nn.Module, optimizers: Sequence[Optimizer], shards: Mapping[s
     return named
 
 
-@torch.no_grad()
 def restore(
     checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[Optimizer], shards: Mapping[str, ShardSpec]
 ) -> None:
-    """Fill model and optimizers in place with this rank's slices.
+    """Fill model and optimizers in place with this rank's slices. Collective.
 
     Raises:
         CheckpointError: the checkpoint has other tensors than the run, or other shapes.
     """
-    weights = dict(model.named_parameters())
-    owned = list(_owned(weights, optimizers))
-    wanted = {f"model/{name}" for name in weights}
-    wanted |= {f"optim/{name}/{key}" for name, _, optimizer in owned for key in STATE_KEYS[type(optimizer)]}
-    differing = sorted(wanted ^ set(checkpoint.names()))
-    if differing:
-        raise CheckpointError(
-            f"{checkpoint.path} and the run differ in {len(differing)} tensors ({differing[0]}, ...): "
-            "resume with the model and the optimizer that wrote it"
-        )
-    for name, weight in weights.items():
-        weight.copy_(checkpoint.read(f"model/{name}", shards[name], tuple(weight.shape)))
-    step = float(checkpoint.meta["step"])
-    for name, weight, optimizer in owned:
-        state: dict[str, Any] = {
-            key: checkpoint.read(f"optim/{name}/{key}", shards[name], tuple(weight.shape)).to(weight.device)
-            for key in STATE_KEYS[type(optimizer)]
-        }
+    for _, weight, optimizer in _owned(dict(model.named_parameters()), optimizers):
+        state = {key: torch.zeros_like(weight, dtype=torch.float32) for key in STATE_KEYS[type(optimizer)]}
         if isinstance(optimizer, AdamW):
-            state["step"] = torch.tensor(step, dtype=torch.float32, device=weight.device)
+            state["step"] = torch.tensor(float(checkpoint.step), device=weight.device)
         optimizer.state[weight] = state
+    fill(checkpoint, tensors(model, optimizers, shards))
 
 
 def to_meta(progress: Progress, identity: Mapping[str, Any], tokenizer: str) -> dict[str, Any]:

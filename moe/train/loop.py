@@ -1,0 +1,209 @@
+"""The training loop: the recipe, read from top to bottom.
+
+    vote (stop? time?) → rate → forward and backward over micro-batches → vote, clip, step → row → evaluate → save
+
+One rank's part; all ranks call it together. Losses are sums over tokens divided by the GLOBAL batch's token count and
+gradients are summed, so any layout computes the same step.
+
+T tokens, V vocabulary.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import NonFiniteError
+from ...configs.typed import to_dict
+from ...kernels import cross_entropy
+from ...parallel import process
+from ...parallel.checkpoint import open_checkpoint, save
+from ...parallel.mesh import Mesh
+from ..data.rows import Batch
+from ..models.context import VarlenContext
+from ..models.store import save_model
+from ..routing.record import RouteContext
+from . import state
+from .config import RunConfig
+from .evaluation import evaluate_held_out
+from .metrics import Metrics, Window, flops_per_token, peak_flops
+from .optim import set_rate
+from .schedule import progress, rate
+from .setup import CHECKPOINTS, prepare_run, resume
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended: `preempted` when it was asked to stop and saved before its end."""
+
+    step: int
+    preempted: bool
+
+
+class Trainer:
+    """One rank of a run.
+
+    Args:
+        config: the run, the same on every rank.
+        run: its directory, seen by every rank.
+        mesh: where this rank stands.
+        stop: whether this rank has been asked to stop.
+
+    Raises:
+        PeerError: another rank is gone. DataError, CheckpointError, ConfigError: as they say.
+    """
+
+    def __init__(self, config: RunConfig, run: Path, mesh: Mesh, stop: Callable[[], bool]) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.run_dir, self.mesh, self.stop = config, run, mesh, stop
+        self.setup = prepare_run(config, run, mesh)
+        self.now, self.saved = resume(config, run, self.setup)
+        self.window = Window(config.model.moe_layers, config.model.moe, mesh.device)
+        self.metrics = Metrics(
+            run, config.log, to_dict(config), writes=mesh.rank == 0, step=self.now.step, wandb_id=self.now.wandb_id
+        )
+        self.now = replace(self.now, wandb_id=self.metrics.wandb_id)
+
+    def run(self) -> Outcome:
+        """Train until the end, or until some rank has been asked to stop; save, evaluate, export.
+
+        Raises:
+            NonFiniteError: loss or gradients stopped being finite; no parameter moved in that step.
+        """
+        train, before, start = self.config.train, self.now.seconds, time.perf_counter()
+        try:
+            while True:
+                stopped, seconds = self._vote(before + time.perf_counter() - start)
+                self.now = replace(self.now, seconds=seconds)
+                done = progress(train, self.now.step, seconds)
+                if stopped or done >= 1:
+                    break
+                grad_norm, lr = self._step(done)
+                if self.now.step % self.config.log.every == 0:
+                    self._report(grad_norm, lr, seconds - before)
+                if train.eval_every and self.now.step % train.eval_every == 0:
+                    self._evaluate(train.eval_bytes)
+                if train.save_every and self.now.step % train.save_every == 0:
+                    self.saved = self._save()
+            if self.saved is None or self.saved.name != f"step-{self.now.step:08d}":
+                self.saved = self._save()
+            if done >= 1:
+                if self.window.steps:
+                    self._report(grad_norm, lr, seconds - before)
+                self._evaluate(None)
+                self._export(self.saved)
+        finally:
+            self.metrics.close()
+        return Outcome(step=self.now.step, preempted=done < 1)
+
+    def _vote(self, seconds: float) -> tuple[bool, float]:
+        """Whether any rank is to stop, and rank 0's clock: the same answer on every rank, at a step boundary."""
+        mine = torch.tensor([float(self.stop()), seconds if self.mesh.rank == 0 else 0.0], dtype=torch.float64)
+        stops, clock = process.all_sum(mine, "vote at the step boundary").tolist()
+        return stops > 0, clock
+
+    def _step(self, done: float) -> tuple[float, float]:
+        """One optimizer step at progress `done`; its gradient norm and learning rate."""
+        config, engine = self.config, self.setup.engine
+        factor = rate(config.optim, done, self.now.step)
+        set_rate(engine.optimizers, factor)
+        self.setup.model.train()
+        count = config.micro_batches(self.mesh.dp_size)
+        for micro in range(count):
+            loss, tokens = self._forward(micro)
+            engine.backward(loss, last=micro == count - 1)
+        result = engine.step()
+        if not result.finite:
+            self._refuse(float(loss.detach()), result.grad_norm)
+        self.window.end_step(tokens)
+        self.now = replace(
+            self.now,
+            step=self.now.step + 1,
+            tokens=self.now.tokens + tokens,
+            cursor=self.setup.rows.advance(self.now.cursor, config.train.global_batch),
+        )
+        return result.grad_norm, config.optim.lr * factor
+
+    def _forward(self, micro: int) -> tuple[Tensor, int]:
+        """This rank's part of the global loss on one micro-batch, and the global batch's number of target tokens."""
+        train, mesh = self.config.train, self.mesh
+        batch = self.setup.rows.batch(
+            self.now.cursor, train.global_batch, mesh.dp_rank, mesh.dp_size, micro, train.micro_batch
+        )
+        ctx, inputs = self._context(batch)
+        with torch.autocast(mesh.device.type, torch.bfloat16, enabled=train.dtype == "bfloat16"):
+            logits_TV = self.setup.engine.forward(inputs["tokens_T"], inputs["positions_T"], ctx)
+        loss = cross_entropy(logits_TV, inputs["targets_T"]).sum()
+        self.window.add(loss.detach(), ctx.routings, inputs["valid_T"])
+        return loss / batch.total_tokens, batch.total_tokens
+
+    def _context(self, batch: Batch) -> tuple[VarlenContext, dict[str, Tensor]]:
+        tensors = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "total_tokens"}
+        here = {name: tensor.to(self.mesh.device, non_blocking=True) for name, tensor in tensors.items()}
+        route = RouteContext(
+            cu_groups=here["cu_rows"],
+            valid_T=here["valid_T"],
+            token_ids_T=here["tokens_T"],
+            index_T=here["index_T"],
+            step=self.now.step,
+            seed=self.config.seed,
+            total_tokens=batch.total_tokens,
+        )
+        return VarlenContext(here["cu_seqlens"], route=route), here
+
+    def _report(self, grad_norm: float, lr: float, seconds: float) -> None:
+        """One row of the window that ends here. Collective."""
+        config = self.config
+        peak = peak_flops(self.mesh.device, self.mesh.world)
+        window = self.window.report(process.all_sum, flops_per_token(config.model, config.train.seq_len), peak)
+        self.window.clear()
+        where = {"kind": "train", "step": self.now.step, "tokens": self.now.tokens, "seconds": round(seconds, 3)}
+        done = progress(config.train, self.now.step, self.now.seconds)
+        self.metrics.write({**where, **window, "grad_norm": grad_norm, "lr": lr}, self.now.seconds * (1 / done - 1))
+
+    def _evaluate(self, limit: int | None) -> None:
+        """A row about held-out text, of which `limit` bytes (None: all) are read. Collective."""
+        with self.window.paused():
+            result = evaluate_held_out(self.setup, self.config, self.mesh, limit)
+        row = {"kind": "eval", "step": self.now.step}
+        self.metrics.write({**row, "val_loss": result.val_loss, "bits_per_byte": result.bits_per_byte})
+
+    def _save(self) -> Path:
+        """Commit a checkpoint. Collective."""
+        setup, tokenizer = self.setup, self.setup.tokenizer.digest
+        named = state.tensors(setup.model, setup.engine.optimizers, setup.shards)
+        meta = state.to_meta(self.now, setup.identity, tokenizer)
+        with self.window.paused():
+            return save(self.run_dir / CHECKPOINTS, self.now.step, named, meta, self.mesh, self.config.train.keep)
+
+    def _export(self, saved: Path) -> None:
+        """Write the servable `model/` on rank 0, whole, from the slices of the last checkpoint."""
+        if self.mesh.rank == 0:
+            tokenizer = self.run_dir / "tokenizer"
+            self.setup.tokenizer.save(tokenizer)
+            checkpoint = open_checkpoint(saved, verify="size")
+            whole = {name.removeprefix("model/"): checkpoint.read_all(name) for name in checkpoint.names("model/")}
+            save_model(self.run_dir / "model", self.setup.model.cfg, whole, tokenizer / "tokenizer.json")
+        process.barrier()
+
+    def _refuse(self, loss: float, grad_norm: float) -> None:
+        """Leave a note of the batch that broke the step, and stop on every rank."""
+        losses = process.gather_json(repr(loss))
+        note = self.run_dir / "nonfinite.json"
+        if self.mesh.rank == 0:
+            content: dict[str, Any] = {"step": self.now.step, "cursor": vars(self.now.cursor), "losses": losses}
+            note.write_text(json.dumps({**content, "grad_norm": repr(grad_norm)}, indent=1) + "\n", encoding="utf-8")
+        raise NonFiniteError(
+            f"the gradient norm ({grad_norm}) of step {self.now.step} is not finite (losses: {', '.join(losses)}) "
+            f"and no parameter moved: lower optim.lr or look at the batch named in {note.name}"
+        )
+
+
+def train(config: RunConfig, run: Path, mesh: Mesh, stop: Callable[[], bool]) -> Outcome:
+    """Set up one rank and run it; see `Trainer`."""
+    return Trainer(config, run, mesh, stop).run()

@@ -1,0 +1,116 @@
+"""What a run needs before its first step: data, model, engine, and the state it starts or resumes from."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from ... import CheckpointError, ConfigError
+from ...configs.typed import to_dict
+from ...parallel import process
+from ...parallel.apply import parallelize
+from ...parallel.checkpoint import Checkpoint, latest, open_checkpoint
+from ...parallel.engine.native import NativeEngine
+from ...parallel.mesh import Mesh
+from ...parallel.shard import ShardSpec
+from ..config import ModelConfig
+from ..data.rows import Rows
+from ..data.stream import prepare
+from ..data.tokenizer import Tokenizer
+from ..models.decoder import Decoder
+from ..models.init import init_weights
+from ..models.store import load_model
+from . import state
+from .config import RunConfig, identity
+from .optim import build_optimizers
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A run that is ready to step. `identity` is what its checkpoints depend on."""
+
+    tokenizer: Tokenizer
+    rows: Rows
+    model: Decoder
+    shards: dict[str, ShardSpec]
+    engine: NativeEngine
+    identity: dict[str, object]
+
+
+def prepare_run(config: RunConfig, run: Path, mesh: Mesh) -> Setup:
+    """Data (built by rank 0, then read by all), the model with its first weights, and its engine. Collective."""
+    if mesh.rank == 0:
+        prepare(config.data, run)
+    process.barrier()
+    tokenizer, stream = prepare(config.data, run)
+    rows = Rows(stream, config.train.seq_len, config.seed)
+    model, shards = build_model(dataclasses.replace(config.model, eos_token_id=tokenizer.eos_id), config, mesh)
+    return Setup(
+        tokenizer=tokenizer,
+        rows=rows,
+        model=model,
+        shards=shards,
+        engine=build_engine(config, model, mesh, shards),
+        identity=identity(to_dict(config)),
+    )
+
+
+def build_model(cfg: ModelConfig, config: RunConfig, mesh: Mesh) -> tuple[Decoder, dict[str, ShardSpec]]:
+    """This rank's part of the model, made on meta so that no rank ever holds all experts; drawn, or from train.init."""
+    with torch.device("meta"):
+        model = Decoder(cfg)
+    shards = parallelize(model, mesh)
+    model.to_empty(device=mesh.device)
+    if config.train.init is None:
+        init_weights(model, config.seed)
+        return model, shards
+    source = dict(load_model(config.train.init, dtype="float32").named_parameters())
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name not in source or tuple(source[name].shape) != shards[name].global_shape:
+                raise ConfigError(
+                    f"train.init ({config.train.init}) has no {name} of shape {shards[name].global_shape}: "
+                    "start from a model of the same shape"
+                )
+            place = tuple(slice(o, o + n) for o, n in zip(shards[name].offset, weight.shape, strict=True))
+            weight.copy_(source[name][place])
+    return model, shards
+
+
+def build_engine(config: RunConfig, model: Decoder, mesh: Mesh, shards: dict[str, ShardSpec]) -> NativeEngine:
+    """The engine that `engine` names, over the optimizers that `optim` names."""
+    optimizers = build_optimizers(model, config.optim)
+    return NativeEngine(model, optimizers, mesh, shards, clip=config.optim.clip)
+
+
+def resume(config: RunConfig, run: Path, setup: Setup) -> tuple[state.Progress, Path | None]:
+    """Fill model and optimizers from the checkpoint that `train.resume` means: where it stands, and its directory.
+
+    Without one it is the run's beginning, and None. Collective.
+
+    Raises:
+        CheckpointError: `train.resume` names a place without a checkpoint that verifies.
+        ConfigError: the checkpoint is of another model, data, seed or batch.
+    """
+    wanted = config.train.resume
+    checkpoint = find_checkpoint(run, wanted) if wanted else None
+    if checkpoint is None:
+        return state.Progress(), None
+    progress = state.from_meta(checkpoint.meta, setup.identity, setup.tokenizer.digest)
+    state.restore(checkpoint, setup.model, setup.engine.optimizers, setup.shards)
+    return progress, checkpoint.path
+
+
+def find_checkpoint(run: Path, wanted: bool | str) -> Checkpoint | None:
+    """The checkpoint to go on from: the run's newest (None without any), or the one at a run or checkpoint path."""
+    if wanted is True:
+        return latest(run / CHECKPOINTS)
+    path = Path(str(wanted))
+    if path.name.startswith("step-"):
+        return open_checkpoint(path)
+    found = latest(path / CHECKPOINTS)
+    if found is None:
+        raise CheckpointError(f"train.resume ({wanted}) holds no checkpoint: name a run that saved one")
+    return found

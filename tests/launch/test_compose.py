@@ -1,0 +1,125 @@
+"""A bad configuration is answered in a blink: exit 2, one line with field, value, rule and fix, and no torch."""
+
+import subprocess
+import sys
+
+import pytest
+
+from turnout import ConfigError
+from turnout.configs.typed import build, to_dict
+from turnout.launch import main as cli
+from turnout.launch.compose import compose
+from turnout.moe.train.config import RunConfig
+
+# What a user may type → what the answer must name. Each is added to `experiment=switch_pydocs`.
+BAD = [
+    ("model.widht=64", "model.widht (64) is not a setting: did you mean model.width?"),
+    ("widht=64", "did you mean model.width?"),
+    ("trian.steps=5", "trian.steps (5) is not a setting"),
+    ("seeds=1", "did you mean seed?"),
+    ("moe.num_expert=4", "did you mean moe.num_experts?"),
+    ("+model.extra=1", "'+model.extra=1' adds or deletes a key"),
+    ("~model.width", "adds or deletes a key"),
+    ("fast", "'fast' has no '='"),
+    ("model.width=[", "does not read as key=value"),
+    ("experiment=swich_pydocs", "did you mean experiment=switch_pydocs?"),
+    ("moe=hash", "moe (hash) is not one of its options: use one of gshard, switch"),
+    ("optim=sgd", "optim (sgd) is not one of its options"),
+    ("model=null", "model (None) is not one of its options"),
+    ("model.width=wide", "model.width ('wide') must be a whole number"),
+    ("model.width=64.5", "model.width (64.5) must be a whole number"),
+    ("model.layers=0", "model.layers (0) must be at least 1"),
+    ("model.kv_heads=4", "model.kv_heads (4) must divide model.heads (6): use 1, 2, 3 or 6"),
+    ("model.head_dim=33", "model.head_dim (33) must be even"),
+    ("model.vocab_size=100", "model.vocab_size (100) must equal data.vocab_size"),
+    ("model.moe=3", "model.moe (3) must be null or left alone"),
+    ("model.tie_embeddings=1", "model.tie_embeddings (1) must be true or false"),
+    ("data.vocab_size=10", "data.vocab_size (10) must lie in 257"),
+    ("data.path=", "data.path ('') must not be empty"),
+    ("moe.top_k=2", "moe.top_k (2) must be 1 for moe.router=switch"),
+    ("moe.top_k=9", "moe.top_k (9) can not exceed moe.num_experts (8)"),
+    ("moe.router=expert_choice", "moe.router ('expert_choice') must be one of switch, gshard"),
+    ("moe.capacity_factor=0", "moe.capacity_factor (0.0) must be positive"),
+    ("moe.capacity_factor=.nan", "moe.capacity_factor"),
+    ("moe.jitter=1.5", "moe.jitter (1.5) must lie in [0, 1)"),
+    ("moe.every=5", "moe.every (5) leaves no MoE block in model.layers (4)"),
+    ("moe.width=64", "moe.width (64) must equal model.width (192)"),
+    ("moe.capacity_tokens=64", "moe.capacity_tokens (64) must equal train.seq_len (256)"),
+    ("moe.num_experts=7", "parallel.ep (2) must divide moe.num_experts (7): use 1 or 7"),
+    ("parallel.ep=3", "parallel.ep (3) must divide the data-parallel ranks (2): use 1 or 2"),
+    ("parallel.dp=4", "parallel.dp (4) must equal the number of ranks (2)"),
+    ("parallel.tp=2", "parallel.tp (2) is not built yet"),
+    ("parallel.timeout=0", "parallel.timeout (0.0) must be positive"),
+    ("nproc=1", "parallel.ep (2) must divide the data-parallel ranks (1)"),
+    ("nproc=0", "nproc (0) must be at least 1"),
+    ("nproc=two", "nproc ('two') must be a whole number or null"),
+    ("run=", "run ('') must name a directory"),
+    ("train.steps=10", "train.steps (10) and train.seconds (180.0) are two ways to end a run"),
+    ("train.seconds=null", "exactly one must be set"),
+    ("train.seconds=-1", "train.seconds (-1.0) must be positive"),
+    ("train.global_batch=7", "train.global_batch (7) must be a multiple of the 2 data-parallel ranks: use 6"),
+    ("train.micro_batch=3", "train.micro_batch (3) must divide the 4 rows of a rank"),
+    ("train.seq_len=2048", "train.seq_len (2048) can not exceed model.max_seq_len (1024)"),
+    ("train.seq_len=1", "train.seq_len (1) must be at least 2"),
+    ("train.save_every=0", "train.save_every (0) must be at least 1"),
+    ("train.dtype=float8", "train.dtype ('float8') must be one of bfloat16, float32"),
+    ("train.resume=maybe", "train.resume (maybe) is not a directory"),
+    ("train.resume=true", "train.resume (true) needs a run to resume"),
+    ("train.init=x train.resume=true", "train.init (x) can not be combined with train.resume"),
+    ("optim.lr=0", "optim.lr (0.0) must be positive"),
+    ("optim.name=sgd", "optim.name ('sgd') must be one of adamw, muon"),
+    ("optim.beta1=1", "optim.beta1 (1.0) must lie in [0, 1)"),
+    ("optim.warmup=2", "optim.warmup (2.0) must lie in [0, 1)"),
+    ("optim.clip=-1", "optim.clip (-1.0) must be positive"),
+    ("engine=fsdp", "engine ('fsdp') must be one of native, deepspeed"),
+    ("engine=deepspeed", "optim.name (muon) is not built for engine=deepspeed"),
+    ("seed=-1", "seed (-1) must lie in [0, 2**63)"),
+    ("log.every=0", "log.every (0) must be at least 1"),
+    ("train.steps=${nowhere}", "nowhere"),
+    ("seed=1,2", "'seed=1,2' is a sweep: use -m"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[words for words, _ in BAD])
+def test_a_bad_configuration_is_one_line_and_exit_code_2(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "experiment=switch_pydocs", *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir()), "a refused run leaves nothing behind"
+
+
+def test_there_are_at_least_forty_of_them():
+    assert len(BAD) >= 40
+
+
+def test_a_refusal_never_imports_torch():
+    code = (
+        "import sys; from turnout.launch.main import main; "
+        "code = main(['train', 'experiment=switch_pydocs', 'moe.num_experts=7']); "
+        "assert 'torch' not in sys.modules, 'torch was imported'; sys.exit(code)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2, result.stderr
+    assert "parallel.ep (2) must divide moe.num_experts (7)" in result.stderr
+
+
+def test_a_later_word_overrides_a_group_s_and_an_experiment_s_value():
+    config = compose(["experiment=switch_pydocs", "optim.lr=0.5", "train.seconds=null", "train.steps=3"]).config
+    assert (config.optim.lr, config.train.steps, config.train.seconds) == (0.5, 3, None)
+
+
+def test_a_dense_model_is_one_word():
+    assert compose(["model.moe=null", "nproc=2"]).config.model.moe is None
+
+
+def test_the_frozen_form_of_a_run_is_the_run():
+    config = compose(["experiment=gshard_pydocs"]).config
+    assert build(RunConfig, to_dict(config)) == config
+
+
+def test_under_torchrun_the_world_decides():
+    assert compose(["nproc=null"], world=4).world == 4
+    with pytest.raises(ConfigError, match=r"train\.global_batch \(8\)"):
+        compose([], world=3)
