@@ -1,0 +1,141 @@
+"""`turnout evaluate`: what a model is worth on text that it has not seen, and what its experts do.
+
+turnout evaluate runs/NAME data=pydocs split=validation baselines=true
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..configs.typed import check
+from .cli import Options, parse, write_json
+
+SUMMARY = "loss, bits per byte and an expert report on held-out text"
+HELP = """\
+usage: turnout evaluate CKPT [key=value ...]
+
+CKPT is a run or model directory. Loss is in nats a token; bits per byte compares across tokenizers.
+
+  data=pydocs        pydocs, or a .jsonl, .jsonl.xz or .txt file
+  split=validation   train or validation
+  baselines=false    also byte-level Markov models (Witten-Bell), trained on the data's training split
+  order=5            highest order of those models
+  max_bytes=null     read only so much of the split
+  seq_len=null       tokens of a window; null = the row length of training
+  stride=null        new tokens of each further window; null = no overlap
+  dtype=auto         float32, bfloat16, float16 or float64; auto = as stored
+  device=auto        cpu or cuda; auto = a GPU where there is one
+  json=PATH          write the report there
+
+example: turnout evaluate runs/NAME data=pydocs split=validation baselines=true
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(Options):
+    """What `turnout evaluate` takes; see HELP."""
+
+    data: str = "pydocs"
+    split: Literal["train", "validation"] = "validation"
+    baselines: bool = False
+    order: int = 5
+    max_bytes: int | None = None
+    seq_len: int | None = None
+    stride: int | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        check(0 <= self.order <= 7, "order", self.order, "must lie in 0 to 7", "use 5")
+        fits = self.max_bytes is None or self.max_bytes >= 1
+        check(fits, "max_bytes", self.max_bytes, "must be at least 1", "use 200000, or null for all")
+
+
+def main(args: list[str]) -> int:
+    """The verb."""
+    (path,), options = parse(EvaluateOptions, args, words=("ckpt",))
+    result = report(Path(path), options)
+    for line in describe(result):
+        print(line, flush=True)
+    write_json(options.json, result)
+    return 0
+
+
+def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
+    """Evaluate the model at `path`: loss, perplexity, bits per byte, experts, the loss with them shuffled, baselines.
+
+    Raises:
+        CheckpointError: there is no model. DataError: there is no text.
+    """
+    import torch
+
+    from ..moe import load_model
+    from ..moe.data.corpus import read_documents
+    from ..moe.data.tokenizer import Tokenizer
+    from ..moe.eval.perplexity import evaluate, limit_bytes
+    from ..moe.eval.shuffle import shuffled_experts
+    from ..moe.models.store import model_directory
+
+    documents = limit_bytes(read_documents(options.data, options.split), options.max_bytes)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    model = load_model(path, options.dtype, device)
+    tokenizer = Tokenizer.load(model_directory(path))
+    moe = model.cfg.moe
+    seq_len = options.seq_len or (moe.capacity_tokens if moe and moe.capacity_tokens else model.cfg.max_seq_len)
+    result = evaluate(model, tokenizer, documents, seq_len=seq_len, stride=options.stride)
+    found: dict[str, Any] = {
+        "model": str(path),
+        "data": options.data,
+        "split": options.split,
+        "loss": result.val_loss,
+        "perplexity": math.exp(result.val_loss),
+        "bits_per_byte": result.bits_per_byte,
+        "tokens": result.tokens,
+        "bytes": result.bytes,
+        "seconds": result.seconds,
+        "experts": [asdict(layer) for layer in result.experts],
+    }
+    if moe is not None:
+        with shuffled_experts(model):
+            found["shuffled_loss"] = evaluate(
+                model, tokenizer, documents, seq_len=seq_len, stride=options.stride
+            ).val_loss
+    if options.baselines:
+        found["markov"] = markov(read_documents(options.data, "train"), documents, options.order)
+    return found
+
+
+def markov(train: Sequence[str], held_out: Sequence[str], order: int) -> dict[str, Any]:
+    """Bits per byte of the Markov models of order 2 (or the highest below) to `order`, and the seconds it took."""
+    from ..moe.eval.markov import markov_bits_per_byte
+
+    started = time.monotonic()
+    bits = markov_bits_per_byte(train, held_out, order)
+    by_order = {str(k): bits[k] for k in range(min(2, order), order + 1)}
+    return {"bits_per_byte": by_order, "seconds": time.monotonic() - started}
+
+
+def describe(found: dict[str, Any]) -> Iterator[str]:
+    """The report as lines for a person."""
+    speed = found["tokens"] / max(found["seconds"], 1e-9)
+    yield f"{found['data']} {found['split']}: {found['bytes']:,} bytes, {found['tokens']:,} tokens, {speed:,.0f} tok/s"
+    yield f"loss            {found['loss']:.4f} nats a token (perplexity {found['perplexity']:.2f})"
+    if "shuffled_loss" in found:
+        worse = found["shuffled_loss"] / found["loss"] - 1
+        yield f"  shuffled      {found['shuffled_loss']:.4f} with every token sent to the wrong expert ({worse:+.1%})"
+    yield f"bits per byte   {found['bits_per_byte']:.3f}"
+    for order, bits in found.get("markov", {}).get("bits_per_byte", {}).items():
+        verdict = "beaten" if found["bits_per_byte"] < bits else "not beaten"
+        yield f"  Markov {order}      {bits:.3f} {verdict}"
+    if "markov" in found:
+        yield f"  (computed on the same text in {found['markov']['seconds']:.1f} s)"
+    for layer in found["experts"]:
+        load = " ".join(f"{share:5.1%}" for share in layer["load"])
+        dead = f"  dead {', '.join(map(str, layer['dead']))}" if layer["dead"] else ""
+        yield (
+            f"experts of layer {layer['layer']}: load {load}  max/mean {layer['max_over_mean']:.2f}"
+            f"  entropy {layer['router_entropy']:.2f}  dropped {layer['drop_fraction']:.1%}{dead}"
+        )
