@@ -4,9 +4,10 @@ Logits go through suppressed tokens, temperature, top-k, top-p in this order (vL
 the distribution in vocabulary order. That number is keyed by (seed, choice, position), so what a request draws depends
 neither on its batch-mates nor on its row, nor on chunking, preemption or cache hits. Ties go to the lower token id.
 
-R rows (one a request), V vocabulary.
+R rows (one a request), P of the rows, V vocabulary, C candidates.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,9 @@ from ..core.sampling import MAX_LOGPROBS
 
 GREEDY = 1e-5
 """Temperatures below are greedy: float32 logits divided by them overflow."""
+
+CANDIDATES = 1024
+"""So many tokens almost always hold the top p."""
 
 
 @dataclass(frozen=True)
@@ -80,23 +84,38 @@ def _lowest_argmax(scores_RV: Tensor) -> Tensor:
 
 
 def _truncate(probs_RV: Tensor, requests: Sequence[Request]) -> Tensor:
-    """Probabilities (not renormalised) outside the top k, then outside the top p of what is left, set to 0.
-
-    At least one token stays. The order among equal probabilities is by token id.
-    """
-    vocabulary = probs_RV.shape[1]
-    top_k = [min(r.params.top_k, vocabulary) if r.params.top_k > 0 else vocabulary for r in requests]
-    top_p = [r.params.top_p for r in requests]
-    if min(top_k) >= vocabulary and min(top_p) >= 1:
+    """Probabilities (not renormalised) outside the top k, then outside the top p of what is left, set to 0."""
+    rows = [row for row, r in enumerate(requests) if r.params.top_k > 0 or r.params.top_p < 1]
+    if not rows:
         return probs_RV
-    sorted_RV, order_RV = probs_RV.sort(dim=-1, descending=True, stable=True)
-    rank_V = torch.arange(vocabulary, device=probs_RV.device)
-    sorted_RV = sorted_RV.masked_fill(rank_V >= torch.tensor(top_k, device=probs_RV.device)[:, None], 0.0)
-    before_RV = sorted_RV.cumsum(-1, dtype=torch.float64) - sorted_RV
-    total_R1 = sorted_RV.sum(-1, keepdim=True, dtype=torch.float64)
-    limit_R = torch.tensor([p if p < 1 else torch.inf for p in top_p], dtype=torch.float64, device=probs_RV.device)
-    outside_RV = (before_RV >= limit_R[:, None] * total_R1) & (rank_V > 0)
-    return torch.zeros_like(probs_RV).scatter(1, order_RV, sorted_RV.masked_fill(outside_RV, 0.0))
+    vocabulary, device = probs_RV.shape[1], probs_RV.device
+    top_k = [min(requests[row].params.top_k, vocabulary) for row in rows]
+    top_p = [requests[row].params.top_p for row in rows]
+    limit_P1 = torch.tensor([k if k > 0 else vocabulary for k in top_k], device=device)[:, None]
+    mass_P1 = torch.tensor([p if p < 1 else math.inf for p in top_p], dtype=torch.float64, device=device)[:, None]
+    return probs_RV.index_copy(0, torch.tensor(rows, device=device), _keep(probs_RV[rows], limit_P1, mass_P1))
+
+
+def _keep(probs_PV: Tensor, limit_P1: Tensor, mass_P1: Tensor) -> Tensor:
+    """The first tokens of each row, by probability and then by id, that are within `limit` and reach `mass`.
+
+    Sorting a vocabulary is the dearest part of sampling, and most of it is never wanted: try the best ones first.
+    """
+    vocabulary = probs_PV.shape[1]
+    for size in (min(CANDIDATES, vocabulary), vocabulary):
+        whole = size == vocabulary
+        best_PC = (probs_PV.sort(dim=-1, descending=True) if whole else probs_PV.topk(size)).values.double()
+        best_PC = best_PC.masked_fill(torch.arange(size, device=best_PC.device) >= limit_P1, 0.0)
+        before_PC = best_PC.cumsum(-1) - best_PC
+        total_P1 = torch.where(limit_P1 <= size, best_PC.sum(-1, True), probs_PV.sum(-1, True, dtype=torch.float64))
+        inside_PC = (before_PC < mass_P1 * total_P1) & (best_PC > 0)
+        if bool(((limit_P1 <= size) | ~inside_PC[:, -1:]).all()):
+            break
+    count_P1 = inside_PC.sum(-1, keepdim=True).clamp(min=1)  # at least one token stays
+    least_P1 = best_PC.gather(1, count_P1 - 1).to(probs_PV.dtype)
+    above_PV, equal_PV = probs_PV > least_P1, probs_PV == least_P1
+    wanted_P1 = count_P1 - above_PV.sum(-1, keepdim=True)
+    return probs_PV.masked_fill(~(above_PV | equal_PV & (equal_PV.cumsum(-1) <= wanted_P1)), 0.0)
 
 
 def _draw(probs_RV: Tensor, requests: Sequence[Request], seeds: Sequence[int]) -> Tensor:
@@ -121,11 +140,11 @@ def _logprobs(logits_RV: Tensor, tokens_R: Tensor, requests: Sequence[Request]) 
     rows = [row for row, r in enumerate(requests) if r.params.logprobs is not None]
     if not rows:
         return found
-    logprobs_PV = logits_RV[rows].log_softmax(-1)  # P of the R rows
+    logprobs_PV = logits_RV[rows].log_softmax(-1)
     sampled_P1 = tokens_R[rows][:, None]
-    top_PV, ids_PV = logprobs_PV.sort(dim=-1, descending=True, stable=True)
-    ids = torch.cat([sampled_P1, ids_PV[:, :MAX_LOGPROBS]], dim=1).tolist()
-    values = torch.cat([logprobs_PV.gather(1, sampled_P1), top_PV[:, :MAX_LOGPROBS]], dim=1).tolist()
+    top = logprobs_PV.topk(min(MAX_LOGPROBS, logits_RV.shape[1]))
+    ids = torch.cat([sampled_P1, top.indices], dim=1).tolist()
+    values = torch.cat([logprobs_PV.gather(1, sampled_P1), top.values], dim=1).tolist()
     for row, tokens, logprobs in zip(rows, ids, values, strict=True):
         count = 1 + (requests[row].params.logprobs or 0)
         found[row] = dict(zip(tokens[:count], logprobs[:count], strict=True))

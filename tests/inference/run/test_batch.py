@@ -1,0 +1,42 @@
+"""A step plan as flat tensors."""
+
+import torch
+
+from turnout.inference.core.request import Request
+from turnout.inference.core.sampling import SamplingParams
+from turnout.inference.core.scheduler import Scheduled, StepPlan
+from turnout.inference.run.batch import build_batch
+
+CPU = torch.device("cpu")
+
+
+def scheduled(name: str, tokens: list[int], start: int, count: int, table: list[int]) -> Scheduled:
+    request = Request(id=name, prompt_token_ids=tokens, params=SamplingParams())
+    return Scheduled(request, start, count, table, start + count == len(tokens))
+
+
+def test_decodes_and_chunks_lie_one_after_another_with_their_slots():
+    decode = scheduled("decode", list(range(100, 106)), start=5, count=1, table=[3, 1])
+    chunk = scheduled("chunk", list(range(200, 220)), start=2, count=4, table=[7, 2, 5, 4, 6])
+    last = scheduled("last", list(range(300, 303)), start=0, count=3, table=[8])
+    batch = build_batch(StepPlan((decode, chunk, last), 8, (), ()), 4, CPU)
+    assert batch.tokens_T.tolist() == [105, 202, 203, 204, 205, 300, 301, 302]
+    assert batch.positions_T.tolist() == [5, 2, 3, 4, 5, 0, 1, 2]
+    assert batch.slots_T.tolist() == [1 * 4 + 1, 7 * 4 + 2, 7 * 4 + 3, 2 * 4, 2 * 4 + 1, 32, 33, 34]
+    assert batch.cu_q_B1.tolist() == [0, 1, 5, 8]
+    assert batch.context_lens_B.tolist() == [6, 6, 3]
+    assert batch.block_tables_BM.tolist() == [[3, 1, 0, 0, 0], [7, 2, 5, 4, 6], [8, 0, 0, 0, 0]]
+    assert batch.logit_rows_R.tolist() == [0, 7]
+    assert [request.id for request in batch.sampling] == ["decode", "last"]
+
+
+def test_no_work_is_an_ordinary_batch_of_no_tokens(make_model):
+    from turnout.inference.config import EngineConfig
+    from turnout.inference.run.kv import plan_kv
+    from turnout.inference.run.runner import ModelRunner
+
+    model = make_model()
+    plan = plan_kv(model.cfg, EngineConfig(num_blocks=2), 64, torch.float32, 0)
+    batch, logits_RV = ModelRunner(model, plan).execute(StepPlan((), 0, (), ()))
+    assert batch.tokens_T.shape == (0,)
+    assert logits_RV.shape == (0, model.cfg.vocab_size)

@@ -1,0 +1,46 @@
+"""The size of the KV cache is planned as data."""
+
+import pytest
+import torch
+
+from turnout import ConfigError
+from turnout.inference.config import EngineConfig
+from turnout.inference.run.kv import MIB, KVCache, free_memory, plan_kv
+
+BYTES = 2 * 4 * 16 * 2 * 8 * 4  # keys and values, layers, block size, kv heads, head size, float32
+
+
+def plan(model, free=1 << 40, dtype=torch.float32, **config):
+    return plan_kv(model.cfg, EngineConfig(**config), 256, dtype, free)
+
+
+def test_the_tensors_take_exactly_the_planned_bytes(model):
+    found = plan(model, num_blocks=10)
+    cache = KVCache(found, torch.device("cpu"))
+    assert found.bytes_per_block == BYTES
+    assert cache.keys.nbytes + cache.values.nbytes == found.total_bytes == 10 * BYTES
+    assert cache.layer(3)[0].shape == (10, 16, 2, 8)
+    assert plan(model, num_blocks=10, dtype=torch.bfloat16).total_bytes == 5 * BYTES
+
+
+def test_what_sets_the_size_is_named(model):
+    assert str(plan(model, num_blocks=9)) == (
+        "KV cache: 9 blocks of 16 tokens, 128 tokens, 0.1 MiB as float32 (set by num_blocks)"
+    )
+    memory = plan(model, kv_memory_mb=3)
+    assert (memory.num_blocks, memory.limit) == (3 * MIB // BYTES, "kv_memory_mb")
+    whole = plan(model, max_num_seqs=3)
+    assert (whole.num_blocks, whole.limit) == (1 + 3 * 256 // 16, "max_num_seqs")
+    scarce = plan(model, max_num_seqs=3, free=5 * BYTES + 1)
+    assert (scarce.num_blocks, scarce.limit) == (5, "free memory")
+
+
+def test_too_little_memory_names_the_fix(model):
+    with pytest.raises(ConfigError, match=r"free memory \(0 MiB\) must hold 2 blocks of 0.01 MiB: use kv_memory_mb=1"):
+        plan(model, free=BYTES)
+    with pytest.raises(ConfigError, match=r"kv_memory_mb \(1 MiB\) must hold 2 blocks"):
+        plan(model, kv_memory_mb=1, block_size=2048)
+
+
+def test_this_machine_has_memory_for_a_cache():
+    assert free_memory(torch.device("cpu")) > 100 * MIB
