@@ -110,7 +110,7 @@ def open_stream(file: Path, vocab_size: int) -> TokenStream:
         raise DataError(f"{file} ({ids.nbytes} bytes) should have {size}: {advice}")
     sha = hashlib.sha256()
     for first in range(0, len(ids), CHUNK):
-        sha.update(ids[first : first + CHUNK])
+        sha.update(ids[first : first + CHUNK].data)
     if sha.hexdigest() != expected:
         raise DataError(f"{file} is corrupt (sha256 {sha.hexdigest()}, written {expected}): {advice}")
     for first in range(0, len(ids), CHUNK):

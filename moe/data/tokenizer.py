@@ -33,7 +33,9 @@ class Tokenizer:
     @property
     def eos_id(self) -> int:
         """The id of `<|endoftext|>`: separator, BOS and EOS."""
-        return self.backend.token_to_id(END)
+        eos_id = self.backend.token_to_id(END)
+        assert eos_id is not None, "checked at birth"
+        return eos_id
 
     @property
     def vocab_size(self) -> int:

@@ -1,6 +1,11 @@
 """Committed checkpoints: `save`, `latest`, `open_checkpoint`, `restore`. No pickle anywhere."""
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .reader import Checkpoint, latest, open_checkpoint, restore
+    from .writer import save
 
 _LAZY = {
     "Checkpoint": ".reader",
