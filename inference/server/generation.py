@@ -1,0 +1,111 @@
+"""The engine's side of one HTTP call: its prompts run together, their newest outputs are picked up in one place.
+
+Outputs are cumulative, so only the newest of each prompt is kept: a slow reader costs no memory.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from ..core.sampling import SamplingParams
+from ..outputs import RequestOutput
+from .metrics import Metrics, Watch
+from .protocol import Prompt
+
+if TYPE_CHECKING:
+    from ..async_engine import AsyncEngine
+
+
+class Generation:
+    """All engine requests of one call. Used on the event loop only; `close` must be called whatever happens.
+
+    Args:
+        engine: where they run.
+        prompts: texts or token ids; each is an engine request of its own.
+        params: for all of them.
+        call_id: the call's id; prompt i has `{call_id}-{i}` in the engine.
+        metrics: where they are counted.
+    """
+
+    def __init__(
+        self, engine: "AsyncEngine", prompts: Sequence[Prompt], params: SamplingParams, call_id: str, metrics: Metrics
+    ) -> None:
+        self.params = params
+        self.outputs: list[RequestOutput | None] = [None] * len(prompts)
+        self._engine = engine
+        self._ids = [f"{call_id}-{i}" for i in range(len(prompts))]
+        self._fresh: dict[int, RequestOutput] = {}
+        self._news = asyncio.Event()
+        self._error: BaseException | None = None
+        self._running = len(prompts)
+        self._tasks = [self._start(i, prompt, metrics.watch()) for i, prompt in enumerate(prompts)]
+
+    async def started(self, patience: float) -> None:
+        """Return at the first output, or after `patience` seconds; raise what the engine raised until then."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                await self._news.wait()
+        self._raise()
+
+    async def finished(self) -> list[RequestOutput]:
+        """The final output of every prompt, or the first error of any."""
+        async for _ in self:
+            pass
+        return [output for output in self.outputs if output is not None]
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """(prompt, its newest output), until all are finished; raises the first error of any."""
+        running = self._running
+        while running:
+            await self._news.wait()
+            self._news.clear()
+            running = self._running
+            fresh, self._fresh = self._fresh, {}
+            for item in sorted(fresh.items()):
+                yield item
+            self._raise()
+
+    def abort(self) -> None:
+        """Ask the engine to end every request; their last outputs, with finish reason "abort", still arrive."""
+        for request_id in self._ids:
+            self._engine.abort(request_id)
+
+    def close(self) -> None:
+        """Forget the call: the engine aborts what its callers leave, and those outputs are dropped."""
+        for task in self._tasks:
+            task.cancel()
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's usage object over all prompts and choices so far."""
+        known = [output for output in self.outputs if output is not None]
+        prompt = sum(len(output.prompt_token_ids) for output in known)
+        completion = sum(len(choice.token_ids) for output in known for choice in output.outputs)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens for output in known)},
+        }
+
+    def _start(self, index: int, prompt: Prompt, watch: Watch) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._follow(index, prompt, watch))
+        task.add_done_callback(lambda task: self._ended(task, watch))
+        return task
+
+    async def _follow(self, index: int, prompt: Prompt, watch: Watch) -> None:
+        async for output in self._engine.generate(prompt, self.params, request_id=self._ids[index]):
+            watch.observe(output)
+            self.outputs[index] = self._fresh[index] = output
+            self._news.set()
+
+    def _ended(self, task: asyncio.Task[None], watch: Watch) -> None:
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        watch.end(error)
+        self._running -= 1
+        self._error = self._error or error
+        self._news.set()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error

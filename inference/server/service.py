@@ -1,0 +1,71 @@
+"""What the routes and the life cycle share: the engine, the phase the server is in, the calls in flight."""
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from ..core.sampling import SamplingParams
+from ..core.scheduler import SchedulerStats
+from .config import ServerConfig
+from .errors import ApiError
+from .generation import Generation
+from .metrics import Metrics
+from .protocol import Prompt
+
+if TYPE_CHECKING:
+    from ..async_engine import AsyncEngine
+
+Phase = Literal["loading", "ready", "shutting down", "broken"]
+
+
+class Service:
+    """One server's state. Touched on its event loop only.
+
+    Args:
+        config: the server's settings.
+        model_name: the one model that is served.
+    """
+
+    def __init__(self, config: ServerConfig, model_name: str) -> None:
+        self.config = config
+        self.model_name = model_name
+        self.created = int(time.time())
+        self.phase: Phase = "loading"
+        self.engine: AsyncEngine | None = None
+        self.calls: set[Generation] = set()
+        self.metrics = Metrics(self._stats)
+
+    def ready_engine(self) -> "AsyncEngine":
+        """The engine, for a new request.
+
+        Raises:
+            ApiError: 503 unless the server is ready.
+        """
+        if self.engine is None or self.phase != "ready":
+            message = f"the server is {self.phase}: try again later"
+            raise ApiError(503, message, code="unavailable", headers={"Retry-After": "5"})
+        return self.engine
+
+    def start(self, prompts: Sequence[Prompt], params: SamplingParams, call_id: str) -> Generation:
+        """Start a call; `end` must follow, whatever happens.
+
+        Raises:
+            ApiError: 503 unless the server is ready.
+        """
+        generation = Generation(self.ready_engine(), prompts, params, call_id, self.metrics)
+        self.calls.add(generation)
+        return generation
+
+    def end(self, generation: Generation) -> None:
+        """Abort what still runs of a call, and forget it."""
+        generation.close()
+        self.calls.discard(generation)
+
+    def check_model(self, name: str) -> None:
+        """Raise ApiError 404 for any model but ours."""
+        if name != self.model_name:
+            message = f"model ({name}) is not served here: use {self.model_name}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def _stats(self) -> SchedulerStats | None:
+        return self.engine.stats() if self.engine is not None else None

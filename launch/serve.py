@@ -1,0 +1,113 @@
+"""Serve a run or a model directory over HTTP: `turnout serve runs/x port=8000`."""
+
+import asyncio
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..inference.config import EngineConfig
+from ..inference.server.config import ServerConfig
+from .cli import Options, parse, write_json
+
+if TYPE_CHECKING:
+    from ..inference.async_engine import AsyncEngine
+
+SUMMARY = "serve a model over an OpenAI-compatible HTTP API"
+HELP = """\
+Serve a run or a model directory over an OpenAI-compatible HTTP API.
+
+usage: turnout serve CKPT [key=value ...]
+
+  port=8000                    0 takes any free port; the line `ready: URL` tells which
+  host=127.0.0.1               anything but loopback needs api_key
+  api_key=KEY                  clients send it as `Authorization: Bearer KEY`
+  served_model_name=NAME       the model's name in requests; by default the name of its directory
+  drain_seconds=30             how long running requests may still take after SIGTERM
+  max_num_seqs=64              requests that run at once
+  max_num_batched_tokens=512   tokens in one step
+  max_model_len=N              longest prompt + completion
+  kv_memory_mb=N               size of the KV cache
+  dtype=auto                   float32, bfloat16, ...
+  json=PATH                    write the URL and the load times there once it is ready
+
+endpoints: /v1/completions /v1/chat/completions /v1/models /health /ready /metrics
+
+example: turnout serve runs/first port=8000
+         curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+              -d '{"model": "first", "prompt": "The list", "max_tokens": 32}'
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(Options, EngineConfig, ServerConfig):
+    """What `turnout serve` takes: the engine's settings and the server's."""
+
+    def __post_init__(self) -> None:
+        EngineConfig.__post_init__(self)
+        ServerConfig.__post_init__(self)
+
+
+def main(args: list[str]) -> int:
+    """Serve until SIGTERM or SIGINT; 0 after a clean end."""
+    from ..inference.server.lifecycle import Server, bind
+
+    (path,), options = parse(ServeOptions, args, words=["ckpt"])
+    name = options.served_model_name or model_name(Path(path))
+    listener, url = bind(options)
+    loader = _Loader(path, options)
+    server = Server(options, name, loader.load)
+
+    def announce() -> None:
+        times = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in loader.seconds.items())
+        print(f"loaded {name} ({times}; {loader.memory})")
+        print(f"ready: {url}", flush=True)
+        result = {"url": url, "model": name, "pid": os.getpid(), "load_seconds": loader.seconds}
+        write_json(options.json, result)
+
+    print(f"loading {path} (until it is ready, {url}/health answers 503)", flush=True)
+    asyncio.run(server.run(listener, announce))
+    print("stopped", flush=True)
+    return 0
+
+
+def model_name(path: Path) -> str:
+    """What a checkpoint is called in requests: its directory's name, a run's for `runs/x/model`."""
+    path = path.resolve()
+    return path.parent.name if path.name == "model" else path.name
+
+
+class _Loader:
+    """Loads the engine and remembers what took how long.
+
+    Args:
+        path: a run or model directory.
+        config: the engine's settings.
+
+    Attributes:
+        seconds: what → how long it took.
+        memory: the KV cache in words.
+    """
+
+    def __init__(self, path: str, config: EngineConfig) -> None:
+        self.seconds: dict[str, float] = {}
+        self.memory = ""
+        self._path = path
+        self._config = config
+
+    def load(self) -> "AsyncEngine":
+        """The started engine; this is where torch is first imported."""
+        start = time.perf_counter()
+        from ..inference.async_engine import AsyncEngine
+        from ..inference.engine import Engine
+
+        imported = time.perf_counter()
+        engine = Engine.from_path(self._path, self._config)
+        self.seconds = {"import": imported - start, "weights": time.perf_counter() - imported}
+        plan = engine.kv_plan
+        mib = plan.total_bytes / 2**20
+        self.memory = f"KV cache: {plan.num_blocks} blocks of {plan.block_size} tokens, {mib:.0f} MiB by {plan.limit}"
+        started = AsyncEngine(engine)
+        started.start()
+        return started

@@ -1,0 +1,171 @@
+"""Real servers on free loopback ports: a real engine over a small model, in a thread of the test process."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from turnout.inference.async_engine import AsyncEngine
+from turnout.inference.config import EngineConfig
+from turnout.inference.engine import Engine
+from turnout.inference.outputs import RequestOutput
+from turnout.inference.server.config import ServerConfig
+from turnout.inference.server.lifecycle import Server, bind
+from turnout.inference.text.tokenizer import TextTokenizer
+from turnout.moe import Decoder
+
+NAME = "tiny"
+ENGINE = {"num_blocks": 256, "max_num_seqs": 16, "max_num_batched_tokens": 64}
+
+
+class GatedEngine(Engine):
+    """The engine, but a test can stop it between two steps, or let the next one fail."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.tickets = threading.Semaphore(0)
+        self.crash: Exception | None = None
+
+    def step(self) -> list[RequestOutput]:
+        while not self.gate.wait(0.001):
+            if self.tickets.acquire(blocking=False):
+                break
+        if self.crash is not None:
+            raise self.crash
+        return super().step()
+
+    @contextmanager
+    def held(self, steps: int = 0) -> Iterator[None]:
+        """Only `steps` further steps happen inside the block."""
+        self.gate.clear()
+        for _ in range(steps):
+            self.tickets.release()
+        try:
+            yield
+        finally:
+            self.gate.set()
+
+
+@dataclass
+class Running:
+    """A server that runs in a thread."""
+
+    url: str
+    server: Server
+    engine: GatedEngine
+    loop: asyncio.AbstractEventLoop
+    ended: Future[None]
+
+    def stop(self) -> None:
+        self.loop.call_soon_threadsafe(self.server.stop)
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", **({"api_key": "none", "max_retries": 0} | options))
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def post(self, path: str = "/v1/completions", **body: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json={"model": NAME} | body, timeout=60)
+
+    def stream(self, path: str = "/v1/completions", **body: Any) -> list[Any]:
+        """The JSON of every data frame; a last `[DONE]` comes as the text."""
+        with httpx.stream("POST", self.url + path, json={"model": NAME, "stream": True} | body, timeout=60) as answer:
+            assert answer.status_code == 200, answer.read()
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            raw = answer.read().decode()
+        assert raw.endswith("\n\n")
+        frames = [frame.removeprefix("data: ") for frame in raw.split("\n\n") if frame and not frame.startswith(":")]
+        return [frame if frame == "[DONE]" else json.loads(frame) for frame in frames]
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=60)
+
+    def metrics(self) -> dict[str, float]:
+        """Sample name, with its labels in braces, → value."""
+        found = {}
+        for family in text_string_to_metric_families(self.get("/metrics").text):
+            for sample in family.samples:
+                labels = ",".join(f"{k}={v}" for k, v in sorted(sample.labels.items()))
+                found[sample.name.removeprefix("turnout:") + (f"{{{labels}}}" if labels else "")] = sample.value
+        return found
+
+    def idle(self) -> bool:
+        stats = self.engine.stats()
+        return (stats.running, stats.waiting, stats.usage) == (0, 0, 0.0) and not self.server.service.calls
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+    """Whether the condition becomes true; the time-out only bounds a failing test."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return condition()
+
+
+Serve = Callable[..., Running]
+
+
+@contextmanager
+def run_server(model: Decoder, tokenizer: TextTokenizer, settings: dict[str, Any], **engine: Any) -> Iterator[Running]:
+    built = GatedEngine(model, tokenizer, EngineConfig(**(ENGINE | engine)))
+    config = ServerConfig(**({"port": 0, "drain_seconds": 5.0} | settings))
+    listener, url = bind(config)
+    ready: threading.Event = threading.Event()
+    started: Future[tuple[Server, asyncio.AbstractEventLoop]] = Future()
+
+    def load() -> AsyncEngine:
+        engine = AsyncEngine(built)
+        engine.start()
+        return engine
+
+    async def run() -> None:
+        server = Server(config, NAME, load)
+        started.set_result((server, asyncio.get_running_loop()))
+        await server.run(listener, ready.set)
+
+    with ThreadPoolExecutor(1) as executor:
+        ended = executor.submit(asyncio.run, run())
+        ended.add_done_callback(lambda _: ready.set())
+        server, loop = started.result(30)
+        running = Running(url, server, built, loop, ended)
+        assert ready.wait(30)
+        try:
+            yield running
+        finally:
+            built.gate.set()
+            if not ended.done():
+                running.stop()
+            ended.exception(30)
+
+
+@pytest.fixture(scope="session")
+def served(model: Decoder, byte_level: TextTokenizer) -> Iterator[Running]:
+    """One server for all tests that leave it as they found it."""
+    with run_server(model, byte_level, {}) as running:
+        yield running
+        assert eventually(running.idle)
+    assert running.ended.exception() is None
+
+
+@pytest.fixture
+def serve(model: Decoder, byte_level: TextTokenizer) -> Iterator[Serve]:
+    """Servers of a test's own: `serve(of=model, server={...}, **engine settings)`."""
+    with ExitStack() as stack:
+
+        def start(of: Decoder | None = None, server: dict[str, Any] | None = None, **engine: Any) -> Running:
+            return stack.enter_context(run_server(of or model, byte_level, server or {}, **engine))
+
+        yield start
