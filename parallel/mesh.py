@@ -58,11 +58,12 @@ def build_mesh(config: ParallelConfig, device_type: str | None = None, num_exper
     if world > 1:
         ranks = torch.arange(world).view(layout.edp, layout.ep)
         with process.naming("creation of the mesh's groups"):
+            dp_group = _own_group([list(range(world))], config.timeout)
             ep_group = _own_group(ranks.tolist(), config.timeout)
             edp_group = _own_group(ranks.T.tolist(), config.timeout)
         names = ("edp", "ep")
         expert = DeviceMesh.from_group([edp_group, ep_group], device.type, mesh=ranks, mesh_dim_names=names)
-        dense = DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("dp",))
+        dense = DeviceMesh.from_group(dp_group, device.type, mesh_dim_names=("dp",))
     return Mesh(
         rank=rank, world=world, dp_rank=rank, dp_size=layout.dp, ep_rank=ep_rank, ep_size=layout.ep,
         edp_rank=edp_rank, edp_size=layout.edp, device=device, dense=dense, expert=expert,

@@ -6,11 +6,12 @@ and nothing is divided. In a world of one there is no DDP and no communication.
     logits = engine.forward(tokens_T, positions_T, ctx)
     engine.backward(loss, last=True)       # last=False: accumulate, no gradient travels
     result = engine.step()                 # norm, vote, clip, optimizers; gradients are gone afterwards
+    engine.gather_state()                  # before a checkpoint reads the optimizers' states
+    engine.scatter_state()                 # after a checkpoint filled them and the model
 """
 
 import math
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..gradients import clip_coefficient, expert_names, global_norm
+from ..gradients import clip_coefficient, global_norm, sharded_names
 from ..mesh import Mesh
 from ..process import naming
 from ..shard import ShardSpec
@@ -61,25 +62,25 @@ class NativeEngine:
         clip: float | None = None,
     ) -> None:
         self.model, self.optimizers, self.mesh, self.clip = model, list(optimizers), mesh, clip
-        self.sharded = expert_names(model, shards)
+        self.sharded = sharded_names(model, shards)
         self._last = True
         self._wrapped: nn.Module = model
         if mesh.dense is not None:
             self._wrapped = self._replicate(mesh.dense.get_group())
 
     def _replicate(self, group: dist.ProcessGroup) -> DistributedDataParallel:
-        """The model in DDP, experts left out.
+        """The model in DDP, experts and buffers left out.
 
         `find_unused_parameters`: a rank without tokens may leave parameters untouched, which must not hang the others;
-        and DDP then keeps its first buckets, so a sum of more than two ranks has one order, resumed or not.
+        and DDP then keeps its first buckets, so a sum over more than two ranks has one order, resumed or not.
         """
-        self.model._ddp_params_and_buffers_to_ignore = sorted(self.sharded)  # type: ignore[assignment]
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        whole = _Replicated(self.model, self.mesh.device)
+        buffers = {f"model.{name}" for name, _ in self.model.named_buffers()}
+        whole._ddp_params_and_buffers_to_ignore = buffers | {f"model.{name}" for name in self.sharded}
         with naming("start of data parallelism"):
             wrapped = DistributedDataParallel(
-                self.model,
+                whole.to(self.mesh.device),
                 process_group=group,
-                broadcast_buffers=False,
                 gradient_as_bucket_view=True,
                 find_unused_parameters=True,
             )
@@ -100,28 +101,42 @@ class NativeEngine:
         self._last = last
         with naming("sum of the dense gradients"):
             loss.backward()
-        if last and self.mesh.expert is not None and self.mesh.edp_size > 1:
-            group = self.mesh.expert.get_group("edp")
-            with naming("sum of the expert gradients"):
-                for name, parameter in self.model.named_parameters():
-                    if name in self.sharded:
-                        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                        _sum_in_float32(parameter.grad, group)
+        if last:
+            sum_expert_gradients(self.model, self.sharded, self.mesh)
 
     def step(self) -> StepResult:
         """Vote, clip and step; the gradients are dropped either way. Collective."""
-        grads = [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
-        norm = global_norm(grads, self.sharded.__contains__, self.mesh)
+        grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        replicas = {name: self.mesh.edp_size if name in self.sharded else self.mesh.world for name in grads}
+        norm = global_norm(((grad, replicas[name]) for name, grad in grads.items()), self.mesh.device)
         finite = math.isfinite(norm)
         coefficient = clip_coefficient(norm, self.clip) if finite else 0.0
         if finite:
-            for _, grad in grads:
+            for grad in grads.values():
                 if coefficient < 1.0:
                     grad.mul_(coefficient)
             for optimizer in self.optimizers:
                 optimizer.step()
         self.model.zero_grad(set_to_none=True)
         return StepResult(norm, coefficient, finite)
+
+    def gather_state(self) -> None:
+        """Make `optimizers[i].state[parameter]` current: it always is."""
+
+    def scatter_state(self) -> None:
+        """Take over what was written into the model and `optimizers[i].state`: nothing is held elsewhere."""
+
+
+class _Replicated(nn.Module):
+    """The model, and one parameter that is never used: a search that finds none makes DDP warn in every run."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.model = model
+        self.unused = nn.Parameter(torch.zeros(1, device=device))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
 
 
 def _sum_bucket(engine: NativeEngine, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -136,11 +151,17 @@ def _sum_bucket(engine: NativeEngine, bucket: dist.GradBucket) -> torch.futures.
     return work.get_future().then(lambda _: buffer if wide is buffer else buffer.copy_(wide))
 
 
-def _sum_in_float32(grad: Tensor, group: dist.ProcessGroup) -> None:
-    wide = _widen(grad)
-    dist.all_reduce(wide, group=group)
-    if wide is not grad:
-        grad.copy_(wide)
+def sum_expert_gradients(model: nn.Module, sharded: Collection[str], mesh: Mesh) -> None:
+    """SUM the gradients of the parameters in `sharded` over the ranks that hold the same experts. Collective."""
+    if mesh.expert is None or mesh.edp_size == 1:
+        return
+    with naming("sum of the expert gradients"):
+        for name, parameter in model.named_parameters():
+            if name in sharded:
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                wide = _widen(grad)
+                dist.all_reduce(wide, group=mesh.expert.get_group("edp"))
+                parameter.grad = grad if wide is grad else grad.copy_(wide)
 
 
 def _widen(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ def norm_at(ep: int) -> float:
     mesh = build_mesh(ParallelConfig(ep=ep))
     local = len(EXPERTS_E2) // ep
     mine = EXPERTS_E2[mesh.ep_rank * local : (mesh.ep_rank + 1) * local]
-    return global_norm([("dense", DENSE), ("experts", mine)], lambda name: name == "experts", mesh)
+    return global_norm([(DENSE, mesh.world), (mine, mesh.edp_size)], mesh.device)
 
 
 @pytest.mark.parametrize(("world", "ep"), [(2, 1), (2, 2), (4, 2), (4, 4)])
@@ -29,7 +29,7 @@ def test_every_parameter_counts_once(world, ep):
 
 def one_nan() -> float:
     mesh = build_mesh(ParallelConfig(ep=2))
-    return global_norm([("experts", torch.tensor([float("nan") if mesh.rank else 1.0]))], lambda _: True, mesh)
+    return global_norm([(torch.tensor([float("nan") if mesh.rank else 1.0]), 1)], mesh.device)
 
 
 def test_a_nan_on_one_rank_is_seen_by_all():

@@ -1,0 +1,189 @@
+"""The DeepSpeed engine: ZeRO-1 (Rajbhandari et al. 1910.02054) for the dense parameters, same surface as `native`.
+
+DeepSpeed cuts the optimizer states of the dense parameters into one piece a rank. The experts are spread over ranks
+already; their gradients are summed over the replicas and stepped here, as in the native engine. What DeepSpeed would
+do to the numbers is switched off: it sums and does not average, its clip is off, and ours sees every parameter once.
+
+Float32 only. One elementwise optimizer (AdamW, Adam, SGD): ZeRO-1 updates flat pieces, so it can not hold matrices.
+"""
+
+import importlib
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ... import ConfigError
+from ..gradients import clip_coefficient, global_norm, sharded_names
+from ..mesh import Mesh
+from ..process import naming
+from ..shard import ShardSpec
+from .native import StepResult, sum_expert_gradients
+
+ELEMENTWISE = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+
+
+def settings() -> dict[str, Any]:
+    """DeepSpeed's JSON configuration: ZeRO-1, plain sums, no clip, no loss scaling."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # only scales DeepSpeed's own counters
+        "gradient_accumulation_steps": 1,
+        "gradient_allreduce_op": "sum",
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": 1, "overlap_comm": False, "compute_grad_norm": False},
+        "steps_per_print": None,
+    }
+
+
+class DeepSpeedEngine:
+    """Trains `model` with ZeRO-1; arguments and methods as `NativeEngine`'s. Needs at least 2 ranks.
+
+    The learning rates are read from `optimizers[0].param_groups` at every step; its states live elsewhere.
+
+    Raises:
+        ConfigError: DeepSpeed is not installed, or it can not train this (world of one, dtype, optimizer).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        mesh: Mesh,
+        shards: Mapping[str, ShardSpec],
+        *,
+        clip: float | None = None,
+    ) -> None:
+        _check(model, optimizers, mesh)
+        self.model, self.optimizers, self.mesh, self.clip = model, list(optimizers), mesh, clip
+        self.sharded = sharded_names(model, shards)
+        experts = {id(p) for name, p in model.named_parameters() if name in self.sharded}
+        self._experts = [p for p in model.parameters() if id(p) in experts]
+        self._dense = [p for p in model.parameters() if id(p) not in experts and p.requires_grad]
+        source = self.optimizers[0]
+        self._followers: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._expert_optimizer = self._split(source, lambda p: id(p) in experts) if experts else None
+        dense_optimizer = self._split(source, lambda p: id(p) not in experts)
+        self._zero = _initialize(model, dense_optimizer, mesh, self._experts)
+
+    def _split(self, source: torch.optim.Optimizer, wanted: Any) -> torch.optim.Optimizer:
+        """An optimizer like `source` for some of its parameters; its groups follow those of `source`."""
+        groups = []
+        for group in source.param_groups:
+            some = [p for p in group["params"] if wanted(p)]
+            if some:
+                groups.append({**group, "params": some})
+                self._followers.append((group, groups[-1]))
+        made = type(source)(groups)
+        self._followers[-len(groups) :] = [
+            (group, mine) for (group, _), mine in zip(self._followers[-len(groups) :], made.param_groups, strict=True)
+        ]
+        return made
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward pass, prepared for `backward`."""
+        with naming("forward pass"):
+            return self._zero(*args, **kwargs)
+
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Add this micro-batch's gradients; with `last`, sum them over the ranks (collective)."""
+        for parameter in self._dense:  # ZeRO must reduce the same parameters on every rank, also on one without tokens
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._zero.set_gradient_accumulation_boundary(last)
+        with naming("sum of the dense gradients"):
+            self._zero.backward(loss, scale_wrt_gas=False)
+        if last:
+            sum_expert_gradients(self.model, self.sharded, self.mesh)
+
+    def step(self) -> StepResult:
+        """Vote, clip and step; the gradients are dropped either way. Collective."""
+        grads = list(self._owned_gradients())
+        norm = global_norm(grads, self.mesh.device)
+        finite = math.isfinite(norm)
+        coefficient = clip_coefficient(norm, self.clip) if finite else 0.0
+        if finite:
+            if coefficient < 1.0:
+                for grad, _ in grads:
+                    grad.mul_(coefficient)
+            for source, follower in self._followers:
+                follower.update({key: value for key, value in source.items() if key != "params"})
+            with naming("step of ZeRO-1"):
+                self._zero.step()
+            if self._expert_optimizer is not None:
+                self._expert_optimizer.step()
+        else:
+            zero = self._zero.optimizer
+            zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
+        self.model.zero_grad(set_to_none=True)
+        return StepResult(norm, coefficient, finite)
+
+    def _owned_gradients(self) -> Iterator[tuple[Tensor, int]]:
+        """The reduced gradients that this rank updates, with their number of replicas: ZeRO's pieces have none."""
+        for pieces in self._zero.optimizer.averaged_gradients.values():
+            for piece in pieces:
+                yield piece, 1
+        for parameter in self._experts:
+            if parameter.grad is not None:
+                yield parameter.grad, self.mesh.edp_size
+
+
+def _check(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], mesh: Mesh) -> None:
+    if mesh.world == 1:
+        raise ConfigError("engine (deepspeed) needs at least 2 ranks: use engine=native on one rank")
+    if len(optimizers) != 1 or not isinstance(optimizers[0], ELEMENTWISE):
+        names = "+".join(type(optimizer).__name__ for optimizer in optimizers)
+        raise ConfigError(f"optim ({names}) can not run in ZeRO-1's flat pieces: use optim.name=adamw or engine=native")
+    if any(p.dtype != torch.float32 for p in model.parameters()):
+        raise ConfigError("the parameters' dtype must be float32 for engine=deepspeed: use engine=native")
+
+
+def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, experts: Sequence[Tensor]) -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", mesh.device.type)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    try:
+        deepspeed = importlib.import_module("deepspeed")
+    except ImportError as error:
+        raise ConfigError("engine (deepspeed) needs the package: pip install 'turnout[deepspeed]'") from error
+    # The shared-memory all-reduce for CPUs compiles for a minute and leaves a stale lock when killed: gloo does it too.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    groups = importlib.import_module("deepspeed.utils.groups")
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    if experts:
+        groups._create_expert_and_data_parallel(mesh.ep_size)
+        for parameter in experts:
+            parameter.allreduce, parameter.group_name = False, f"ep_size_{mesh.ep_size}"
+    with naming("start of DeepSpeed"):
+        return deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings(), mpu=_Topology(mesh), dist_init_required=False
+        )[0]
+
+
+class _Topology:
+    """What DeepSpeed asks about the ranks. Its own groups would wait half an hour for a lost peer; ours do not."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.dense.get_group()
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._mesh.dp_size
+
+    def get_data_parallel_rank(self) -> int:
+        return self._mesh.dp_rank
+
+    def get_model_parallel_group(self) -> None:
+        return None
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
