@@ -27,7 +27,11 @@ LOST = 5
 
 
 def new_directory(name: str, root: Path = Path("runs")) -> Path:
-    """Make `root/<time>-<name>`, counting up when two start within a second."""
+    """Make `root/<time>-<name>`, counting up when two start within a second.
+
+    Raises:
+        CheckpointError: a thousand did.
+    """
     stem = f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
     for count in range(1000):
         path = root / (f"{stem}-{count}" if count else stem)
@@ -36,7 +40,7 @@ def new_directory(name: str, root: Path = Path("runs")) -> Path:
         except FileExistsError:
             continue
         return path
-    raise CheckpointError(f"{root} ({stem}) holds a thousand runs of this second: choose run=DIR")
+    raise CheckpointError(f"{root / stem} was made a thousand times this second: choose run=DIR")
 
 
 def freeze(run: Path, config: RunConfig, overrides: Sequence[str]) -> None:
@@ -107,12 +111,15 @@ def locked(run: Path) -> Iterator[int]:
 
 def record_exit(run: Path, rank: int, code: int, reason: str) -> None:
     """Add one rank's ending to `exit.json`; ranks may do so at the same time."""
-    with (run / "exit.lock").open("w") as guard:
+    guard = os.open(run, os.O_RDONLY)
+    try:
         fcntl.flock(guard, fcntl.LOCK_EX)
         ranks = read_exit(run).get("ranks", {})
         ranks[str(rank)] = {"code": code, "reason": reason}
         content = {"code": run_code(ranks), "ranks": dict(sorted(ranks.items(), key=lambda item: int(item[0])))}
         _replace(run / EXIT, json.dumps(content, indent=1) + "\n")
+    finally:
+        os.close(guard)
 
 
 def read_exit(run: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ from ...parallel import process
 from ...parallel.checkpoint import open_checkpoint, save
 from ...parallel.mesh import Mesh
 from ..data.rows import Batch
+from ..data.stream import validation_documents
+from ..eval.perplexity import evaluate, limit_bytes
 from ..models.context import VarlenContext
 from ..models.store import save_model
 from ..routing.record import RouteContext
 from . import state
 from .config import RunConfig
-from .evaluation import evaluate_held_out
 from .metrics import Metrics, Window, flops_per_token, peak_flops
 from .optim import set_rate
 from .schedule import progress, rate
@@ -136,11 +138,18 @@ class Trainer:
             self.now.cursor, train.global_batch, mesh.dp_rank, mesh.dp_size, micro, train.micro_batch
         )
         ctx, inputs = self._context(batch)
-        with torch.autocast(mesh.device.type, torch.bfloat16, enabled=train.dtype == "bfloat16"):
+        with self._autocast():
             logits_TV = self.setup.engine.forward(inputs["tokens_T"], inputs["positions_T"], ctx)
         loss = cross_entropy(logits_TV, inputs["targets_T"]).sum()
         self.window.add(loss.detach(), ctx.routings, inputs["valid_T"])
         return loss / batch.total_tokens, batch.total_tokens
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.mesh.device.type, torch.bfloat16, enabled=self.config.train.dtype == "bfloat16")
+
+    @cached_property
+    def _held_out(self) -> list[str]:
+        return validation_documents(self.config.data)
 
     def _context(self, batch: Batch) -> tuple[VarlenContext, dict[str, Tensor]]:
         tensors = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "total_tokens"}
@@ -164,12 +173,16 @@ class Trainer:
         self.window.clear()
         where = {"kind": "train", "step": self.now.step, "tokens": self.now.tokens, "seconds": round(seconds, 3)}
         done = progress(config.train, self.now.step, self.now.seconds)
-        self.metrics.write({**where, **window, "grad_norm": grad_norm, "lr": lr}, self.now.seconds * (1 / done - 1))
+        self.metrics.write({**where, **window, "grad_norm": grad_norm, "lr": lr}, self.now.seconds * max(1 / done - 1, 0))
 
     def _evaluate(self, limit: int | None) -> None:
         """A row about held-out text, of which `limit` bytes (None: all) are read. Collective."""
-        with self.window.paused():
-            result = evaluate_held_out(self.setup, self.config, self.mesh, limit)
+        mesh, texts = self.mesh, limit_bytes(self._held_out, limit)
+        with self.window.paused(), self._autocast():
+            result = evaluate(
+                self.setup.model, self.setup.tokenizer, texts, seq_len=self.config.train.seq_len,
+                rank=mesh.dp_rank, size=mesh.dp_size, reduce=process.all_sum,
+            )  # fmt: skip
         row = {"kind": "eval", "step": self.now.step}
         self.metrics.write({**row, "val_loss": result.val_loss, "bits_per_byte": result.bits_per_byte})
 

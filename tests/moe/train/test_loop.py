@@ -1,0 +1,212 @@
+"""The loop's promises, on one process and on real gloo ranks: replay, resume, layouts, the stop vote, non-finite."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from turnout import CheckpointError, ConfigError, NonFiniteError
+from turnout.launch.compose import compose
+from turnout.moe.data.rows import Cursor
+from turnout.moe.models.context import VarlenContext
+from turnout.moe.models.store import load_model
+from turnout.moe.train import loop
+from turnout.moe.train.config import RunConfig
+from turnout.moe.train.loop import Trainer, train
+from turnout.moe.train.setup import build_model, prepare_run, resume
+from turnout.parallel import process
+from turnout.parallel.checkpoint import latest
+from turnout.parallel.mesh import build_mesh
+from turnout.tests.helpers.ranks import run_ranks
+from turnout.tests.helpers.runs import corpus, fingerprint, rows, tiny
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def mesh_of(config: RunConfig):
+    return build_mesh(config.parallel, "cpu", config.model.moe.num_experts if config.model.moe else None)
+
+
+def go(run: str, words: list[str], stop_after: int | None = None) -> loop.Outcome:
+    """Train as this rank of however many there are; the last rank asks to stop after `stop_after` steps."""
+    config = compose(words, world=process.world()).config
+    Path(run).mkdir(exist_ok=True)
+    asked = iter(range(10**9))
+    last = process.rank() == process.world() - 1
+    return train(config, Path(run), mesh_of(config), lambda: last and next(asked) == stop_after)
+
+
+def two_ranks(run: Path, words: list[str], stop_after: int | None = None) -> loop.Outcome:
+    return run_ranks(go, 2, str(run), [*words, "parallel.ep=2"], stop_after)[0]
+
+
+def test_a_run_twice_is_the_same_bits(data, tmp_path):
+    words = tiny(data, "moe=gshard", "train.micro_batch=2", "moe.jitter=0.01")
+    for name in ("a", "b"):
+        assert go(str(tmp_path / name), words) == loop.Outcome(step=6, preempted=False)
+    assert fingerprint(tmp_path / "a", 6) == fingerprint(tmp_path / "b", 6)
+    other = tmp_path / "c"
+    go(str(other), [*words, "seed=1"])
+    assert fingerprint(tmp_path / "a", 6) != fingerprint(other, 6)
+
+
+@pytest.mark.parametrize("moe", ["switch", "gshard"])
+def test_a_run_stopped_at_two_ranks_resumes_to_the_same_bits(data, tmp_path, moe):
+    words = tiny(data, f"moe={moe}", "train.save_every=null")
+    assert two_ranks(tmp_path / "whole", words) == loop.Outcome(step=6, preempted=False)
+    assert two_ranks(tmp_path / "parts", words, stop_after=3) == loop.Outcome(step=3, preempted=True)
+    assert not (tmp_path / "parts" / "model").exists()
+    assert two_ranks(tmp_path / "parts", [*words, "train.resume=true"]) == loop.Outcome(step=6, preempted=False)
+    assert fingerprint(tmp_path / "whole", 6) == fingerprint(tmp_path / "parts", 6)
+    for kind in ("train", "eval"):
+        once, twice = rows(tmp_path / "whole", kind), rows(tmp_path / "parts", kind)
+        assert [untimed(row) for row in once] == [untimed(row) for row in twice]
+
+
+def untimed(row):
+    return {key: value for key, value in row.items() if key not in ("seconds", "tokens_per_second")}
+
+
+@pytest.mark.parametrize("forgotten", ["cursor", "optimizer", "nothing"])
+def test_leaving_any_part_of_the_state_out_of_a_checkpoint_would_be_seen(data, tmp_path, monkeypatch, forgotten):
+    words = tiny(data, "moe=gshard", "train.save_every=null", "optim=adamw")
+    go(str(tmp_path / "whole"), words)
+    go(str(tmp_path / "parts"), words, stop_after=3)
+
+    def forgetful(config, run, setup):
+        now, path = resume(config, run, setup)
+        if forgotten == "optimizer":
+            for kept in setup.engine.optimizers[0].state.values():
+                kept["exp_avg"].zero_()
+        return replace(now, cursor=Cursor()) if forgotten == "cursor" else now, path
+
+    monkeypatch.setattr(loop, "resume", forgetful)
+    go(str(tmp_path / "parts"), [*words, "train.resume=true"])
+    same = fingerprint(tmp_path / "whole", 6) == fingerprint(tmp_path / "parts", 6)
+    assert same == (forgotten == "nothing")
+
+
+def test_the_random_streams_are_the_step_and_the_seed(data, tmp_path):
+    config = compose(tiny(data, "moe=gshard", "moe.capacity_factor=null")).config
+    trainer = Trainer(config, tmp_path, mesh_of(config), lambda: False)
+    losses = []
+    for step in (0, 1, 0):
+        trainer.now = replace(trainer.now, step=step)
+        losses.append(float(trainer._forward(0)[0].detach()))
+    assert losses[0] == losses[2] != losses[1]
+    trainer.metrics.close()
+
+
+def logits(words: list[str], run: str) -> torch.Tensor:
+    """Logits on fixed tokens of the model in the run's newest checkpoint, at this number of ranks, in evaluation."""
+    config = compose([*words, "train.resume=true"], world=process.world()).config
+    mesh = mesh_of(config)
+    setup = prepare_run(config, Path(run), mesh)
+    resume(config, Path(run), setup)
+    tokens_T = torch.arange(64) * 5 % 400
+    ctx = VarlenContext(torch.tensor([0, 20, 64], dtype=torch.int32))
+    with torch.no_grad():
+        return setup.model.eval()(tokens_T, torch.cat([torch.arange(20), torch.arange(44)]), ctx)
+
+
+def test_a_checkpoint_of_two_ranks_gives_equal_logits_on_one_and_in_the_exported_model(data, tmp_path):
+    words = tiny(data, "train.dtype=float32")
+    two_ranks(tmp_path / "run", words)
+    both = run_ranks(logits, 2, [*words, "parallel.ep=2"], str(tmp_path / "run"))
+    alone = logits(words, str(tmp_path / "run"))
+    torch.testing.assert_close(both[0], alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(both[1], alone, rtol=1e-5, atol=1e-5)
+    model, checkpoint = load_model(tmp_path / "run"), latest(tmp_path / "run" / "checkpoints")
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, checkpoint.read_all(f"model/{name}")), name
+    tokens_T, positions_T = torch.arange(64) * 5 % 400, torch.cat([torch.arange(20), torch.arange(44)])
+    with torch.no_grad():
+        exported = model(tokens_T, positions_T, VarlenContext(torch.tensor([0, 20, 64], dtype=torch.int32)))
+    torch.testing.assert_close(exported, alone, rtol=1e-5, atol=1e-5)
+    assert alone.std() > 0.01, "the logits must say something"
+
+
+def test_two_ranks_follow_one_rank_s_losses(data, tmp_path):
+    words = tiny(data, "train.dtype=float32", "optim=adamw")
+    go(str(tmp_path / "one"), words)
+    two_ranks(tmp_path / "two", words)
+    one, two = ([row["loss"] for row in rows(tmp_path / name)] for name in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-4)
+    assert one[-1] < one[0]
+
+
+def poisoned(run: str, words: list[str]) -> tuple[str, bool]:
+    """Train with a NaN weight on the last rank alone; the error, and whether a parameter moved here."""
+    config = compose(words, world=process.world()).config
+    Path(run).mkdir(exist_ok=True)
+    trainer = Trainer(config, Path(run), mesh_of(config), lambda: False)
+    if process.rank() == process.world() - 1:
+        with torch.no_grad():
+            trainer.setup.model.blocks[1].ffn.experts.w_out[0, 0, 0] = math.nan
+    before = [weight.detach().clone() for weight in trainer.setup.model.parameters()]
+    try:
+        trainer.run()
+    except NonFiniteError as error:
+        now = list(trainer.setup.model.parameters())
+        return str(error), all(torch.equal(a, b) or a.isnan().any() for a, b in zip(before, now, strict=True))
+    return "", False
+
+
+def test_a_nan_on_one_rank_stops_all_and_moves_no_parameter(data, tmp_path):
+    results = run_ranks(poisoned, 2, str(tmp_path / "run"), tiny(data, "parallel.ep=2"))
+    for message, unmoved in results:
+        assert "of step 0 is not finite" in message
+        assert "no parameter moved" in message
+        assert unmoved
+    note = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
+    assert (note["step"], note["cursor"], len(note["losses"])) == (0, {"epoch": 0, "row": 0}, 2)
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+
+def test_a_run_by_time_ends_by_time_at_the_same_step_on_both_ranks(data, tmp_path):
+    words = tiny(data, "train.steps=null", "train.seconds=1.5", "parallel.ep=2", "train.save_every=null")
+    outcomes = run_ranks(go, 2, str(tmp_path / "run"), words)
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0].step >= 1
+    assert not outcomes[0].preempted
+
+
+def test_another_model_or_seed_does_not_resume(data, tmp_path):
+    words = tiny(data, "train.steps=2")
+    go(str(tmp_path / "run"), words)
+    for change, name in (("model.ffn_width=32", "model.ffn_width"), ("seed=5", "seed"), ("moe=gshard", "model.moe")):
+        with pytest.raises(ConfigError, match=rf"{name}.* when the checkpoint was written"):
+            go(str(tmp_path / "run"), [*words, change, "train.resume=true"])
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        go(str(tmp_path / "other"), [*words, f"train.resume={tmp_path}"])
+
+
+def test_a_finished_run_resumes_further_when_given_more_steps(data, tmp_path):
+    go(str(tmp_path / "run"), tiny(data, "train.steps=2"))
+    assert go(str(tmp_path / "run"), tiny(data, "train.steps=4", "train.resume=true")).step == 4
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_init_starts_from_another_run_s_weights_at_step_0(data, tmp_path):
+    go(str(tmp_path / "run"), tiny(data))
+    trained = dict(load_model(tmp_path / "run").named_parameters())
+    config = compose(tiny(data, f"train.init={tmp_path / 'run'}")).config
+    model, _ = build_model(config.model, config, mesh_of(config))
+    assert all(torch.equal(weight, trained[name]) for name, weight in model.named_parameters())
+    bad = compose(tiny(data, f"train.init={tmp_path / 'run'}", "model.ffn_width=32")).config
+    with pytest.raises(ConfigError, match=r"train\.init .* of shape"):
+        build_model(bad.model, bad, mesh_of(bad))
+
+
+def test_an_evaluation_during_the_run_changes_nothing(data, tmp_path):
+    words = tiny(data, "optim=adamw")
+    go(str(tmp_path / "plain"), words)
+    go(str(tmp_path / "often"), [*words, "train.eval_every=1", "train.eval_bytes=1000"])
+    assert fingerprint(tmp_path / "plain", 6) == fingerprint(tmp_path / "often", 6)
+    assert [row["step"] for row in rows(tmp_path / "often", "eval")] == [1, 2, 3, 4, 5, 6, 6]
