@@ -20,7 +20,7 @@ def sort_by_expert(ids_TK: Tensor, kept_TK: Tensor, num_experts: int) -> tuple[T
 
 
 def permute(x_TD: Tensor, order_N: Tensor, slot_TK: Tensor) -> Tensor:
-    return x_TD[order_N // slot_TK.shape[1]]
+    return wide(x_TD)[order_N // slot_TK.shape[1]].to(x_TD.dtype)
 
 
 def combine(y_ND: Tensor, weights_TK: Tensor, order_N: Tensor, slot_TK: Tensor) -> Tensor:

@@ -61,7 +61,8 @@ def paged_attention(
     out_THd = q_THd.new_empty(q_THd.shape[0], q_THd.shape[1], cache_v.shape[3])
     starts = cu_q_B1.tolist()
     lengths = context_lens_B.tolist()
-    decode, prefill = [], []
+    decode: list[int] = []
+    prefill: list[int] = []
     for b, (start, end) in enumerate(itertools.pairwise(starts)):
         if end > start:
             (decode if end - start == 1 else prefill).append(b)

@@ -3,24 +3,20 @@
 N rows, K input width, M output width, E experts.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ..configs import Tile, grouped_gemm_tile
-from ..torch_ops.grouped_gemm import weight_gradient
+from ..torch_ops.grouped_gemm import GroupedGemm
 from . import interpreter
 
 MAP_BLOCK = 64
 
 
 @triton.jit
-def tile_map_kernel(
+def tile_map_kernel(  # type: ignore[no-untyped-def]
     ends, expert_of, first_of, end_of, experts,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +35,7 @@ def tile_map_kernel(
 
 
 @triton.jit
-def grouped_gemm_kernel(
+def grouped_gemm_kernel(  # type: ignore[no-untyped-def]
     x, w, y, expert_of, first_of, end_of, K, M,
     x_row, x_k, w_expert, w_k, w_column, y_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
@@ -79,7 +75,7 @@ def grouped_gemm_fits(x_NK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> bool:
 
 
 def grouped_gemm(x_NK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
-    return _GroupedGemm.apply(x_NK, w_EKM, ends_E)
+    return GroupedGemm.apply(x_NK, w_EKM, ends_E, launch)
 
 
 def launch(x_NK: Tensor, w_EKM: Tensor, ends_E: Tensor, tile: Tile | None = None) -> Tensor:
@@ -101,18 +97,3 @@ def launch(x_NK: Tensor, w_EKM: Tensor, ends_E: Tensor, tile: Tile | None = None
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y_NM
-
-
-class _GroupedGemm(Function):
-    @staticmethod
-    def forward(ctx: Any, x_NK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
-        ctx.save_for_backward(x_NK, w_EKM, ends_E)
-        return launch(x_NK, w_EKM, ends_E)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_NM: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x_NK, w_EKM, ends_E = ctx.saved_tensors
-        grad_x = launch(grad_NM, w_EKM.mT, ends_E) if ctx.needs_input_grad[0] else None
-        grad_w = weight_gradient(x_NK, grad_NM, ends_E) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_w, None

@@ -80,7 +80,12 @@ class Builder(interpreter.InterpreterBuilder):
         return super().cast_impl(_wide(src), dst_type)
 
     def create_dot(self, a: Any, b: Any, d: Any, *options: Any) -> Any:
-        return super().create_dot(_wide(a), _wide(b), d, *options)
+        a, b = _wide(a), _wide(b)
+        if not a.dtype.is_floating() or a.dtype.primitive_bitwidth < 16:
+            return super().create_dot(a, b, d, *options)
+        # float64, rounded once: a BLAS product's last bits vary with a row's place in the tile, a tensor core's do not
+        product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64))
+        return interpreter.TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
 
 def _in_float32(method: Callable[..., Any], round_result: bool) -> Callable[..., Any]:
@@ -114,19 +119,16 @@ def _wide_operation(operation: type) -> type:
         """A reduction or scan that is computed in float32 when its operands are bfloat16, and rounded once."""
 
         def apply_impl(self, inputs: tuple[Any, ...]) -> Any:
-            narrowed = [_is_bfloat16(t.handle) for t in inputs]
-            if not any(narrowed):
+            if not any(_is_bfloat16(t.handle) for t in inputs):
                 return super().apply_impl(inputs)
-            wide = tuple(
-                self.to_tensor(widen(t.handle.data), tl.float32) if b else t
-                for t, b in zip(inputs, narrowed, strict=True)
-            )
-            results = super().apply_impl(wide)
-            single = not isinstance(results, tuple | list)
-            rounded = tuple(
-                self.to_tensor(narrow(t.handle.data), tl.bfloat16) if t.handle.dtype == tl.float32 else t
-                for t in ((results,) if single else results)
-            )
-            return rounded[0] if single else rounded
+            results = super().apply_impl(tuple(_retyped(t, _wide(t.handle)) for t in inputs))
+            if not isinstance(results, tuple | list):
+                return _retyped(results, _narrow(results.handle))
+            return tuple(_retyped(t, _narrow(t.handle)) if t.dtype == tl.float32 else t for t in results)
 
     return WideOperation
+
+
+def _retyped(tensor: Any, handle: Any) -> Any:
+    dtype = handle.dtype.scalar
+    return tl.core.tensor(handle, tl.block_type(dtype, tensor.type.shape) if tensor.type.is_block() else dtype)
