@@ -14,8 +14,9 @@ import torch
 
 from .. import ConfigError, NonFiniteError, RequestError, TurnoutError
 from ..configs.typed import digest
-from ..moe import Decoder, ModelConfig, load_model
-from ..moe.models.store import model_directory
+from ..moe.config import ModelConfig
+from ..moe.models.decoder import Decoder
+from ..moe.models.store import load_model, model_directory
 from .choice import Choice
 from .config import EngineConfig
 from .core.blocks import BlockManager

@@ -6,9 +6,9 @@ is a group of its own, so a request never feels its batch-mates. T tokens, H hea
 
 from torch import Tensor
 
-from ...kernels import paged_attention, store_kv
-from ...moe import RouteContext, Routing
+from ...kernels.ops import paged_attention, store_kv
 from ...moe.layers.context import AttentionSpec, Heads
+from ...moe.routing.record import RouteContext, Routing
 from .batch import Batch
 from .kv import KVCache
 

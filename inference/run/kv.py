@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import ConfigError
-from ...moe import ModelConfig
+from ...moe.config import ModelConfig
 from ..config import EngineConfig
 
 MIB = 2**20

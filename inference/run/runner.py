@@ -6,7 +6,7 @@ L MoE layers, E experts, R rows whose logits are wanted, V vocabulary.
 import torch
 from torch import Tensor
 
-from ...moe import Decoder
+from ...moe.models.decoder import Decoder
 from ..core.scheduler import StepPlan
 from .batch import Batch, build_batch
 from .context import PagedContext

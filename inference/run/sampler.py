@@ -14,14 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...kernels import uniform
-from ...kernels.random import SAMPLE
+from ...kernels.random import SAMPLE, uniform
 from ..core.request import Request
 from ..core.sampling import MAX_LOGPROBS
 
 GREEDY = 1e-5
 """Temperatures below are greedy: float32 logits divided by them overflow."""
 
+FLAT = 1e9
+"""Temperatures above are all the same: every token is equally probable."""
 CANDIDATES = 1024
 """So many tokens almost always hold the top p."""
 
@@ -55,7 +56,7 @@ def sample(logits_RV: Tensor, requests: Sequence[Request], seeds: Sequence[int])
     scores_RV = _suppress(logits_RV, requests)
     tokens_R = _lowest_argmax(scores_RV)
     if any(r.params.temperature >= GREEDY for r in requests):
-        temperature_R = logits_RV.new_tensor([r.params.temperature for r in requests])
+        temperature_R = logits_RV.new_tensor([min(r.params.temperature, FLAT) for r in requests])
         greedy_R = temperature_R < GREEDY
         probs_RV = (scores_RV / temperature_R.masked_fill(greedy_R, 1.0)[:, None]).softmax(-1)
         drawn_R = _draw(_truncate(probs_RV, requests), requests, seeds)

@@ -18,7 +18,8 @@ class Detokenizer:
 
     Args:
         tokenizer: the model's.
-        prompt_ids: what stands before; a character that its last bytes begin is completed by the first output tokens.
+        prompt_ids: what stands before. A character that its last bytes begin may be completed by the first output
+            tokens; if it is not, it was the prompt's affair and leaves no trace in the output.
         skip_special_tokens: leave control tokens out of the text.
     """
 
@@ -26,15 +27,31 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token_id in prompt_ids[-LONGEST_CHARACTER:]:
-            self.push(token_id)
+        self._decoder.decode(b"".join(self._bytes(token_id) for token_id in prompt_ids[-LONGEST_CHARACTER:]))
+        self._begun = self._decoder.getstate()[0]  # by the prompt, until the first output byte
 
     def push(self, token_id: int) -> str:
         """The characters that this token completes, possibly none."""
-        if self._skip and self._tokenizer.is_special(token_id):
-            return ""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        data = self._bytes(token_id)
+        if data and self._begun:
+            if not _continues(self._begun, data[:1]):
+                self._decoder.reset()
+            self._begun = b""
+        return self._decoder.decode(data)
 
     def flush(self) -> str:
         """What is still held back when the choice ends: nothing, or one U+FFFD for bytes that will never be whole."""
-        return self._decoder.decode(b"", final=True)
+        return "" if self._begun else self._decoder.decode(b"", final=True)
+
+    def _bytes(self, token_id: int) -> bytes:
+        skipped = self._skip and self._tokenizer.is_special(token_id)
+        return b"" if skipped else self._tokenizer.token_bytes(token_id)
+
+
+def _continues(begun: bytes, byte: bytes) -> bool:
+    """Whether `byte` may follow the `begun` bytes of a character."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(begun + byte)
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -56,6 +56,16 @@ def test_a_character_that_the_prompt_begins_is_completed_by_the_output(byte_leve
     assert text.endswith(shown)
 
 
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_a_character_that_the_prompt_begins_and_nobody_completes_leaves_no_trace(byte_level, data):
+    any_ids = st.lists(st.integers(0, byte_level.vocab_size - 1), max_size=8)
+    prompt, ids = [*data.draw(any_ids), *byte_level.encode("日")[:-1]], data.draw(any_ids)
+    output = b"".join(byte_level.token_bytes(i) for i in ids if not byte_level.is_special(i))
+    if not 0x80 <= (output or b"a")[0] < 0xC0:  # the first byte begins something new
+        assert "".join(stream(byte_level, ids, prompt)) == byte_level.decode(ids)
+
+
 def test_special_tokens_are_left_out_unless_asked_for(byte_level):
     ids = [*byte_level.encode("one"), 0, *byte_level.encode("two")]
     assert "".join(stream(byte_level, ids)) == "onetwo"
