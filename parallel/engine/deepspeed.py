@@ -62,42 +62,26 @@ class DeepSpeedEngine:
         _check(model, optimizers, mesh)
         self.model, self.optimizers, self.mesh, self.clip = model, list(optimizers), mesh, clip
         self.sharded = sharded_names(model, shards)
-        experts = {id(p) for name, p in model.named_parameters() if name in self.sharded}
-        self._experts = [p for p in model.parameters() if id(p) in experts]
-        self._dense = [p for p in model.parameters() if id(p) not in experts and p.requires_grad]
-        source = self.optimizers[0]
-        self._followers: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._expert_optimizer = self._split(source, lambda p: id(p) in experts) if experts else None
-        dense_optimizer = self._split(source, lambda p: id(p) not in experts)
-        self._zero = _initialize(model, dense_optimizer, mesh, self._experts)
-
-    def _split(self, source: torch.optim.Optimizer, wanted: Any) -> torch.optim.Optimizer:
-        """An optimizer like `source` for some of its parameters; its groups follow those of `source`."""
-        groups = []
-        for group in source.param_groups:
-            some = [p for p in group["params"] if wanted(p)]
-            if some:
-                groups.append({**group, "params": some})
-                self._followers.append((group, groups[-1]))
-        made = type(source)(groups)
-        self._followers[-len(groups) :] = [
-            (group, mine) for (group, _), mine in zip(self._followers[-len(groups) :], made.param_groups, strict=True)
-        ]
-        return made
+        self._experts = [p for name, p in model.named_parameters() if name in self.sharded]
+        self._dense = [p for name, p in model.named_parameters() if name not in self.sharded and p.requires_grad]
+        self._expert_part = _Part(self.optimizers[0], self._experts) if self._experts else None
+        self._dense_part = _Part(self.optimizers[0], self._dense)
+        self._engine = _initialize(model, self._dense_part.optimizer, mesh, self._experts)
+        self._zero = self._engine.optimizer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass, prepared for `backward`."""
         with naming("forward pass"):
-            return self._zero(*args, **kwargs)
+            return self._engine(*args, **kwargs)
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Add this micro-batch's gradients; with `last`, sum them over the ranks (collective)."""
         for parameter in self._dense:  # ZeRO must reduce the same parameters on every rank, also on one without tokens
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self._zero.set_gradient_accumulation_boundary(last)
+        self._engine.set_gradient_accumulation_boundary(last)
         with naming("sum of the dense gradients"):
-            self._zero.backward(loss, scale_wrt_gas=False)
+            self._engine.backward(loss, scale_wrt_gas=False)
         if last:
             sum_expert_gradients(self.model, self.sharded, self.mesh)
 
@@ -111,26 +95,74 @@ class DeepSpeedEngine:
             if coefficient < 1.0:
                 for grad, _ in grads:
                     grad.mul_(coefficient)
-            for source, follower in self._followers:
-                follower.update({key: value for key, value in source.items() if key != "params"})
+            self._dense_part.follow()
             with naming("step of ZeRO-1"):
-                self._zero.step()
-            if self._expert_optimizer is not None:
-                self._expert_optimizer.step()
+                self._engine.step()
+            if self._expert_part is not None:
+                self._expert_part.follow()
+                self._expert_part.optimizer.step()
         else:
-            zero = self._zero.optimizer
-            zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
+            self._zero.averaged_gradients = dict.fromkeys(self._zero.averaged_gradients)
         self.model.zero_grad(set_to_none=True)
         return StepResult(norm, coefficient, finite)
 
+    def gather_state(self) -> None:
+        """Make `optimizers[0].state[parameter]` current, from ZeRO's pieces and the experts' states. Collective."""
+        get = importlib.import_module("deepspeed.utils").safe_get_full_optimizer_state
+        state = self.optimizers[0].state
+        for parameter in self._experts:
+            state[parameter] = dict(self._expert_part.optimizer.state[parameter])
+        flat, pieces = next(iter(self._dense_part.optimizer.state.items()))
+        with naming("gathering of ZeRO's states"):
+            for parameter in self._dense:
+                state[parameter] = {
+                    key: get(parameter, key) if piece.shape == flat.shape else piece.clone()
+                    for key, piece in pieces.items()
+                }
+
+    def scatter_state(self) -> None:
+        """Take over what was written into the model and `optimizers[0].state`. Every rank keeps its pieces."""
+        put = importlib.import_module("deepspeed.utils").safe_set_full_optimizer_state
+        state = self.optimizers[0].state
+        for parameter in self._experts:
+            self._expert_part.optimizer.state[parameter] = dict(state[parameter])
+        example, dense = state[self._dense[0]], self._dense_part.optimizer
+        for flat in (p for group in dense.param_groups for p in group["params"]):
+            dense.state[flat] = {
+                key: torch.zeros_like(flat) if value.shape == self._dense[0].shape else value.clone()
+                for key, value in example.items()
+            }
+        self._zero._hp_optimizer_states_linked = False
+        self._zero._lazy_init_hp_params_optimizer_state()
+        for parameter in self._dense:
+            for key, value in state[parameter].items():
+                if value.shape == parameter.shape:
+                    put(parameter, value, key)
+        self._zero.refresh_fp32_params()
+
     def _owned_gradients(self) -> Iterator[tuple[Tensor, int]]:
         """The reduced gradients that this rank updates, with their number of replicas: ZeRO's pieces have none."""
-        for pieces in self._zero.optimizer.averaged_gradients.values():
+        for pieces in self._zero.averaged_gradients.values():
             for piece in pieces:
                 yield piece, 1
         for parameter in self._experts:
             if parameter.grad is not None:
                 yield parameter.grad, self.mesh.edp_size
+
+
+class _Part:
+    """An optimizer like `source` for some of its parameters; its settings follow those of `source`."""
+
+    def __init__(self, source: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
+        wanted = {id(p) for p in parameters}
+        chosen = [(group, [p for p in group["params"] if id(p) in wanted]) for group in source.param_groups]
+        self._sources = [group for group, some in chosen if some]
+        self.optimizer = type(source)([{**group, "params": some} for group, some in chosen if some])
+
+    def follow(self) -> None:
+        """Copy learning rate and all other settings from the source's groups."""
+        for source, mine in zip(self._sources, self.optimizer.param_groups, strict=True):
+            mine.update({key: value for key, value in source.items() if key != "params"})
 
 
 def _check(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], mesh: Mesh) -> None:

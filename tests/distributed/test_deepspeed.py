@@ -1,0 +1,131 @@
+"""The DeepSpeed engine trains what the native one trains: 2 ranks, ep = 2, ZeRO-1, on gloo.
+
+Bound, in float32 after 5 steps: 1e-5 relative for losses, norms, clips and parameters (measured: the same bits).
+The engines run in processes of their own, because DeepSpeed keeps process-wide state.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from turnout import ConfigError
+from turnout.parallel.apply import parallelize
+from turnout.parallel.config import ParallelConfig
+from turnout.parallel.engine.deepspeed import DeepSpeedEngine
+from turnout.parallel.mesh import build_mesh
+from turnout.tests.distributed.tiny_training import (
+    ROWS,
+    Case,
+    build_engine,
+    build_model,
+    rows_of,
+    run_batch,
+    train,
+    whole,
+)
+from turnout.tests.helpers.ranks import run_ranks
+
+BOUND = 1e-5
+
+
+QUICK = Case(dtype=torch.float32, ep=2, steps=5, router="gshard", micro_batches=2)
+
+
+def both_engines(case: Case) -> tuple[dict, dict]:
+    return train(case), train(dataclasses.replace(case, engine="deepspeed"))
+
+
+def quick() -> tuple[tuple[dict, dict], dict]:
+    return both_engines(QUICK), resume_and_poison()
+
+
+@pytest.fixture(scope="module")
+def seen() -> list:
+    return run_ranks(quick, 2, fresh=True, timeout=200)
+
+
+def assert_same_training(native: list[dict], deepspeed: list[dict]) -> None:
+    assert deepspeed[0]["curve"] == pytest.approx(native[0]["curve"], rel=BOUND)
+    for ours, theirs in zip(deepspeed[0]["steps"], native[0]["steps"], strict=True):
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=BOUND)
+        assert ours.clip == pytest.approx(theirs.clip, rel=BOUND)
+        assert theirs.clip < 1, "the clip must act"
+    expected = whole(native, "parameters")
+    for name, tensor in whole(deepspeed, "parameters").items():
+        assert float((tensor - expected[name]).norm()) <= BOUND * float(expected[name].norm()), name
+
+
+def test_zero1_with_spread_experts_trains_as_the_native_engine(seen):
+    assert_same_training([both[0] for both, _ in seen], [both[1] for both, _ in seen])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("changes", [{"optimizer": "sgd"}, {"ep": 1}, {"split": (ROWS, 0)}, {"hot": True}], ids=str)
+def test_zero1_trains_as_the_native_engine_in_every_situation(changes):
+    case = dataclasses.replace(QUICK, router="switch", micro_batches=1, **changes)
+    views = run_ranks(both_engines, 2, case, fresh=True, timeout=200)
+    assert_same_training([native for native, _ in views], [deepspeed for _, deepspeed in views])
+
+
+def resume_and_poison() -> dict:
+    """Steps 0 to 3 in one engine; steps 2 and 3 again in a new one that took over the states after step 1."""
+    case = Case(dtype=torch.float32, ep=2, engine="deepspeed")
+    mesh = build_mesh(ParallelConfig(ep=2), "cpu")
+    rows = rows_of(case, mesh.rank, mesh.world)
+    model = build_model(case)
+    shards = parallelize(model, mesh)
+    engine = build_engine(case, model, mesh, shards)
+    other = build_model(case)
+    parallelize(other, mesh)
+    for step in range(4):
+        if step == 2:
+            engine.gather_state()
+            fork(model, engine.optimizers[0], other, again := build_engine(case, other, mesh, shards))
+        engine.optimizers[0].param_groups[0]["lr"] = 1e-2 / (1 + step)  # set from outside, as the loop does
+        run_batch(engine, case, rows, step, last=True)
+        engine.step()
+    for step in (2, 3):
+        again.optimizers[0].param_groups[0]["lr"] = 1e-2 / (1 + step)
+        run_batch(again, case, rows, step, last=True)
+        again.step()
+    same = [torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True)]
+    before = [p.detach().clone() for p in model.parameters()]
+    run_batch(engine, case, rows, 4, last=True)
+    if mesh.rank == 1:
+        model.blocks[0].ffn.experts.w_in.grad.view(-1)[0] = float("nan")
+    bad = engine.step()
+    still = [torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+    run_batch(engine, case, rows, 5, last=True)
+    return {"resumed": all(same), "finite": [bad.finite, engine.step().finite], "still": all(still)}
+
+
+def fork(model, optimizer, other, engine: DeepSpeedEngine) -> None:
+    """Write model and optimizer states into another model and its engine, as loading a checkpoint does."""
+    with torch.no_grad():
+        for source, target in zip(model.parameters(), other.parameters(), strict=True):
+            target.copy_(source)
+            engine.optimizers[0].state[target] = {k: v.clone() for k, v in optimizer.state[source].items()}
+    engine.scatter_state()
+
+
+def test_states_travel_to_a_new_engine(seen):
+    assert [rest["resumed"] for _, rest in seen] == [True, True]
+
+
+def test_a_nan_on_one_rank_moves_nothing_under_zero1(seen):
+    for _, rest in seen:
+        assert rest["still"]
+        assert rest["finite"] == [False, True]
+
+
+def test_what_zero1_can_not_train_is_refused():
+    mesh = build_mesh(ParallelConfig())
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"engine \(deepspeed\) needs at least 2 ranks"):
+        DeepSpeedEngine(model, [torch.optim.SGD(model.parameters())], mesh, {})
+    two = dataclasses.replace(mesh, world=2)
+    with pytest.raises(ConfigError, match=r"optim \(LBFGS\) can not run in ZeRO-1's flat pieces"):
+        DeepSpeedEngine(model, [torch.optim.LBFGS(model.parameters())], two, {})
+    with pytest.raises(ConfigError, match="must be float32"):
+        DeepSpeedEngine(model.double(), [torch.optim.SGD(model.parameters())], two, {})
