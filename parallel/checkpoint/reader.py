@@ -193,7 +193,10 @@ def _verify_headers(path: Path, manifest: Manifest, readers: Mapping[str, Any]) 
     """The files hold exactly the slices that the manifest lists, and these tile their tensors."""
     expected: dict[tuple[str, str], tuple[str, tuple[int, ...]]] = {}
     for name, entry in manifest.tensors.items():
-        check_tiling(name, entry)
+        try:
+            check_tiling(name, entry)
+        except CheckpointError as error:
+            raise DamageError(f"{path / NAME}: {error}") from error
         expected.update({(part.file, name): (entry.dtype, part.shape) for part in entry.slices})
     found = {}
     for file, reader in readers.items():

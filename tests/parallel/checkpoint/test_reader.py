@@ -2,12 +2,14 @@
 
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from turnout import CheckpointError
 from turnout.parallel.checkpoint import latest, open_checkpoint, restore, save
+from turnout.parallel.checkpoint.manifest import DamageError, decode, encode
 from turnout.parallel.config import ParallelConfig
 from turnout.parallel.mesh import build_mesh
 from turnout.parallel.shard import ShardSpec
@@ -103,6 +105,15 @@ def test_sizes_alone_do_not_see_a_bit_flip_but_headers_are_always_checked(tmp_pa
     only_file(path).write_bytes(raw.replace(b'"shape":[4,6]', b'"shape":[6,4]'))
     with pytest.raises(CheckpointError, match=r"model/a\) is not as manifest"):
         open_checkpoint(path, verify="size")
+
+
+def test_a_manifest_whose_slices_leave_holes_is_refused(tmp_path):
+    path = write(tmp_path)
+    manifest = decode((path / "manifest.json").read_bytes(), "m")
+    manifest.tensors["model/a"] = replace(manifest.tensors["model/a"], shape=(8, 6))
+    (path / "manifest.json").write_bytes(encode(manifest))
+    with pytest.raises(DamageError, match=r"model/a \(24 elements on all ranks\) must have 48"):
+        open_checkpoint(path)
 
 
 def test_a_renamed_checkpoint_directory_is_refused(tmp_path):

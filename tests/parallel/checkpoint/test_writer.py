@@ -3,6 +3,7 @@
 import errno
 import multiprocessing as mp
 import random
+import shutil
 import time
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from turnout import CheckpointError
 from turnout.parallel import process
 from turnout.parallel.checkpoint import latest, open_checkpoint, restore, save
+from turnout.parallel.checkpoint.writer import committed
 from turnout.parallel.config import ParallelConfig
 from turnout.parallel.mesh import build_mesh
 from turnout.parallel.shard import ShardSpec
@@ -88,6 +90,15 @@ def test_the_last_k_committed_and_the_one_in_use_are_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{n:08d}" for n in (1, 5, 6)]
     write(tmp_path, 7, keep=None)
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_checkpoint_on_its_way_out_no_longer_counts_as_one(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: (_ for _ in ()).throw(OSError(errno.EIO, "half gone")))
+    with pytest.raises(CheckpointError, match=r"step-00000001 can not be removed .*half gone"):
+        write(tmp_path, 2, keep=1)
+    monkeypatch.undo()
+    assert [step for step, _ in committed(tmp_path)] == [2]
 
 
 def test_what_a_dead_save_left_is_removed_by_the_next(tmp_path):
