@@ -30,13 +30,13 @@ class Options:
     json: str | None = None
 
 
-def parse(cls: type[C], args: Sequence[str], words: Sequence[str] = ()) -> tuple[list[str], C]:
+def parse(cls: type[C], args: Sequence[str], words: Sequence[str] | None = None) -> tuple[list[str], C]:
     """Split `args` into the leading words and the dataclass `cls` built from the settings.
 
     Args:
         cls: the verb's options; a nested dataclass is reached by a dotted key (`engine.block_size=32`).
         args: the command line after the verb.
-        words: the names of the words that the verb needs, in order; empty: any number is returned as given.
+        words: the names of the words that the verb needs, in order; None: any number is returned as given.
 
     Raises:
         ConfigError: a missing or unexpected word, an unknown or repeated key, or a value of the wrong type.
@@ -46,9 +46,9 @@ def parse(cls: type[C], args: Sequence[str], words: Sequence[str] = ()) -> tuple
     for arg in args:
         if arg.startswith("-") and "=" not in arg:
             raise ConfigError(f"{arg} is not an option: write settings as key=value, as in {_example(cls)}")
-    if words and len(positionals) != len(words):
-        wanted = " ".join(word.upper() for word in words)
-        raise ConfigError(f"words ({' '.join(positionals) or 'none'}) must be {wanted}: put them before the settings")
+    if words is not None and len(positionals) != len(words):
+        given, wanted = " ".join(positionals) or "none", " ".join(word.upper() for word in words) or "none"
+        raise ConfigError(f"words before the settings ({given}) must be {wanted}: other settings are key=value")
     mapping: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")

@@ -74,6 +74,11 @@ def test_a_missing_or_extra_word_is_refused(args):
         parse(Generate, args, words=["ckpt"])
 
 
+def test_a_verb_without_words_refuses_them():
+    with pytest.raises(ConfigError, match=r"\(here\) must be none"):
+        parse(Generate, ["here"], words=())
+
+
 def test_results_are_written_as_json_where_asked(tmp_path):
     write_json(None, {"a": 1})
     write_json(tmp_path / "new" / "out.json", {"a": 1})
