@@ -98,25 +98,31 @@ def _truncate(probs_RV: Tensor, requests: Sequence[Request]) -> Tensor:
 
 
 def _keep(probs_PV: Tensor, limit_P1: Tensor, mass_P1: Tensor) -> Tensor:
-    """The first tokens of each row, by probability and then by id, that are within `limit` and reach `mass`.
+    """Keep the first tokens of each row, by probability and then by id, that are within `limit` and reach `mass`.
 
-    Sorting a vocabulary is the dearest part of sampling, and most of it is never wanted: try the best ones first.
+    Sorting a vocabulary is the dearest part of sampling and most of it is never wanted: look at the best ones first.
     """
-    vocabulary = probs_PV.shape[1]
-    for size in (min(CANDIDATES, vocabulary), vocabulary):
-        whole = size == vocabulary
-        best_PC = (probs_PV.sort(dim=-1, descending=True) if whole else probs_PV.topk(size)).values.double()
-        best_PC = best_PC.masked_fill(torch.arange(size, device=best_PC.device) >= limit_P1, 0.0)
-        before_PC = best_PC.cumsum(-1) - best_PC
-        total_P1 = torch.where(limit_P1 <= size, best_PC.sum(-1, True), probs_PV.sum(-1, True, dtype=torch.float64))
-        inside_PC = (before_PC < mass_P1 * total_P1) & (best_PC > 0)
-        if bool(((limit_P1 <= size) | ~inside_PC[:, -1:]).all()):
-            break
-    count_P1 = inside_PC.sum(-1, keepdim=True).clamp(min=1)  # at least one token stays
-    least_P1 = best_PC.gather(1, count_P1 - 1).to(probs_PV.dtype)
+    count_P1, least_P1, enough_P = _border(probs_PV, limit_P1, mass_P1, min(CANDIDATES, probs_PV.shape[1]))
+    if not bool(enough_P.all()):
+        flat = ~enough_P
+        whole = _border(probs_PV[flat], limit_P1[flat], mass_P1[flat], probs_PV.shape[1])
+        count_P1[flat], least_P1[flat] = whole[:2]
     above_PV, equal_PV = probs_PV > least_P1, probs_PV == least_P1
     wanted_P1 = count_P1 - above_PV.sum(-1, keepdim=True)
     return probs_PV.masked_fill(~(above_PV | equal_PV & (equal_PV.cumsum(-1) <= wanted_P1)), 0.0)
+
+
+def _border(probs_PV: Tensor, limit_P1: Tensor, mass_P1: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(How many tokens to keep, the least probability among them, whether the best `size` tokens could tell)."""
+    best_PC = probs_PV.topk(size).values if size < probs_PV.shape[1] else probs_PV.sort(dim=-1, descending=True).values
+    within_PC = torch.arange(size, device=probs_PV.device) < limit_P1
+    chosen_PC = best_PC.double().masked_fill(~within_PC, 0.0)
+    total_P1 = torch.where(limit_P1 <= size, chosen_PC.sum(-1, True), probs_PV.sum(-1, True, dtype=torch.float64))
+    before_PC = chosen_PC.cumsum(-1) - chosen_PC
+    inside_PC = within_PC & (before_PC < mass_P1 * total_P1)
+    count_P1 = inside_PC.sum(-1, keepdim=True).clamp(min=1)  # at least one token stays
+    enough_P = (limit_P1 <= size)[:, 0] | ~inside_PC[:, -1]
+    return count_P1, best_PC.gather(1, count_P1 - 1), enough_P
 
 
 def _draw(probs_RV: Tensor, requests: Sequence[Request], seeds: Sequence[int]) -> Tensor:

@@ -72,7 +72,9 @@ def test_streamed_outputs_only_grow_and_end_once(make_engine, byte_level):
     engine = make_engine(num_blocks=20, max_num_batched_tokens=32)
     for i, (prompt, params) in enumerate(mixed(temperature=0)):
         engine.add_request(str(i), prompt, params)
-    for outputs in run(engine).values():
+    seen = run(engine)
+    assert engine.stats().preemptions > 0, "what was shown before a preemption is not shown again"
+    for outputs in seen.values():
         assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
         choices = [output.outputs[0] for output in outputs]
         assert [len(choice.token_ids) for choice in choices] == list(range(1, len(choices) + 1))
