@@ -6,7 +6,7 @@ uses it (`AsyncEngine` gives it one of its own).
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -81,6 +81,7 @@ class Engine:
         tokenizer: the model's.
         config: limits and sizes; what it leaves open is resolved here.
         chat: the model's chat template; None = a plain transcript.
+        clock: seconds, for time in the queue.
 
     Attributes:
         config: resolved: `max_model_len` and `num_blocks` are numbers.
@@ -91,7 +92,12 @@ class Engine:
     """
 
     def __init__(
-        self, model: Decoder, tokenizer: TextTokenizer, config: EngineConfig, chat: ChatTemplate | None = None
+        self,
+        model: Decoder,
+        tokenizer: TextTokenizer,
+        config: EngineConfig,
+        chat: ChatTemplate | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         longest = model.cfg.max_seq_len
         length = config.max_model_len or longest
@@ -110,7 +116,8 @@ class Engine:
             enable_prefix_caching=config.enable_prefix_caching,
             fingerprint=f"{digest(model.cfg)} {weight.dtype}".encode(),
         )
-        self.scheduler = Scheduler(self.config, self.blocks, time.monotonic)
+        self.scheduler = Scheduler(self.config, self.blocks, clock)
+        self._clock = clock
         self._eos = frozenset(() if model.cfg.eos_token_id is None else (model.cfg.eos_token_id,))
         self._groups: dict[str, _Group] = {}
         self._choices: dict[str, Choice] = {}
@@ -171,7 +178,7 @@ class Engine:
         name, params = prepared.request_id, prepared.params
         if name in self._groups:
             raise RequestError(f"request_id ({name!r}) must be new among live requests: choose another", "request_id")
-        arrival = time.monotonic()
+        arrival = self._clock()
         requests = [
             Request(
                 id=f"{name}#{choice}",
@@ -206,20 +213,24 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Run one step and return the new state of every request that it changed."""
         plan = self.scheduler.schedule()
-        rule = f"the request waited longer than queue_timeout ({self.config.queue_timeout} s): try again later"
-        late = {self._choices[request.id].request_id for request in plan.expired}
-        ended = [self._end(name, QueueTimeoutError(rule)) for name in late]
         sampled = self._compute(plan)
-        broken = {self._choices[i].request_id for i, result in sampled.items() if result.token is None}
-        rule = "the logits of this request are not finite: check the model's weights"
-        ended += [self._end(name, NonFiniteError(rule)) for name in broken]
-        tokens = {i: result.token for i, result in sampled.items() if result.token is not None}
+        failed: dict[str, TurnoutError] = {}
+        for request in plan.expired:
+            rule = f"the request waited longer than queue_timeout ({self.config.queue_timeout} s): try again later"
+            failed[self._choices[request.id].request_id] = QueueTimeoutError(rule)
+        for request_id, result in sampled.items():
+            if result.token is None:
+                rule = "the logits of this request are not finite: check the model's weights"
+                failed[self._choices[request_id].request_id] = NonFiniteError(rule)
+        ended = [self._end(name, error) for name, error in failed.items()]
+        tokens = {request_id: result.token for request_id, result in sampled.items() if result.token is not None}
         advanced: dict[str, None] = {}
         for request in self.scheduler.commit(plan, tokens):
             advanced[self._advance(request, sampled[request.id])] = None
         return ended + [self._output(name) for name in advanced]
 
     def stats(self) -> EngineStats:
+        """Gauges and counters as they stand."""
         return EngineStats(**asdict(self.scheduler.stats()), steps=self._steps, computed_tokens=self._computed_tokens)
 
     def _compute(self, plan: StepPlan) -> dict[str, Sampled]:

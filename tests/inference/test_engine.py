@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from turnout import ConfigError, NonFiniteError, RequestError
+from turnout.inference.config import EngineConfig
 from turnout.inference.core.request import QueueFullError
 from turnout.inference.core.sampling import SamplingParams
 from turnout.inference.engine import Engine, FailedOutput
@@ -226,12 +227,24 @@ def test_logits_that_are_not_finite_fail_that_request_alone(make_model, make_eng
     assert [tokens(output) for output in complete(engine, healthy)] == [tokens(output) for output in expected]
 
 
-def test_a_request_that_waits_too_long_expires_with_its_reason(make_engine):
-    engine = make_engine(queue_timeout=1e-9)
-    (output,) = complete(engine, [([1, 2], SamplingParams(n=2))])
-    assert isinstance(output, FailedOutput)
-    assert isinstance(output.error, QueueTimeoutError)
-    assert [choice.finish_reason for choice in output.outputs] == ["abort", "abort"]
+def test_a_request_that_waits_too_long_expires_with_its_reason(model, byte_level):
+    """Also when one of its choices runs already: the request has one fate."""
+    now = [0.0]
+    config = EngineConfig(num_blocks=64, max_num_seqs=1, queue_timeout=5)
+    engine = Engine(model, byte_level, config, clock=lambda: now[0])
+    params = SamplingParams(n=2, max_tokens=9)
+    engine.add_request("x", [1, 2], params)
+    engine.add_request("y", [3, 4], params)
+    assert [output.request_id for output in engine.step()] == ["x"]
+    now[0] = 6.0
+    outputs = {output.request_id: output for output in engine.step()}
+    assert not engine.has_unfinished
+    assert engine.stats().usage == 0
+    for name, counts in (("x", [1, 0]), ("y", [0, 0])):
+        assert isinstance(outputs[name], FailedOutput)
+        assert isinstance(outputs[name].error, QueueTimeoutError)
+        assert [choice.finish_reason for choice in outputs[name].outputs] == ["abort", "abort"]
+        assert [len(choice.token_ids) for choice in outputs[name].outputs] == counts
 
 
 @pytest.mark.parametrize(
