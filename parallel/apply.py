@@ -6,6 +6,9 @@ plain object. Works on the meta device too, so that no rank ever holds all exper
 E experts of a layer.
 """
 
+from collections.abc import Mapping
+from typing import Any, cast
+
 from torch import nn
 
 from .. import ConfigError
@@ -28,7 +31,7 @@ def parallelize(model: nn.Module, mesh: Mesh) -> dict[str, ShardSpec]:
     Raises:
         ConfigError: the number of experts can not be divided by the ranks, or the plan uses an unknown placement.
     """
-    plan = model.plan() if hasattr(model, "plan") else {}
+    plan: Mapping[str, str] = cast(Any, model).plan() if hasattr(model, "plan") else {}
     shards = {}
     for name, tensor in list(model.state_dict(keep_vars=True).items()):
         shape = tuple(tensor.shape)
@@ -41,7 +44,7 @@ def parallelize(model: nn.Module, mesh: Mesh) -> dict[str, ShardSpec]:
             total = next(s.global_shape[0] for n, s in shards.items() if n.startswith(_join(name, "experts.")))
             module.experts.first = total // mesh.ep_size * mesh.ep_rank
             if mesh.ep_size > 1:
-                module.dispatcher = AllToAllDispatcher(mesh.expert.get_group("ep"), total)
+                module.dispatcher = AllToAllDispatcher(mesh.group("ep"), total)
     return shards
 
 

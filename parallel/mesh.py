@@ -7,6 +7,7 @@ edp    0 0 1 1
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,12 @@ class Mesh:
     device: torch.device
     dense: DeviceMesh | None = None
     expert: DeviceMesh | None = None
+
+    def group(self, dim: Literal["dp", "ep", "edp"]) -> dist.ProcessGroup:
+        """The ranks along one dimension; there are none in a world of one."""
+        mesh = self.dense if dim == "dp" else self.expert
+        assert mesh is not None, "a world of one has no groups"
+        return mesh.get_group(dim)
 
 
 def build_mesh(config: ParallelConfig, device_type: str | None = None, num_experts: int | None = None) -> Mesh:

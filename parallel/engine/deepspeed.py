@@ -10,8 +10,7 @@ Float32 only. One elementwise optimizer (AdamW, Adam, SGD): ZeRO-1 updates flat 
 import importlib
 import logging
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,9 +63,9 @@ class DeepSpeedEngine:
         self.sharded = sharded_names(model, shards)
         self._experts = [p for name, p in model.named_parameters() if name in self.sharded]
         self._dense = [p for name, p in model.named_parameters() if name not in self.sharded and p.requires_grad]
-        self._expert_part = _Part(self.optimizers[0], self._experts) if self._experts else None
-        self._dense_part = _Part(self.optimizers[0], self._dense)
-        self._engine = _initialize(model, self._dense_part.optimizer, mesh, self._experts)
+        self._dense_optimizer = _part_of(self.optimizers[0], self._dense)
+        self._expert_optimizers = [_part_of(self.optimizers[0], self._experts)] if self._experts else []
+        self._engine = _initialize(model, self._dense_optimizer, mesh, self._experts)
         self._zero = self._engine.optimizer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -95,12 +94,11 @@ class DeepSpeedEngine:
             if coefficient < 1.0:
                 for grad, _ in grads:
                     grad.mul_(coefficient)
-            self._dense_part.follow()
+            _follow(self.optimizers[0], self._dense_optimizer, *self._expert_optimizers)
             with naming("step of ZeRO-1"):
                 self._engine.step()
-            if self._expert_part is not None:
-                self._expert_part.follow()
-                self._expert_part.optimizer.step()
+            for optimizer in self._expert_optimizers:
+                optimizer.step()
         else:
             self._zero.averaged_gradients = dict.fromkeys(self._zero.averaged_gradients)
         self.model.zero_grad(set_to_none=True)
@@ -110,9 +108,9 @@ class DeepSpeedEngine:
         """Make `optimizers[0].state[parameter]` current, from ZeRO's pieces and the experts' states. Collective."""
         get = importlib.import_module("deepspeed.utils").safe_get_full_optimizer_state
         state = self.optimizers[0].state
-        for parameter in self._experts:
-            state[parameter] = dict(self._expert_part.optimizer.state[parameter])
-        flat, pieces = next(iter(self._dense_part.optimizer.state.items()))
+        for optimizer in self._expert_optimizers:
+            state.update({parameter: dict(optimizer.state[parameter]) for parameter in self._experts})
+        flat, pieces = next(iter(self._dense_optimizer.state.items()))
         with naming("gathering of ZeRO's states"):
             for parameter in self._dense:
                 state[parameter] = {
@@ -124,9 +122,9 @@ class DeepSpeedEngine:
         """Take over what was written into the model and `optimizers[0].state`. Every rank keeps its pieces."""
         put = importlib.import_module("deepspeed.utils").safe_set_full_optimizer_state
         state = self.optimizers[0].state
-        for parameter in self._experts:
-            self._expert_part.optimizer.state[parameter] = dict(state[parameter])
-        example, dense = state[self._dense[0]], self._dense_part.optimizer
+        for optimizer in self._expert_optimizers:
+            optimizer.state.update({parameter: dict(state[parameter]) for parameter in self._experts})
+        example, dense = state[self._dense[0]], self._dense_optimizer
         for flat in (p for group in dense.param_groups for p in group["params"]):
             dense.state[flat] = {
                 key: torch.zeros_like(flat) if value.shape == self._dense[0].shape else value.clone()
@@ -150,19 +148,23 @@ class DeepSpeedEngine:
                 yield parameter.grad, self.mesh.edp_size
 
 
-class _Part:
-    """An optimizer like `source` for some of its parameters; its settings follow those of `source`."""
+def _part_of(source: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """An optimizer like `source` for some of its parameters; each group remembers which one it came from."""
+    wanted = {id(p) for p in parameters}
+    groups = [
+        {**group, "source": index, "params": some}
+        for index, group in enumerate(source.param_groups)
+        if (some := [p for p in group["params"] if id(p) in wanted])
+    ]
+    make: Callable[..., torch.optim.Optimizer] = type(source)
+    return make(groups)
 
-    def __init__(self, source: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
-        wanted = {id(p) for p in parameters}
-        chosen = [(group, [p for p in group["params"] if id(p) in wanted]) for group in source.param_groups]
-        self._sources = [group for group, some in chosen if some]
-        self.optimizer = type(source)([{**group, "params": some} for group, some in chosen if some])
 
-    def follow(self) -> None:
-        """Copy learning rate and all other settings from the source's groups."""
-        for source, mine in zip(self._sources, self.optimizer.param_groups, strict=True):
-            mine.update({key: value for key, value in source.items() if key != "params"})
+def _follow(source: torch.optim.Optimizer, *parts: torch.optim.Optimizer) -> None:
+    """Give the parts the present learning rate and other settings of their source."""
+    for group in (group for part in parts for group in part.param_groups):
+        settings_now = source.param_groups[group["source"]]
+        group.update({key: value for key, value in settings_now.items() if key != "params"})
 
 
 def _check(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], mesh: Mesh) -> None:
@@ -175,13 +177,17 @@ def _check(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], mesh: 
         raise ConfigError("the parameters' dtype must be float32 for engine=deepspeed: use engine=native")
 
 
-def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, experts: Sequence[Tensor]) -> Any:
-    os.environ.setdefault("DS_ACCELERATOR", mesh.device.type)
+def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, experts: Sequence[Any]) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
         deepspeed = importlib.import_module("deepspeed")
     except ImportError as error:
         raise ConfigError("engine (deepspeed) needs the package: pip install 'turnout[deepspeed]'") from error
+    chosen = deepspeed.accelerator.get_accelerator().device_name()
+    if chosen != mesh.device.type:
+        raise ConfigError(
+            f"DS_ACCELERATOR ({chosen}) must be the ranks' device: set DS_ACCELERATOR={mesh.device.type} first"
+        )
     # The shared-memory all-reduce for CPUs compiles for a minute and leaves a stale lock when killed: gloo does it too.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     groups = importlib.import_module("deepspeed.utils.groups")
@@ -203,7 +209,7 @@ class _Topology:
         self._mesh = mesh
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._mesh.dense.get_group()
+        return self._mesh.group("dp")
 
     def get_data_parallel_world_size(self) -> int:
         return self._mesh.dp_size

@@ -66,21 +66,19 @@ class NativeEngine:
         self._last = True
         self._wrapped: nn.Module = model
         if mesh.dense is not None:
-            self._wrapped = self._replicate(mesh.dense.get_group())
+            self._wrapped = self._replicate()
 
-    def _replicate(self, group: dist.ProcessGroup) -> DistributedDataParallel:
+    def _replicate(self) -> DistributedDataParallel:
         """The model in DDP, experts and buffers left out.
 
         `find_unused_parameters`: a rank without tokens may leave parameters untouched, which must not hang the others;
         and DDP then keeps its first buckets, so a sum over more than two ranks has one order, resumed or not.
         """
-        whole = _Replicated(self.model, self.mesh.device)
-        buffers = {f"model.{name}" for name, _ in self.model.named_buffers()}
-        whole._ddp_params_and_buffers_to_ignore = buffers | {f"model.{name}" for name in self.sharded}
+        whole = _Replicated(self.model, self.mesh.device, self.sharded)
         with naming("start of data parallelism"):
             wrapped = DistributedDataParallel(
                 whole.to(self.mesh.device),
-                process_group=group,
+                process_group=self.mesh.group("dp"),
                 gradient_as_bucket_view=True,
                 find_unused_parameters=True,
             )
@@ -130,9 +128,11 @@ class NativeEngine:
 class _Replicated(nn.Module):
     """The model, and one parameter that is never used: a search that finds none makes DDP warn in every run."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, sharded: Collection[str]) -> None:
         super().__init__()
         self.model = model
+        ignored = [*sharded, *(name for name, _ in model.named_buffers())]
+        self._ddp_params_and_buffers_to_ignore = {f"model.{name}" for name in ignored}
         self.unused = nn.Parameter(torch.zeros(1, device=device))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -147,20 +147,20 @@ def _sum_bucket(engine: NativeEngine, bucket: dist.GradBucket) -> torch.futures.
         done.set_result(buffer)
         return done
     wide = _widen(buffer)
-    work = dist.all_reduce(wide, group=engine.mesh.dense.get_group(), async_op=True)
+    work = dist.all_reduce(wide, group=engine.mesh.group("dp"), async_op=True)
     return work.get_future().then(lambda _: buffer if wide is buffer else buffer.copy_(wide))
 
 
 def sum_expert_gradients(model: nn.Module, sharded: Collection[str], mesh: Mesh) -> None:
     """SUM the gradients of the parameters in `sharded` over the ranks that hold the same experts. Collective."""
-    if mesh.expert is None or mesh.edp_size == 1:
+    if mesh.edp_size == 1:
         return
     with naming("sum of the expert gradients"):
         for name, parameter in model.named_parameters():
             if name in sharded:
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 wide = _widen(grad)
-                dist.all_reduce(wide, group=mesh.expert.get_group("edp"))
+                dist.all_reduce(wide, group=mesh.group("edp"))
                 parameter.grad = grad if wide is grad else grad.copy_(wide)
 
 

@@ -27,6 +27,7 @@ from turnout.tests.distributed.tiny_training import (
 from turnout.tests.helpers.ranks import run_ranks
 
 BOUND = 1e-5
+CPU = {"DS_ACCELERATOR": "cpu"}
 
 
 QUICK = Case(dtype=torch.float32, ep=2, steps=5, router="gshard", micro_batches=2)
@@ -42,7 +43,7 @@ def quick() -> tuple[tuple[dict, dict], dict]:
 
 @pytest.fixture(scope="module")
 def seen() -> list:
-    return run_ranks(quick, 2, fresh=True, timeout=200)
+    return run_ranks(quick, 2, fresh=True, timeout=200, env=CPU)
 
 
 def assert_same_training(native: list[dict], deepspeed: list[dict]) -> None:
@@ -64,7 +65,7 @@ def test_zero1_with_spread_experts_trains_as_the_native_engine(seen):
 @pytest.mark.parametrize("changes", [{"optimizer": "sgd"}, {"ep": 1}, {"split": (ROWS, 0)}, {"hot": True}], ids=str)
 def test_zero1_trains_as_the_native_engine_in_every_situation(changes):
     case = dataclasses.replace(QUICK, router="switch", micro_batches=1, **changes)
-    views = run_ranks(both_engines, 2, case, fresh=True, timeout=200)
+    views = run_ranks(both_engines, 2, case, fresh=True, timeout=200, env=CPU)
     assert_same_training([native for native, _ in views], [deepspeed for _, deepspeed in views])
 
 
