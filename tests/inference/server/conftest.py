@@ -28,34 +28,22 @@ NAME = "tiny"
 ENGINE = {"num_blocks": 256, "max_num_seqs": 16, "max_num_batched_tokens": 64}
 
 
-class GatedEngine(Engine):
-    """The engine, but a test can stop it between two steps, or let the next one fail."""
+class PacedEngine(Engine):
+    """The engine, but a test can hold it between two steps, slow it down, or let its next step fail."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.gate = threading.Event()
         self.gate.set()
-        self.tickets = threading.Semaphore(0)
+        self.pace = 0.0
         self.crash: Exception | None = None
 
     def step(self) -> list[RequestOutput]:
-        while not self.gate.wait(0.001):
-            if self.tickets.acquire(blocking=False):
-                break
+        self.gate.wait()
+        time.sleep(self.pace)
         if self.crash is not None:
             raise self.crash
         return super().step()
-
-    @contextmanager
-    def held(self, steps: int = 0) -> Iterator[None]:
-        """Only `steps` further steps happen inside the block."""
-        self.gate.clear()
-        for _ in range(steps):
-            self.tickets.release()
-        try:
-            yield
-        finally:
-            self.gate.set()
 
 
 @dataclass
@@ -64,9 +52,10 @@ class Running:
 
     url: str
     server: Server
-    engine: GatedEngine
+    engine: PacedEngine
     loop: asyncio.AbstractEventLoop
     ended: Future[None]
+    http: httpx.Client
 
     def stop(self) -> None:
         self.loop.call_soon_threadsafe(self.server.stop)
@@ -78,11 +67,11 @@ class Running:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
     def post(self, path: str = "/v1/completions", **body: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json={"model": NAME} | body, timeout=60)
+        return self.http.post(path, json={"model": NAME} | body)
 
     def stream(self, path: str = "/v1/completions", **body: Any) -> list[Any]:
         """The JSON of every data frame; a last `[DONE]` comes as the text."""
-        with httpx.stream("POST", self.url + path, json={"model": NAME, "stream": True} | body, timeout=60) as answer:
+        with self.http.stream("POST", path, json={"model": NAME, "stream": True} | body) as answer:
             assert answer.status_code == 200, answer.read()
             assert answer.headers["content-type"].startswith("text/event-stream")
             raw = answer.read().decode()
@@ -91,7 +80,7 @@ class Running:
         return [frame if frame == "[DONE]" else json.loads(frame) for frame in frames]
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=60)
+        return self.http.get(path)
 
     def metrics(self) -> dict[str, float]:
         """Sample name, with its labels in braces, → value."""
@@ -120,13 +109,17 @@ Serve = Callable[..., Running]
 
 @contextmanager
 def run_server(model: Decoder, tokenizer: TextTokenizer, settings: dict[str, Any], **engine: Any) -> Iterator[Running]:
-    built = GatedEngine(model, tokenizer, EngineConfig(**(ENGINE | engine)))
-    config = ServerConfig(**({"port": 0, "drain_seconds": 5.0} | settings))
+    """A running server; with `loading` (an event) one that is still loading until the event is set."""
+    loading = engine.pop("loading", None)
+    built = PacedEngine(model, tokenizer, EngineConfig(**(ENGINE | engine)))
+    config = ServerConfig(**({"port": 0, "drain_seconds": 60.0} | settings))
     listener, url = bind(config)
     ready: threading.Event = threading.Event()
     started: Future[tuple[Server, asyncio.AbstractEventLoop]] = Future()
 
     def load() -> AsyncEngine:
+        if loading is not None:
+            loading.wait()
         engine = AsyncEngine(built)
         engine.start()
         return engine
@@ -140,8 +133,9 @@ def run_server(model: Decoder, tokenizer: TextTokenizer, settings: dict[str, Any
         ended = executor.submit(asyncio.run, run())
         ended.add_done_callback(lambda _: ready.set())
         server, loop = started.result(30)
-        running = Running(url, server, built, loop, ended)
-        assert ready.wait(30)
+        http = httpx.Client(base_url=url, timeout=60, trust_env=False)
+        running = Running(url, server, built, loop, ended, http)
+        assert loading is not None or ready.wait(30)
         try:
             yield running
         finally:
@@ -149,6 +143,7 @@ def run_server(model: Decoder, tokenizer: TextTokenizer, settings: dict[str, Any
             if not ended.done():
                 running.stop()
             ended.exception(30)
+            http.close()
 
 
 @pytest.fixture(scope="session")
@@ -162,7 +157,7 @@ def served(model: Decoder, byte_level: TextTokenizer) -> Iterator[Running]:
 
 @pytest.fixture
 def serve(model: Decoder, byte_level: TextTokenizer) -> Iterator[Serve]:
-    """Servers of a test's own: `serve(of=model, server={...}, **engine settings)`."""
+    """Servers of a test's own: `serve(of=model, server={...}, **engine settings)`; they end idle."""
     with ExitStack() as stack:
 
         def start(of: Decoder | None = None, server: dict[str, Any] | None = None, **engine: Any) -> Running:

@@ -29,7 +29,7 @@ def check_error(answer: httpx.Response, status: int) -> dict:
 
 
 def send(served: Running, body: bytes, **headers: str) -> httpx.Response:
-    return httpx.post(f"{served.url}/v1/completions", content=body, headers=JSON | headers, timeout=60)
+    return served.http.post("/v1/completions", content=body, headers=JSON | headers)
 
 
 def with_raw(field: str, raw: str) -> bytes:
@@ -234,7 +234,7 @@ def test_json_with_a_charset_is_json(served: Running):
 def test_a_body_over_the_limit_is_refused(served: Running, announced):
     body = b'{"prompt": "' + b"x" * (4 * 2**20) + b'"}'
     content = body if announced else iter([body[:1000], body[1000:]])
-    answer = httpx.post(f"{served.url}/v1/completions", content=content, headers=JSON, timeout=60)
+    answer = served.http.post("/v1/completions", content=content, headers=JSON)
     check_error(answer, 413)
 
 
