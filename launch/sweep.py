@@ -43,7 +43,8 @@ def main(words: Sequence[str], result: str | None = None) -> int:
         rows.append({**{key: values[key] for key in swept}, **train.summary(directory), "code": code})
         if code in STOPPED:
             break
-    Console(file=sys.stdout).print(table(rows, swept))
+    wide = None if sys.stdout.isatty() else 160
+    Console(file=sys.stdout, width=wide).print(table(rows, swept))
     write_json(result, {"runs": rows})
     return next((row["code"] for row in rows if row["code"] != 0), 0)
 

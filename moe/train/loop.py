@@ -173,7 +173,8 @@ class Trainer:
         self.window.clear()
         where = {"kind": "train", "step": self.now.step, "tokens": self.now.tokens, "seconds": round(seconds, 3)}
         done = progress(config.train, self.now.step, self.now.seconds)
-        self.metrics.write({**where, **window, "grad_norm": grad_norm, "lr": lr}, self.now.seconds * max(1 / done - 1, 0))
+        remaining = self.now.seconds * max(1 / done - 1, 0)
+        self.metrics.write({**where, **window, "grad_norm": grad_norm, "lr": lr}, remaining)
 
     def _evaluate(self, limit: int | None) -> None:
         """A row about held-out text, of which `limit` bytes (None: all) are read. Collective."""

@@ -75,7 +75,7 @@ class Window:
     def report(self, reduce: Reduce, flops_per_token: float, peak: float | None) -> dict[str, Any]:
         """The window over all ranks, as the fields of a row; every rank calls it."""
         total = reduce(torch.cat([self.loss, self.routed.flatten()])).cpu()
-        routed = total[1:].view(len(self.layers), -1)
+        routed = total[1:].view(self.routed.shape)
         counts_LE, numbers = routed[:, : self.experts], routed[:, self.experts :]
         assigned_L = counts_LE.sum(1).clamp(min=1)
         balance, z = (numbers[:, 3:].sum(0) / max(self.steps, 1)).tolist()
@@ -154,7 +154,7 @@ class Metrics:
             self.file.close()
         if self.wandb is not None:
             try:
-                self.wandb.finish(quiet=True)
+                self.wandb.finish()
             except Exception as error:  # noqa: BLE001
                 self._drop_wandb(error)
 
@@ -226,7 +226,7 @@ def _open_wandb(run: Path, log: LogConfig, settings: Mapping[str, Any], wandb_id
         import wandb
 
         online = wandb.api.api_key is not None
-        quiet = wandb.Settings(silent=True, init_timeout=20, x_disable_stats=True)
+        quiet = wandb.Settings(silent=True, init_timeout=20, finish_timeout=30)
         return wandb.init(
             project=log.project, name=run.name, dir=str(run), id=wandb_id, resume="allow", config=dict(settings),
             mode=None if online else "offline", settings=quiet,

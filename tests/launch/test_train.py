@@ -188,6 +188,7 @@ def test_settings_that_only_fail_at_run_time_have_their_own_codes(data, tmp_path
     assert json.loads((tmp_path / "wild" / "exit.json").read_text())["ranks"]["0"]["code"] == 4
 
 
+@pytest.mark.full
 def test_plain_torchrun_composes_on_rank_0_and_shares_it(undisturbed, data, tmp_path):
     directory = tmp_path / "run"
     words = tiny(data, "parallel.ep=2", f"run={directory}", "train.steps=12", "nproc=null")
