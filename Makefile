@@ -41,7 +41,7 @@ clean:
 	rm -rf $(VENV) build *.egg-info
 
 # A torch that is already there (a GPU machine's own build) is kept.
-$(RUNTIME): pyproject.toml constraints.txt
+$(RUNTIME):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/turnout
 	$(BIN)/python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch"))' \
