@@ -60,11 +60,11 @@ def main(args: list[str]) -> int:
     server = Server(options, name, loader.load)
 
     def announce() -> None:
+        result = {"url": url, "model": name, "pid": os.getpid(), "load_seconds": loader.seconds}
+        write_json(options.json, result)
         times = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in loader.seconds.items())
         print(f"loaded {name} ({times}; {loader.memory})")
         print(f"ready: {url}", flush=True)
-        result = {"url": url, "model": name, "pid": os.getpid(), "load_seconds": loader.seconds}
-        write_json(options.json, result)
 
     print(f"loading {path} (until it is ready, {url}/health answers 503)", flush=True)
     asyncio.run(server.run(listener, announce))
