@@ -197,9 +197,12 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, 
         for parameter in experts:
             parameter.allreduce, parameter.group_name = False, f"ep_size_{mesh.ep_size}"
     with naming("start of DeepSpeed"):
-        return deepspeed.initialize(
+        engine = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings(), mpu=_Topology(mesh), dist_init_required=False
         )[0]
+    if engine.gradient_average:  # an older release ignores the setting and would divide by the ranks
+        raise ConfigError(f"deepspeed ({deepspeed.__version__}) can not sum gradients: install deepspeed>=0.19.8")
+    return engine
 
 
 class _Topology:

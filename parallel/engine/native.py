@@ -77,7 +77,7 @@ class NativeEngine:
         whole = _Replicated(self.model, self.mesh.device, self.sharded)
         with naming("start of data parallelism"):
             wrapped = DistributedDataParallel(
-                whole.to(self.mesh.device),
+                whole,
                 process_group=self.mesh.group("dp"),
                 gradient_as_bucket_view=True,
                 find_unused_parameters=True,
@@ -152,15 +152,17 @@ def _sum_bucket(engine: NativeEngine, bucket: dist.GradBucket) -> torch.futures.
 
 
 def sum_expert_gradients(model: nn.Module, sharded: Collection[str], mesh: Mesh) -> None:
-    """SUM the gradients of the parameters in `sharded` over the ranks that hold the same experts. Collective."""
-    if mesh.edp_size == 1:
-        return
+    """SUM the gradients of the parameters in `sharded` over the ranks that hold the same experts. Collective.
+
+    An expert that saw no token has a gradient of zeros, so that every layout decays and steps it alike.
+    """
     with naming("sum of the expert gradients"):
         for name, parameter in model.named_parameters():
             if name in sharded:
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 wide = _widen(grad)
-                dist.all_reduce(wide, group=mesh.group("edp"))
+                if mesh.edp_size > 1:
+                    dist.all_reduce(wide, group=mesh.group("edp"))
                 parameter.grad = grad if wide is grad else grad.copy_(wide)
 
 
