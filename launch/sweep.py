@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import ConfigError
-from . import rundir, train
+from . import rundir
 from .cli import write_json
 from .compose import compose, parse
+from .launcher import launch, summary
 
 STOPPED = (130, 143)
 
@@ -38,9 +39,9 @@ def main(words: Sequence[str], result: str | None = None) -> int:
     for number, (combination, run) in enumerate(zip(combinations, composed, strict=True)):
         directory = root / str(number)
         directory.mkdir(exist_ok=True)
-        code = train.launch(directory, run, combination)
+        code = launch(directory, run, combination)
         values = dict(word.split("=", 1) for word in combination)
-        rows.append({**{key: values[key] for key in swept}, **train.summary(directory), "code": code})
+        rows.append({**{key: values[key] for key in swept}, **summary(directory), "code": code})
         if code in STOPPED:
             break
     wide = None if sys.stdout.isatty() else 160

@@ -151,7 +151,12 @@ class RunConfig:
             check(tokens in (None, seq_len), "moe.capacity_tokens", tokens, rule, "leave it to follow train.seq_len")
         if self.engine == "deepspeed":
             rule = "is not built for engine=deepspeed (ZeRO shards flat AdamW states)"
-            check(self.optim.name == "adamw", "optim.name", self.optim.name, rule, "use optim.name=adamw")
+            check(self.optim.name == "adamw", "optim.name", self.optim.name, rule, "use optim=adamw")
+            rule = "needs a second parameter group, which is not built for engine=deepspeed"
+            decay = self.optim.weight_decay
+            check(decay == 0, "optim.weight_decay", decay, rule, "use optim.weight_decay=0")
+            rule = "is not built for engine=deepspeed (it manages autocast itself)"
+            check(self.train.dtype == "float32", "train.dtype", self.train.dtype, rule, "use train.dtype=float32")
 
     def layout(self, world: int) -> Layout:
         """How `world` ranks share the run.
@@ -160,6 +165,8 @@ class RunConfig:
             ConfigError: the mesh does not fit the ranks, or the batch does not divide over them.
         """
         layout = self.parallel.resolve(world, self.model.moe.num_experts if self.model.moe else None)
+        rule = "needs at least 2 ranks"
+        check(self.engine == "native" or world > 1, "engine", self.engine, rule, "use engine=native, or nproc=2")
         rows, micro, dp = self.train.global_batch, self.train.micro_batch, layout.dp
         rule = f"must be a multiple of the {dp} data-parallel ranks"
         check(rows % dp == 0, "train.global_batch", rows, rule, f"use {max(rows // dp, 1) * dp}")
@@ -180,14 +187,15 @@ IDENTITY = ("model", "data", "seed", "optim.name", "train.global_batch", "train.
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a run's plain configuration (`to_dict`) that its checkpoints depend on, flat: dotted key → value."""
-    flat = _flatten(config)
+    flat = flatten(config)
     return {key: value for key, value in flat.items() if any(f"{key}.".startswith(f"{name}.") for name in IDENTITY)}
 
 
-def _flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested mappings as one: dotted key → value."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat.update(_flatten(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value})
+        flat.update(flatten(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value})
     return flat
 
 

@@ -190,6 +190,7 @@ class Trainer:
     def _save(self) -> Path:
         """Commit a checkpoint. Collective."""
         setup, tokenizer = self.setup, self.setup.tokenizer.digest
+        setup.engine.gather_state()
         named = state.tensors(setup.model, setup.engine.optimizers, setup.shards)
         meta = state.to_meta(self.now, setup.identity, tokenizer)
         with self.window.paused():

@@ -25,13 +25,13 @@ def build_optimizers(model: nn.Module, cfg: OptimConfig) -> list[Optimizer]:
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     hidden = [(n, w) for n, w in named if cfg.name == "muon" and _is_hidden_matrix(n, w)]
     taken = {name for name, _ in hidden}
-    decay = [w for n, w in named if n not in taken and w.ndim >= 2 and not _is_router(n)]
-    rest = [w for n, w in named if n not in taken and (w.ndim < 2 or _is_router(n))]
-    groups = [
-        {"params": decay, "lr": cfg.lr, "peak": cfg.lr, "weight_decay": cfg.weight_decay},
-        {"params": rest, "lr": cfg.lr, "peak": cfg.lr, "weight_decay": 0.0},
-    ]
-    adamw = AdamW([g for g in groups if g["params"]], betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    by_decay: dict[float, list[nn.Parameter]] = {}
+    for name, weight in named:
+        if name not in taken:
+            decays = weight.ndim >= 2 and not _is_router(name)
+            by_decay.setdefault(cfg.weight_decay if decays else 0.0, []).append(weight)
+    groups = [{"params": w, "lr": cfg.lr, "peak": cfg.lr, "weight_decay": decay} for decay, w in by_decay.items()]
+    adamw = AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
     if not hidden:
         return [adamw]
     return [adamw, Muon(hidden, lr=cfg.muon_lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)]

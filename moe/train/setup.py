@@ -2,14 +2,16 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ... import CheckpointError, ConfigError
+from ... import CheckpointError, ConfigError, __version__
 from ...configs.typed import to_dict
 from ...parallel import process
 from ...parallel.apply import parallelize
 from ...parallel.checkpoint import Checkpoint, latest, open_checkpoint
+from ...parallel.engine.deepspeed import DeepSpeedEngine
 from ...parallel.engine.native import NativeEngine
 from ...parallel.mesh import Mesh
 from ...parallel.shard import ShardSpec
@@ -21,10 +23,11 @@ from ..models.decoder import Decoder
 from ..models.init import init_weights
 from ..models.store import load_model
 from . import state
-from .config import RunConfig, identity
+from .config import RunConfig, flatten, identity
 from .optim import build_optimizers
 
 CHECKPOINTS = "checkpoints"
+Engine = NativeEngine | DeepSpeedEngine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,16 +38,18 @@ class Setup:
     rows: Rows
     model: Decoder
     shards: dict[str, ShardSpec]
-    engine: NativeEngine
+    engine: Engine
     identity: dict[str, object]
 
 
 def prepare_run(config: RunConfig, run: Path, mesh: Mesh) -> Setup:
     """Data (built by rank 0, then read by all), the model with its first weights, and its engine. Collective."""
+    agree(flatten({"turnout": __version__, "torch": torch.__version__, **to_dict(config)}))
     if mesh.rank == 0:
         prepare(config.data, run)
     process.barrier()
     tokenizer, stream = prepare(config.data, run)
+    agree({"tokenizer": tokenizer.digest, "tokens of the training stream": len(stream)})
     rows = Rows(stream, config.train.seq_len, config.seed)
     model, shards = build_model(dataclasses.replace(config.model, eos_token_id=tokenizer.eos_id), config, mesh)
     return Setup(
@@ -55,6 +60,22 @@ def prepare_run(config: RunConfig, run: Path, mesh: Mesh) -> Setup:
         engine=build_engine(config, model, mesh, shards),
         identity=identity(to_dict(config)),
     )
+
+
+def agree(mine: dict[str, Any]) -> None:
+    """Check that every rank has the same settings, code and data. Collective.
+
+    Raises:
+        ConfigError: on every rank, naming the first thing that differs.
+    """
+    held = process.gather_json(mine)
+    for rank, theirs in enumerate(held):
+        for key in sorted(held[0].keys() | theirs.keys()):
+            if theirs.get(key) != held[0].get(key):
+                raise ConfigError(
+                    f"{key} ({held[0].get(key)} on rank 0, {theirs.get(key)} on rank {rank}) must be the same on every "
+                    "rank: start all of them from one frozen run and one installation"
+                )
 
 
 def build_model(cfg: ModelConfig, config: RunConfig, mesh: Mesh) -> tuple[Decoder, dict[str, ShardSpec]]:
@@ -79,10 +100,10 @@ def build_model(cfg: ModelConfig, config: RunConfig, mesh: Mesh) -> tuple[Decode
     return model, shards
 
 
-def build_engine(config: RunConfig, model: Decoder, mesh: Mesh, shards: dict[str, ShardSpec]) -> NativeEngine:
+def build_engine(config: RunConfig, model: Decoder, mesh: Mesh, shards: dict[str, ShardSpec]) -> Engine:
     """The engine that `engine` names, over the optimizers that `optim` names."""
-    optimizers = build_optimizers(model, config.optim)
-    return NativeEngine(model, optimizers, mesh, shards, clip=config.optim.clip)
+    kind = DeepSpeedEngine if config.engine == "deepspeed" else NativeEngine
+    return kind(model, build_optimizers(model, config.optim), mesh, shards, clip=config.optim.clip)
 
 
 def resume(config: RunConfig, run: Path, setup: Setup) -> tuple[state.Progress, Path | None]:
@@ -100,6 +121,7 @@ def resume(config: RunConfig, run: Path, setup: Setup) -> tuple[state.Progress, 
         return state.Progress(), None
     progress = state.from_meta(checkpoint.meta, setup.identity, setup.tokenizer.digest)
     state.restore(checkpoint, setup.model, setup.engine.optimizers, setup.shards)
+    setup.engine.scatter_state()
     return progress, checkpoint.path
 
 

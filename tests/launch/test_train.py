@@ -15,7 +15,8 @@ from turnout import ConfigError
 from turnout.configs.typed import build
 from turnout.launch import main as cli
 from turnout.launch import rundir
-from turnout.launch.train import environment, merge, prepare
+from turnout.launch.launcher import environment
+from turnout.launch.train import merge, prepare
 from turnout.moe.train.config import RunConfig
 from turnout.tests.helpers.runs import TIMEOUT, corpus, fingerprint, rows, run, start, tiny
 
@@ -237,6 +238,9 @@ def test_resume_starts_from_the_words_of_the_run_and_takes_new_ones(data, tmp_pa
     assert (resumed.config.optim.lr, resumed.config.train.steps) == (0.25, 9)
     with pytest.raises(ConfigError, match="is not a directory"):
         prepare([f"train.resume={tmp_path / 'nowhere'}"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"is not a run \(overrides\.json is missing\)"):
+        prepare([f"train.resume={tmp_path / 'empty'}"])
 
 
 def test_merge_lets_the_later_word_win():

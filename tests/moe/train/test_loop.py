@@ -169,12 +169,44 @@ def test_a_nan_on_one_rank_stops_all_and_moves_no_parameter(data, tmp_path):
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
+def disagreeing(run: str, words: list[str]) -> str:
+    """Train with another seed on the last rank."""
+    try:
+        go(run, [*words, f"seed={process.rank()}"])
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_disagree_are_refused_by_name(data, tmp_path):
+    messages = run_ranks(disagreeing, 2, str(tmp_path), tiny(data))
+    assert messages[0] == messages[1]
+    assert "seed (0 on rank 0, 1 on rank 1) must be the same on every rank" in messages[0]
+
+
 def test_a_run_by_time_ends_by_time_at_the_same_step_on_both_ranks(data, tmp_path):
     words = tiny(data, "train.steps=null", "train.seconds=1.5", "parallel.ep=2", "train.save_every=null")
     outcomes = run_ranks(go, 2, str(tmp_path / "run"), words)
     assert outcomes[0] == outcomes[1]
     assert outcomes[0].step >= 1
     assert not outcomes[0].preempted
+
+
+def deepspeed_three_times(root: str, words: list[str]) -> None:
+    """A whole run, one stopped after three steps, and its second part."""
+    words = [*words, "engine=deepspeed", "parallel.ep=2"]
+    go(f"{root}/whole", words)
+    go(f"{root}/parts", words, stop_after=3)
+    go(f"{root}/parts", [*words, "train.resume=true"])
+
+
+def test_deepspeed_trains_saves_and_resumes_like_the_native_engine(data, tmp_path):
+    words = tiny(data, "optim=adamw", "optim.weight_decay=0", "train.dtype=float32")
+    two_ranks(tmp_path / "native", words)
+    run_ranks(deepspeed_three_times, 2, str(tmp_path), words, fresh=True, env={"DS_ACCELERATOR": "cpu"})
+    native, whole = ([row["loss"] for row in rows(tmp_path / name)] for name in ("native", "whole"))
+    assert native == pytest.approx(whole, rel=1e-4)
+    assert fingerprint(tmp_path / "whole", 6) == fingerprint(tmp_path / "parts", 6)
 
 
 def test_another_model_or_seed_does_not_resume(data, tmp_path):
