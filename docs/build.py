@@ -25,7 +25,7 @@ def file_list() -> str:
         for path in sorted((ROOT / folder).rglob("*.py"), key=lambda p: (len(p.parts), p)):
             if path.name != "__init__.py":
                 lines.append(f"- `{path.relative_to(ROOT).as_posix()}` – {sentence(path)}")
-    return "\n".join(lines).lstrip("\n") + "\n"
+    return "\n".join(lines) + "\n\n"
 
 
 def page() -> str:

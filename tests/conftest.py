@@ -16,9 +16,6 @@ os.environ.update(
 )
 
 import pytest
-import torch
-
-torch.set_num_threads(1)
 
 ALLOWED_SKIPS = ("needs a CUDA GPU",)
 

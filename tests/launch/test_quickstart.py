@@ -13,6 +13,12 @@ from turnout.launch.quickstart import FULL, PROMPTS, QUICK, QuickstartOptions, c
 
 ROOT = Path(__file__).parents[2]
 
+TRAIN_ROW = {
+    "kind", "step", "tokens", "seconds", "loss", "aux_loss", "aux/balance", "z_loss", "grad_norm", "lr",
+    "tokens_per_second", "mfu", "drop_fraction", "moe_layers", "expert_load", "router_entropy",
+}  # fmt: skip
+EVAL_ROW = {"kind", "step", "val_loss", "bits_per_byte"}
+
 
 def test_a_check_that_fails_is_shown_as_failed(capsys, tmp_path):
     report = {
@@ -61,6 +67,15 @@ def test_make_quickstart_trains_shows_evaluates_serves_and_sums_up(quickstart):
     assert all(f"[{i}] {prompt}" in output for i, prompt in enumerate(PROMPTS))
     assert summary["serving"]["ttft_ms"]["p50"] > 0
     assert "stopped" in (run / "serve.log").read_text()
+
+
+def test_the_metrics_have_exactly_the_promised_names(quickstart):
+    _, run = quickstart
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    train, held_out = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
+    assert all(row.keys() == TRAIN_ROW for row in train)
+    assert all(row.keys() == EVAL_ROW for row in held_out)
+    assert all(abs(sum(load) - 1) < 1e-6 for row in train for load in row["expert_load"])
 
 
 def test_a_command_that_the_quickstart_suggests_works(quickstart):

@@ -1,0 +1,88 @@
+"""What people and tools depend on is written down in surfaces.json, and changes only on purpose.
+
+A name that goes missing breaks somebody; a new one is a promise. To change a surface, change surfaces.json with it.
+"""
+
+import dataclasses
+import importlib
+import json
+
+import pytest
+
+from turnout.launch import compose, main
+from turnout.launch.cli import Options
+from turnout.launch.evaluate import EvaluateOptions
+from turnout.launch.generate import GenerateOptions
+from turnout.launch.quickstart import QuickstartOptions
+from turnout.launch.serve import ServeOptions
+
+OPTIONS = {
+    "quickstart": QuickstartOptions,
+    "generate": GenerateOptions,
+    "serve": ServeOptions,
+    "evaluate": EvaluateOptions,
+}
+
+
+def public_imports() -> dict[str, list[str]]:
+    packages = ("turnout", "turnout.moe", "turnout.parallel", "turnout.kernels")
+    modules = {name: importlib.import_module(name) for name in packages}
+    return {name: sorted(getattr(module, "__all__", None) or dir(module)) for name, module in modules.items()}
+
+
+def config_keys() -> dict[str, list[str]]:
+    groups = {name: sorted(f.name for f in dataclasses.fields(cls)) for name, cls in compose.GROUPS.items()}
+    return {**groups, "": sorted(compose.ROOT_KEYS)}
+
+
+def options() -> dict[str, list[str]]:
+    return {verb: sorted(f.name for f in dataclasses.fields(cls)) for verb, cls in OPTIONS.items()}
+
+
+def http_fields() -> dict[str, list[str]]:
+    from turnout.inference.server import protocol
+
+    requests = {"completions": protocol.CompletionRequest, "chat": protocol.ChatRequest, "message": protocol.Message}
+    return {name: sorted(model.model_fields) for name, model in requests.items()}
+
+
+def server_metrics() -> list[str]:
+    from turnout.inference.core.scheduler import SchedulerStats
+    from turnout.inference.server.metrics import Metrics
+
+    stats = SchedulerStats(**dict.fromkeys((f.name for f in dataclasses.fields(SchedulerStats)), 0))
+    return sorted(family.name for family in Metrics(lambda: stats).registry.collect())
+
+
+def exit_codes() -> dict[str, int]:
+    return {kind.__name__: code for kind, code in main.EXIT_CODES} | {"preempted": main.PREEMPTED}
+
+
+SURFACES = {
+    "public imports": public_imports,
+    "config keys": config_keys,
+    "verbs": lambda: list(main.VERBS),
+    "options": options,
+    "http fields": http_fields,
+    "server metrics": server_metrics,
+    "exit codes": exit_codes,
+}
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+def test_a_surface_is_as_it_was_promised(root, surface):
+    promised = json.loads((root / "tests" / "arch" / "surfaces.json").read_text(encoding="utf-8"))
+    assert promised.keys() == SURFACES.keys()
+    assert SURFACES[surface]() == promised[surface]
+
+
+def test_every_promised_import_works():
+    for package, names in public_imports().items():
+        module = importlib.import_module(package)
+        missing = [name for name in names if not hasattr(module, name)]
+        assert not missing, missing
+
+
+def test_every_verb_writes_json_where_asked():
+    assert set(OPTIONS) | {"train"} == set(main.VERBS)
+    assert all(issubclass(cls, Options) for cls in OPTIONS.values())
