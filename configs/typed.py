@@ -55,7 +55,8 @@ def build(cls: type[C], data: Mapping[str, Any], path: str = "") -> C:
 
 def to_dict(config: object) -> dict[str, Any]:
     """The dataclass as plain JSON types, nested, in field order: `build(type(c), to_dict(c)) == c`."""
-    return json.loads(json.dumps(dataclasses.asdict(typing.cast(Any, config))))
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(typing.cast(Any, config))))
+    return plain
 
 
 def digest(config: object) -> str:

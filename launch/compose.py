@@ -128,8 +128,8 @@ def _check_key(override: Override, known: Sequence[str]) -> None:
         )
         full = next((k for k in known if close and (k == close[0] or k.endswith(f".{close[0]}"))), None)
         fix = f"did you mean {full}?" if full else "keys are " + ", ".join([*ROOT_KEYS, *(f"{g}.*" for g in GROUPS)])
-        value = str(override.input_line).partition("=")[2]
-        raise ConfigError(f"{key} ({value}) is not a setting: {fix}")
+        text = str(override.input_line).partition("=")[2]
+        raise ConfigError(f"{key} ({text}) is not a setting: {fix}")
     if (key in GROUPS or key == "experiment") and not override.is_sweep_override():
         options = sorted(p.stem for p in (CONFIGS / key).glob("*.yaml"))
         value = override.value()

@@ -73,23 +73,23 @@ class Muon(Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Move every parameter that has a gradient."""
         for group in self.param_groups:
-            weights = [weight for weight in group["params"] if weight.grad is not None]
-            if not weights:
+            moving = [(weight, weight.grad) for weight in group["params"] if weight.grad is not None]
+            if not moving:
                 continue
-            stack_BRC = torch.cat([self._look_ahead(weight, group["momentum"]) for weight in weights])
+            weights = [weight for weight, _ in moving]
+            stack_BRC = torch.cat([self._look_ahead(weight, grad, group["momentum"]) for weight, grad in moving])
             updates = orthogonalize(stack_BRC).split([weight.shape[:-2].numel() for weight in weights])
             for weight, update in zip(weights, updates, strict=True):
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.add_(update.view_as(weight), alpha=-group["lr"] * group["scale"])
 
-    def _look_ahead(self, weight: nn.Parameter, momentum: float) -> Tensor:
+    def _look_ahead(self, weight: nn.Parameter, grad: Tensor, momentum: float) -> Tensor:
         """Update the momentum; the Nesterov direction, as a batch of matrices in bfloat16."""
         state = self.state[weight]
         if not state:
             state["momentum"] = torch.zeros_like(weight, dtype=torch.float32)
-        grad = weight.grad.float()
-        state["momentum"].lerp_(grad, 1 - momentum)
-        ahead = torch.lerp(grad, state["momentum"], momentum)
+        state["momentum"].lerp_(grad.float(), 1 - momentum)
+        ahead = torch.lerp(grad.float(), state["momentum"], momentum)
         return ahead.reshape(-1, *weight.shape[-2:]).bfloat16()
 
 
