@@ -5,6 +5,24 @@ Nothing here knows of a model or of other processes. Names are resolved on first
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .ops import (
+        combine,
+        cross_entropy,
+        grouped_gemm,
+        paged_attention,
+        permute,
+        rms_norm,
+        rope,
+        sort_by_expert,
+        store_kv,
+        swiglu,
+        varlen_attention,
+    )
+    from .random import uniform
+    from .registry import table, using
 
 _OPS = (
     "combine",
@@ -20,6 +38,23 @@ _OPS = (
     "varlen_attention",
 )
 _LAZY = dict.fromkeys(_OPS, ".ops") | {"uniform": ".random", "using": ".registry", "table": ".registry"}
+
+__all__ = [
+    "combine",
+    "cross_entropy",
+    "grouped_gemm",
+    "paged_attention",
+    "permute",
+    "rms_norm",
+    "rope",
+    "sort_by_expert",
+    "store_kv",
+    "swiglu",
+    "table",
+    "uniform",
+    "using",
+    "varlen_attention",
+]
 
 
 def __getattr__(name: str) -> object:

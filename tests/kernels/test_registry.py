@@ -26,9 +26,10 @@ def test_library_form_runs_by_default_where_it_fits():
         (torch.randn(4, 8), torch.randn(2, 8, 7), ALIGNED[2]),
         (torch.randn(4, 8), torch.randn(2, 8, 16)[..., ::2], ALIGNED[2]),
         (torch.randn(4, 8).double(), torch.randn(2, 8, 8).double(), ALIGNED[2]),
+        (torch.randn(33)[1:].view(4, 8), ALIGNED[1], ALIGNED[2]),
         (ALIGNED[0], torch.randn(129)[1:].view(2, 8, 8), ALIGNED[2]),
     ],
-    ids=["odd depth", "odd width", "strided weights", "float64", "unaligned weights"],
+    ids=["odd depth", "odd width", "strided weights", "float64", "unaligned rows", "unaligned weights"],
 )
 def test_reference_runs_where_the_library_has_limits(arguments):
     assert registry.choose("grouped_gemm", *arguments) == "reference"

@@ -150,6 +150,12 @@ def test_evaluation_has_its_own_factor_and_no_losses():
     assert route("switch", logits, RouteContext(dropless=True), training=False, **settings).kept_TK.all()
 
 
+def test_training_capacity_comes_from_the_row_at_hand():
+    logits = [[1.0, 0.0, 0.0, 0.0]] * 16
+    routing = route("switch", logits, capacity_factor=1.0, min_capacity=0, capacity_tokens=400)
+    assert routing.kept_TK.sum() == 4
+
+
 def test_second_expert_is_drawn_with_twice_its_gate():
     tokens = 20_000
     logits = torch.tensor([[1.5, 0.0]]).expand(tokens, 2)
