@@ -5,12 +5,17 @@ so that `import turnout` loads no torch.
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .inference.core.sampling import SamplingParams
+    from .inference.llm import LLM
 
 __version__ = "0.1.0"
 
 
 class TurnoutError(Exception):
-    """Root of every error that Turnout raises for its user. The message names the field, the value, the rule, the fix."""
+    """Root of every error that Turnout raises for its user: the message names field, value, rule and fix."""
 
 
 class ConfigError(TurnoutError, ValueError):

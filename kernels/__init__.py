@@ -24,20 +24,7 @@ if TYPE_CHECKING:
     from .random import uniform
     from .registry import table, using
 
-_OPS = (
-    "combine",
-    "cross_entropy",
-    "grouped_gemm",
-    "paged_attention",
-    "permute",
-    "rms_norm",
-    "rope",
-    "sort_by_expert",
-    "store_kv",
-    "swiglu",
-    "varlen_attention",
-)
-_LAZY = dict.fromkeys(_OPS, ".ops") | {"uniform": ".random", "using": ".registry", "table": ".registry"}
+_ELSEWHERE = {"table": ".registry", "uniform": ".random", "using": ".registry"}
 
 __all__ = [
     "combine",
@@ -58,10 +45,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    if name in __all__:
+        return getattr(importlib.import_module(_ELSEWHERE.get(name, ".ops"), __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(_LAZY)
+    return __all__

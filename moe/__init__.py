@@ -1,6 +1,15 @@
 """The model and its life: what is computed (layers, routing, models), what it learns from, how it is trained."""
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import ModelConfig, MoEConfig
+    from .layers.moe import MoE
+    from .models.context import VarlenContext
+    from .models.decoder import Decoder
+    from .models.store import load_model, save_model
+    from .routing.record import RouteContext, Routing
 
 _LAZY = {
     "MoE": ".layers.moe",
@@ -14,7 +23,17 @@ _LAZY = {
     "save_model": ".models.store",
 }
 
-__all__ = sorted(_LAZY)
+__all__ = [
+    "Decoder",
+    "MoE",
+    "MoEConfig",
+    "ModelConfig",
+    "RouteContext",
+    "Routing",
+    "VarlenContext",
+    "load_model",
+    "save_model",
+]
 
 
 def __getattr__(name: str) -> object:

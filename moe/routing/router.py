@@ -7,6 +7,8 @@ NaN, so the loss vote or the sampler sees it; it is never a silent pick.
 T tokens, D width, E experts, K choices, G groups.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from .losses import router_z, switch_balance
 from .record import RouteContext, Routing, group_starts
 
 
-class Router(nn.Module):
+class Router(nn.Module, ABC):
     """Base of the routers: `forward(x_TD, context) -> Routing`; subclasses define `choose`.
 
     Attributes:
@@ -40,9 +42,9 @@ class Router(nn.Module):
         std = (self.cfg.init_scale / self.cfg.width) ** 0.5
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
 
+    @abstractmethod
     def choose(self, probs_TE: Tensor, logits_TE: Tensor, context: RouteContext) -> tuple[Tensor, Tensor, Tensor]:
         """The experts each token asks for: (ids_TK int64, weights_TK, wanted_TK bool)."""
-        raise NotImplementedError
 
     def forward(self, x_TD: Tensor, context: RouteContext) -> Routing:
         """Route T tokens.
