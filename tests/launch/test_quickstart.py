@@ -23,7 +23,7 @@ EVAL_ROW = {"kind", "step", "val_loss", "bits_per_byte"}
 def test_a_check_that_fails_is_shown_as_failed(capsys, tmp_path):
     report = {
         "loss": 3.0,
-        "shuffled_loss": 3.01,
+        "shuffled_loss": 3.001,
         "bits_per_byte": 2.5,
         "markov": {"bits_per_byte": {"2": 2.71, "5": 1.77}},
     }
