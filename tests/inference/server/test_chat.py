@@ -2,6 +2,8 @@
 
 import pytest
 
+from turnout.inference.text.chat import ChatTemplate
+
 from .conftest import NAME, Running
 
 CHAT = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "naïve café?"}]
@@ -107,8 +109,6 @@ def test_a_bad_chat_is_refused_naming_the_parameter(served: Running, body, param
 
 def test_what_a_template_refuses_is_the_clients_error(serve, byte_level, model):
     served = serve()
-    from turnout.inference.text.chat import ChatTemplate
-
     source = "{{ raise_exception('roles must alternate') }}"
     served.server.service.engine.chat = ChatTemplate(byte_level, source)
     answer = chat(served)
