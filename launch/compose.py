@@ -159,7 +159,7 @@ def _plain(overrides: Sequence[str]) -> dict[str, Any]:
 def _typed(plain: dict[str, Any]) -> RunConfig:
     """The groups, each built under its own name, a group before those that follow its values, so that a message names
     the key that was written; `moe` goes into the model."""
-    built = {
+    built: dict[str, Any] = {
         group: build(GROUPS[group], plain[group], group) for group in ("data", "train", "optim", "parallel", "log")
     }
     sparse = plain["model"]["moe"]
