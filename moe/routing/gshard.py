@@ -16,7 +16,7 @@ class GShardRouter(Router):
     """Two experts a token, the second at random in proportion to its gate (`second_policy="all"`: always)."""
 
     def choose(self, probs_TE: Tensor, logits_TE: Tensor, context: RouteContext) -> tuple[Tensor, Tensor, Tensor]:
-        ids_T2 = top_k_lowest_index(probs_TE, 2)
+        ids_T2 = top_k_lowest_index(logits_TE, 2)
         gates_T2 = probs_TE.gather(1, ids_T2)
         gates_T2 = gates_T2 / gates_T2.sum(-1, keepdim=True)
         wanted_T2 = torch.ones_like(ids_T2, dtype=torch.bool)

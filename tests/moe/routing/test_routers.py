@@ -59,6 +59,12 @@ def test_drop_order_decides_who_loses(order, kept):
     assert route("gshard", logits, **settings).kept_TK.int().tolist() == kept
 
 
+def test_experts_are_chosen_by_logits_also_where_probabilities_underflow():
+    routing = route("gshard", [[0.0, 200.0, 400.0]], second_policy="all")
+    assert routing.probs_TE[0, :2].tolist() == [0.0, 0.0]
+    assert routing.ids_TK.tolist() == [[2, 1]]
+
+
 @pytest.mark.parametrize("router", ["switch", "gshard"])
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_no_token_and_one_token(router, tokens):
