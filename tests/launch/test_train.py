@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -267,3 +268,23 @@ def test_a_rank_without_a_word_was_lost(tmp_path):
     assert rundir.conclude(tmp_path, 2, failed=False) == 0
     assert rundir.conclude(tmp_path, 2, failed=True) == 5
     assert "killed" in rundir.read_exit(tmp_path)["ranks"]["0"]["reason"]
+
+
+def test_the_slurm_script_starts_one_agent_a_node_and_asks_again_when_preempted(tmp_path):
+    """With a scheduler made of shell scripts: the command line that srun gets, and the requeue on code 143."""
+    script = Path(cli.__file__).with_name("slurm") / "train.sbatch"
+    for name, body in {
+        "scontrol": 'if [ "$1" = show ]; then echo node1; echo node2; else echo "$@" >> calls; fi',
+        "srun": 'echo "$@" >> calls; mkdir -p "$RUN"; echo \'{"code": 143}\' > "$RUN/exit.json"; exit 1',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"JOB_ID": "7", "JOB_NODELIST": "node[1-2]", "NNODES": "2", "GPUS_ON_NODE": "8", "CPUS_PER_TASK": "64"}
+    env = {f"SLURM_{key}": value for key, value in slurm.items()} | {"RUN": "runs/x"}
+    env["PATH"] = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(["bash", str(script), "seed=3"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 143, done.stderr
+    started, requeued = (tmp_path / "calls").read_text().splitlines()
+    assert "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node1:29500" in started
+    assert started.endswith("-m turnout.launch.train run=runs/x train.resume=true seed=3")
+    assert requeued == "requeue 7"
