@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,12 +81,15 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
     from ..moe.models.store import model_directory
 
     documents = limit_bytes(read_documents(options.data, options.split), options.max_bytes)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    has_gpu = torch.cuda.is_available()
+    check(options.device != "cuda" or has_gpu, "device", "cuda", "is not on this machine", "use device=cpu")
+    device = options.device if options.device != "auto" else "cuda" if has_gpu else "cpu"
     model = load_model(path, options.dtype, device)
     tokenizer = Tokenizer.load(model_directory(path))
     moe = model.cfg.moe
     seq_len = options.seq_len or (moe.capacity_tokens if moe and moe.capacity_tokens else model.cfg.max_seq_len)
-    result = evaluate(model, tokenizer, documents, seq_len=seq_len, stride=options.stride)
+    measure = partial(evaluate, model, tokenizer, documents, seq_len=seq_len, stride=options.stride)
+    result = measure()
     found: dict[str, Any] = {
         "model": str(path),
         "data": options.data,
@@ -100,9 +104,7 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
     }
     if moe is not None:
         with shuffled_experts(model):
-            found["shuffled_loss"] = evaluate(
-                model, tokenizer, documents, seq_len=seq_len, stride=options.stride
-            ).val_loss
+            found["shuffled_loss"] = measure().val_loss
     if options.baselines:
         found["markov"] = markov(read_documents(options.data, "train"), documents, options.order)
     return found
