@@ -83,7 +83,7 @@ class Form:
 
 FULL = Form(length=("train.seconds=180",), eval_bytes=None, order=5, shuffled=0.01, max_tokens=96)
 QUICK = Form(
-    length=("train.seconds=null", "train.steps=160"), eval_bytes=100_000, order=2, shuffled=0.001, max_tokens=32
+    length=("train.seconds=null", "train.steps=160"), eval_bytes=100_000, order=2, shuffled=0.005, max_tokens=32
 )
 
 
