@@ -18,22 +18,7 @@ from turnout.parallel.mesh import build_mesh
 from turnout.parallel.shard import ShardSpec
 from turnout.tests.helpers.ranks import run_ranks
 from turnout.tests.parallel.checkpoint.flaky import FlakyDisk
-
-
-def whole(tensor):
-    return tensor, ShardSpec(tuple(tensor.shape), (0,) * tensor.ndim)
-
-
-def state(step, size=64):
-    generator = torch.Generator().manual_seed(step)
-    return {
-        "model/w": whole(torch.rand(size, 3, generator=generator)),
-        "optim/w/step": whole(torch.tensor(float(step))),
-    }
-
-
-def write(root, step, **options):
-    return save(root, step, state(step), {"step": step}, build_mesh(ParallelConfig()), **options)
+from turnout.tests.parallel.checkpoint.states import save_and_die, save_for_ever, state, whole, write
 
 
 def holds(checkpoint):
@@ -144,16 +129,6 @@ def test_meta_that_is_not_json_is_refused(tmp_path):
 def test_a_type_that_can_not_be_saved_is_refused_by_name(tmp_path):
     with pytest.raises(CheckpointError, match=r"z \(torch\.complex64\)"):
         save(tmp_path, 1, {"z": whole(torch.zeros(2, dtype=torch.complex64))}, {}, build_mesh(ParallelConfig()))
-
-
-def save_and_die(root, at):
-    write(root, 1, keep=1, disk=FlakyDisk(at, "kill"))
-
-
-def save_for_ever(root, said):
-    for step in range(1, 100_000):
-        save(root, step, state(step, 20_000), {"step": step}, build_mesh(ParallelConfig()))
-        said.send(step)
 
 
 @pytest.fixture(scope="module")
