@@ -1,4 +1,4 @@
-"""The servable form of a model: a directory with `config.json`, `model.safetensors` and `tokenizer.json`.
+"""The servable form of a model: a directory with `config.json`, `model.safetensors` and the tokenizer's files.
 
 Written aside and renamed, so a directory is whole or absent; read strictly, naming what does not fit.
 """
@@ -20,7 +20,8 @@ from ..config import ModelConfig
 from .decoder import Decoder
 
 MODEL_TYPE = "turnout"
-WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -33,7 +34,7 @@ def save_model(
         directory: where.
         cfg: the model's configuration.
         tensors: every parameter under its global name, whole (not sharded).
-        tokenizer: a `tokenizer.json` to travel with it.
+        tokenizer: a directory whose `tokenizer.json` and, if it is there, `tokenizer_config.json` travel along.
 
     Raises:
         CheckpointError: `tensors` are not exactly the model's parameters, or the directory can not be written.
@@ -48,7 +49,10 @@ def save_model(
         save_file(whole, aside / WEIGHTS, metadata={"format": "pt"})
         (aside / CONFIG).write_text(json.dumps({"model_type": MODEL_TYPE, **to_dict(cfg)}, indent=1) + "\n")
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, aside / TOKENIZER)
+            shutil.copyfile(Path(tokenizer) / TOKENIZER, aside / TOKENIZER)
+            settings = Path(tokenizer) / TOKENIZER_CONFIG
+            if settings.exists():
+                shutil.copyfile(settings, aside / TOKENIZER_CONFIG)
         shutil.rmtree(directory, ignore_errors=True)
         aside.rename(directory)
     except OSError as error:

@@ -203,7 +203,7 @@ class Trainer:
             self.setup.tokenizer.save(tokenizer)
             checkpoint = open_checkpoint(saved, verify="size")
             whole = {name.removeprefix("model/"): checkpoint.read_all(name) for name in checkpoint.names("model/")}
-            save_model(self.run_dir / "model", self.setup.model.cfg, whole, tokenizer / "tokenizer.json")
+            save_model(self.run_dir / "model", self.setup.model.cfg, whole, tokenizer)
         process.barrier()
 
     def _refuse(self, loss: float, grad_norm: float) -> None:

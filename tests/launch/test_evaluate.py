@@ -33,7 +33,7 @@ def save(folder, cfg, tokenizer):
     model = Decoder(cfg)
     tensors = {name: 4 * weight.detach() for name, weight in model.named_parameters()}
     tokenizer.save(folder / "tokenizer")
-    return save_model(folder / "model", cfg, tensors, folder / "tokenizer" / "tokenizer.json")
+    return save_model(folder / "model", cfg, tensors, folder / "tokenizer")
 
 
 @pytest.fixture(scope="module")

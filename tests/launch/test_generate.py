@@ -27,7 +27,7 @@ def servable(tmp_path_factory):
     )  # fmt: skip
     model = Decoder(cfg)
     init_weights(model, seed=0)
-    return save_model(folder / "model", cfg, model.state_dict(), folder / "tokenizer.json")
+    return save_model(folder / "model", cfg, model.state_dict(), folder)
 
 
 @pytest.fixture

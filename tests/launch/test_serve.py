@@ -35,7 +35,7 @@ def checkpoint(tmp_path_factory) -> Path:
     )  # fmt: skip
     model = Decoder(config)
     init_weights(model, 0)
-    save_model(run / "model", config, model.state_dict(), run / "tokenizer" / "tokenizer.json")
+    save_model(run / "model", config, model.state_dict(), run / "tokenizer")
     return run
 
 

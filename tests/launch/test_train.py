@@ -86,7 +86,8 @@ def test_a_run_leaves_what_the_surface_promises(undisturbed):
         "exit.json", "lock",
     }  # fmt: skip
     assert sorted(p.name for p in (directory / "checkpoints").iterdir()) == ["step-00000010", "step-00000012"]
-    assert {p.name for p in (directory / "model").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    served = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {p.name for p in (directory / "model").iterdir()} == served
     ended = json.loads((directory / "exit.json").read_text())
     assert ended["code"] == 0
     assert [ended["ranks"][rank]["code"] for rank in ("0", "1")] == [0, 0]

@@ -47,9 +47,15 @@ def test_dtype_is_cast_and_routers_stay_float32(saved):
 
 def test_the_tokenizer_travels_along(make_model, tmp_path):
     model = make_model()
-    (tmp_path / "t.json").write_text("{}")
-    path = save_model(tmp_path / "model", model.cfg, dict(model.named_parameters()), tmp_path / "t.json")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    tensors = dict(model.named_parameters())
+    path = save_model(tmp_path / "model", model.cfg, tensors, tmp_path)
     assert sorted(file.name for file in path.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert (save_model(tmp_path / "model", model.cfg, tensors, tmp_path) / "tokenizer_config.json").exists()
+    with pytest.raises(CheckpointError, match="can not be written"):
+        save_model(tmp_path / "model", model.cfg, tensors, tmp_path / "nowhere")
+    assert (path / "model.safetensors").exists()
 
 
 def test_saving_again_replaces_the_whole_directory(saved, make_model):
