@@ -88,5 +88,5 @@ def make_engine(model: Decoder, byte_level: TextTokenizer) -> Iterator[Callable[
 def model_dir(model: Decoder, byte_level: TextTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model as a servable directory."""
     folder = tmp_path_factory.mktemp("model")
-    byte_level._tokenizer.save(str(folder))
+    byte_level._tokenizer.save(str(folder / "tokenizer.json"))
     return save_model(folder / "model", model.cfg, model.state_dict(), folder)
