@@ -32,6 +32,8 @@ def build(cls: type[C], data: Mapping[str, Any], path: str = "") -> C:
         data: field name → plain value (what YAML or JSON gives). An int is accepted where a float is wanted.
         path: where `data` stands in the whole configuration, for messages (`moe`).
 
+    A field with `metadata={"auto": True}` takes null too: its class fills in the value.
+
     Raises:
         ConfigError: an unknown or missing field, or a value of the wrong type.
     """
@@ -46,7 +48,9 @@ def build(cls: type[C], data: Mapping[str, Any], path: str = "") -> C:
             raise ConfigError(f"{_join(path, str(key))} is not a setting: {_suggest(str(key), list(fields), path)}")
     values: dict[str, Any] = {}
     for name, field in fields.items():
-        if name in data:
+        if name in data and data[name] is None and field.metadata.get("auto"):
+            values[name] = None
+        elif name in data:
             values[name] = _convert(hints[name], data[name], _join(path, name))
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{_join(path, name)} is missing: give it a value ({_describe(hints[name])})")

@@ -6,6 +6,7 @@
 T tokens, D width, K choices.
 """
 
+import torch
 from torch import Tensor, nn
 
 from ...parallel.dispatch.local import LocalDispatcher
@@ -42,12 +43,13 @@ class MoE(nn.Module):
         Returns:
             y_TD and the routing record. In training the backward pass of y also trains the configured losses.
         """
-        routing = self.router(x_TD, context or RouteContext())
+        context = context or RouteContext()
+        routing = self.router(x_TD, context)
         sent = self.dispatcher.dispatch(x_TD, routing.ids_TK, routing.kept_TK, self.cfg.num_experts)
         y_TD = self.dispatcher.combine(self.experts(sent.rows_ND, sent.ends_E), routing.weights_TK, sent)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        if routing.aux:
-            loss = self.cfg.balance_loss * routing.aux["balance"] + self.cfg.z_loss * routing.aux["z"]
-            y_TD = attach_loss(y_TD, loss)
+        weighted = [c * routing.aux[name] for name, c in self.cfg.losses.items() if c and name in routing.aux]
+        if weighted:
+            y_TD = attach_loss(y_TD, context.loss_scale * torch.stack(weighted).sum())
         return y_TD, routing

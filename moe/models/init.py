@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.experts import Experts
+from ..routing.router import Router
 from .decoder import Decoder
 
 DENSE_SCALE = 0.1
@@ -21,9 +22,15 @@ def init_weights(model: Decoder, seed: int) -> None:
     """Fill every parameter in place; norms become one. The parameters must be materialised (not on meta)."""
     scale = model.cfg.moe.init_scale if model.cfg.moe else DENSE_SCALE
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
+    for buffer in (buffer for router in routers.values() for buffer in router.buffers()):
+        buffer.zero_()
     for name, weight in model.named_parameters():
-        stack = stacks.get(name.rpartition(".")[0])
-        if weight.ndim == 1:
+        owner, _, leaf = name.rpartition(".")
+        stack = stacks.get(owner)
+        if owner in routers:
+            _draw(weight, routers[owner].variance(leaf), f"{seed}/{name}")
+        elif weight.ndim == 1:
             nn.init.ones_(weight)
         elif stack is None:
             _draw(weight, scale / weight.shape[1], f"{seed}/{name}")
@@ -37,5 +44,8 @@ def _draw(weight: Tensor, variance: float, key: str) -> None:
     """Drawn on the CPU in float32, so that every device starts from the same bits."""
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1)
     std = variance**0.5
+    if not std:
+        weight.zero_()
+        return
     drawn = nn.init.trunc_normal_(torch.empty(weight.shape), std=std, a=-2 * std, b=2 * std, generator=generator)
     weight.copy_(drawn)

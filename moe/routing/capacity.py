@@ -7,6 +7,8 @@ Algorithm 1: every first choice before any second; causal only for k = 1).
 T tokens, E experts, K choices, G groups.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeVar
 
@@ -28,31 +30,61 @@ def capacity(tokens: Count, top_k: int, num_experts: int, factor: float, min_cap
     return min(max(slots, min_capacity), tokens)
 
 
-def keep_within_capacity(
-    ids_TK: Tensor, wanted_TK: Tensor, group_T: Tensor, capacity_G: Tensor, num_experts: int, drop_order: str
-) -> Tensor:
+@dataclass(frozen=True)
+class Room:
+    """The slots of every expert in every group.
+
+    Attributes:
+        group_T: int64 group of each token, non-decreasing.
+        slots_GE: int64, free slots.
+    """
+
+    group_T: Tensor
+    slots_GE: Tensor
+
+    @staticmethod
+    def of(group_T: Tensor, tokens_G: Tensor, top_k: int, num_experts: int, factor: float, min_capacity: int) -> "Room":
+        """All slots free, C of them for each expert in a group of `tokens_G` tokens."""
+        slots_G = capacity(tokens_G, top_k, num_experts, factor, min_capacity)
+        return Room(group_T, slots_G[:, None].expand(-1, num_experts))
+
+
+def keep(
+    ids_TK: Tensor,
+    wanted_TK: Tensor,
+    room: Room,
+    *,
+    order: str,
+    gates_TE: Tensor,
+    rank_TE: Tensor,
+    reroute: int = 0,
+    draw: Callable[[int], Tensor],
+) -> tuple[Tensor, Tensor]:
     """Which wanted assignments find a slot.
 
     Args:
         ids_TK: int64 expert ids.
         wanted_TK: bool, assignments that ask for a slot.
-        group_T: int64 group of each token, non-decreasing.
-        capacity_G: int64 slots per expert in each group.
-        num_experts: E.
-        drop_order: `token_major` or `choice_major`: the order in which slots fill.
+        room: the slots.
+        order: who comes first: `token_major`, `choice_major`, `probability` (highest gate first, then token_major) or
+            `random` (by `draw`).
+        gates_TE: gate of every expert (order `probability`).
+        rank_TE: by which the next best expert is found.
+        reroute: rounds in which assignments that found no slot are retried at the token's next best expert that it
+            has not asked yet (no-token-left-behind, Switch 2101.03961 appendix B).
+        draw: purpose → uniform numbers [T, K] (order `random`).
 
     Returns:
-        kept_TK, bool: wanted and among the first C of its (group, expert) in that order.
+        ids_TK, changed where an assignment was rerouted, and kept_TK: wanted and within a slot.
     """
     tokens, top_k = ids_TK.shape
-    if drop_order == "choice_major":
-        ids_TK, wanted_TK = ids_TK.T, wanted_TK.T
-        group_N = group_T.repeat(top_k)
+    if order == "choice_major":
+        ids, wanted, group_N = ids_TK.T, wanted_TK.T, room.group_T.repeat(top_k)
     else:
-        group_N = group_T.repeat_interleave(top_k)
-    queue_N = (group_N * num_experts + ids_TK.reshape(-1)).masked_fill(~wanted_TK.reshape(-1), -1)
-    kept_N = (queue_N >= 0) & (_place_in_queue(queue_N) < capacity_G[group_N])
-    return kept_N.view(top_k, tokens).T if drop_order == "choice_major" else kept_N.view(tokens, top_k)
+        ids, wanted, group_N = ids_TK, wanted_TK, room.group_T.repeat_interleave(top_k)
+    queue_N = (group_N * gates_TE.shape[1] + ids.reshape(-1)).masked_fill(~wanted.reshape(-1), -1)
+    kept_N = (queue_N >= 0) & (_place_in_queue(queue_N) < room.slots_GE.reshape(-1)[queue_N.clamp(min=0)])
+    return ids_TK, kept_N.view(top_k, tokens).T if order == "choice_major" else kept_N.view(tokens, top_k)
 
 
 def _place_in_queue(queue_N: Tensor) -> Tensor:

@@ -1,16 +1,54 @@
-"""Balance losses, and how their gradient is attached.
+"""Balance losses, over which tokens their statistics are taken, and how their gradient is attached.
 
-Every loss is this rank's part of a loss over the global batch: statistics per group (one packed row), then the mean
-over all rows of the global batch weighted by their valid tokens. The parts of all ranks add up, so no layout changes
-the value, and plain SUM gradient reduction is right.
+Every loss is this rank's part of a loss over the global batch; the parts of all ranks and micro-batches add up, so
+plain SUM gradient reduction is right. The f · P losses are exactly 1 at perfect balance, the CV² losses 0.
 
 T tokens, E experts, K choices, G groups.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from ..config import MoEConfig
+from .record import Decision, RouteContext, group_starts
+
+if TYPE_CHECKING:
+    from .router import Scores
+
+
+@dataclass(kw_only=True)
+class Span:
+    """The tokens that a layer's losses are about, and over which of them a statistic is taken together.
+
+    Attributes:
+        layer: the block's id.
+        valid_T: bool.
+        context: groups, total tokens, reducer, tally.
+        known: the decision's recorded sums, when it is recalled: no sum over ranks is made again.
+        group: moe.balance_over.
+        sums: the sums over ranks and earlier micro-batches made so far, name → tensor without gradient.
+    """
+
+    layer: int
+    valid_T: Tensor
+    context: RouteContext
+    known: Mapping[str, Tensor]
+    group: str
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+
+def measure(name: str, cfg: MoEConfig, scores: "Scores", weights_TK: Tensor, decision: Decision, span: Span) -> Tensor:
+    """Loss `name` (a key of `cfg.losses`), before its coefficient. Scalar float32."""
+    valid_T, context = span.valid_T, span.context
+    total: int | Tensor = valid_T.sum().clamp(min=1) if context.total_tokens is None else context.total_tokens
+    if name == "z":
+        return router_z(scores.logits, valid_T, total)
+    cu, group_T = group_starts(context, len(valid_T), valid_T.device)
+    return switch_balance(scores.probs, decision.ids_TK, valid_T, group_T, cu.numel() - 1, total)
 
 
 def switch_balance(

@@ -1,6 +1,7 @@
 """The routing decision and its surroundings, as immutable data.
 
-A router returns one `Routing`; dispatch, losses, metrics and serving read it, and nothing routes twice.
+A router returns one `Routing`; dispatch, losses, metrics, recomputation, tracing, replay and serving read it, and
+nothing routes twice.
 
 T tokens, E experts, K choices, G groups.
 """
@@ -12,6 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What is decided, once a layer and forward pass, and never computed again: nothing here carries a gradient.
+
+    Attributes:
+        ids_TK: int64, chosen experts, best first.
+        wanted_TK: bool, assignments that ask for a slot: not padding's, not a second choice that was not drawn.
+        kept_TK: bool, wanted assignments that found one.
+        sums: name → a statistic over more than this rank's tokens that a loss used; recomputation must not sum again.
+    """
+
+    ids_TK: Tensor
+    wanted_TK: Tensor
+    kept_TK: Tensor
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +47,12 @@ class RouteContext:
         total_tokens: valid tokens of the GLOBAL batch, the divisor of every loss; None = those at hand.
         dropless: ignore every capacity (serving's default).
         reducer: sums a tensor over the data-parallel ranks (statistics over the global batch); None = one rank.
+        tally: (layer, name) → sums of this rank's earlier micro-batches of the same optimizer step, which routers read
+            and add to; the trainer gives one empty dict a step. None = every forward pass is a step.
+        loss_scale: what the caller multiplies its loss by (gradient scaling in float16), for balance losses too.
+        replay: layer → the decision to take instead of choosing one.
+        propagate_nan: a NaN logit makes its token's weights NaN instead of raising, for callers that look at the
+            loss on all ranks anyway (raising on one rank would leave the others waiting).
     """
 
     cu_groups: Tensor | None = None
@@ -40,29 +64,40 @@ class RouteContext:
     total_tokens: int | None = None
     dropless: bool = False
     reducer: Callable[[Tensor], Tensor] | None = None
+    tally: dict[tuple[int, str], Tensor] | None = None
+    loss_scale: float | Tensor = 1.0
+    replay: Mapping[int, Decision] | None = None
+    propagate_nan: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """One layer's decision for T tokens.
+    """One layer's decision for T tokens, with what carries gradients.
 
     Attributes:
         ids_TK: int64, chosen experts, best first.
         weights_TK: float32 gate values that multiply the experts' outputs; they carry the router's gradient.
-        kept_TK: bool, False where the capacity overflowed, a second choice was not drawn, or the token is padding.
-        counts_E: int64, assignments of valid tokens to each expert, before drops.
-        probs_TE: float32 router probabilities.
+        wanted_TK: bool, False where a token asked for nothing: padding, or a second choice that was not drawn.
+        kept_TK: bool, wanted and within capacity.
+        counts_E: int64, wanted assignments of each expert, before drops.
+        probs_TE: float32 router probabilities (sigmoid routers: scores divided by their sum).
         logits_TE: float32 router logits.
-        aux: name → this rank's part of each loss over the global batch, before its coefficient (`balance`, `z`).
+        aux: name → this rank's part of each loss over the global batch, before its coefficient (`balance`, `z`, ...).
     """
 
     ids_TK: Tensor
     weights_TK: Tensor
+    wanted_TK: Tensor
     kept_TK: Tensor
     counts_E: Tensor
     probs_TE: Tensor
     logits_TE: Tensor
     aux: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def decision(self) -> Decision:
+        """What a replay needs."""
+        return Decision(ids_TK=self.ids_TK, wanted_TK=self.wanted_TK, kept_TK=self.kept_TK)
 
 
 def _flatten(routing: Routing) -> tuple[list[Any], None]:

@@ -1,72 +1,190 @@
-"""What all routers share: float32 logits, a choice, capacity, losses, one `Routing` out.
+"""What all routers share, in the order in which it happens: score, decide, weigh, measure; one `Routing` out.
 
-A router is a Module because it has weights; the choice itself is the subclass's pure `choose`. The whole computation
-is float32 whatever surrounds it ("selective precision", Switch 2101.03961 §2.4). A NaN logit makes that token's weight
-NaN, so the loss vote or the sampler sees it; it is never a silent pick.
+A router is a Module because it has weights; what makes it THIS router are three methods that subclasses define:
+
+    score   hidden states → `Scores`       differentiable
+    select  `Scores` → ids, wanted         the decision, no gradient; then capacity drops
+    weigh   `Scores`, ids → weights        differentiable
+
+The decision is made once: recomputation and replay take the recorded one and only score and weigh again. The whole
+computation is float32 whatever surrounds it ("selective precision", Switch 2101.03961 §2.4), and the router's
+parameters stay float32 when the model around them is cast.
 
 T tokens, D width, E experts, K choices, G groups.
 """
 
-from abc import ABC, abstractmethod
+from abc import ABC
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ... import NonFiniteError
 from ...kernels import uniform
 from ...kernels.random import JITTER
 from ..config import MoEConfig
-from .capacity import capacity, keep_within_capacity
-from .losses import router_z, switch_balance
-from .record import RouteContext, Routing, group_starts
+from .capacity import Room, keep
+from .losses import Span, measure
+from .recompute import recall, remember
+from .record import Decision, RouteContext, Routing, group_starts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What a router thinks of T tokens; all float32, [T, E].
+
+    Attributes:
+        logits: before any noise or bias.
+        probs: the distribution that losses and metrics see: softmax, or s / Σ s for sigmoid scores.
+        rank: what selection sorts by (logits, noisy logits, biased scores); None = logits.
+        gates: what weights are read from; None = probs.
+        noise: standard deviation of the noise in `rank` (noisy top-k); None without any.
+    """
+
+    logits: Tensor
+    probs: Tensor
+    rank: Tensor
+    gates: Tensor
+    noise: Tensor | None = None
 
 
 class Router(nn.Module, ABC):
-    """Base of the routers: `forward(x_TD, context) -> Routing`; subclasses define `choose`.
+    """Base of the routers: `forward(x_TD, context) -> Routing`.
 
     Attributes:
         weight: float32 [E, D], truncated normal with σ = sqrt(init_scale / D).
-        causal: whether a token's choice depends on earlier tokens of its group only.
+        causal: a token's choice depends on earlier tokens of its group only, in evaluation too.
+        dropless: takes no part in capacity: nothing is ever dropped.
+        needs_loss: collapses onto few experts unless a balance loss is set.
     """
 
-    causal = True
+    causal: ClassVar[bool] = True
+    dropless: ClassVar[bool] = False
+    needs_loss: ClassVar[bool] = True
+
+    weight: nn.Parameter
 
     def __init__(self, cfg: MoEConfig, layer: int = 0) -> None:
         super().__init__()
         self.cfg, self.layer = cfg, layer
-        self.weight = nn.Parameter(torch.empty(cfg.num_experts, cfg.width, dtype=torch.float32))
+        self.build()
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Draw the weight afresh (Switch §2.4: truncated normal, small scale)."""
-        std = (self.cfg.init_scale / self.cfg.width) ** 0.5
-        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+    # What a subclass may define ---------------------------------------------------------------------------------------
 
-    @abstractmethod
-    def choose(self, probs_TE: Tensor, logits_TE: Tensor, context: RouteContext) -> tuple[Tensor, Tensor, Tensor]:
-        """The experts each token asks for: (ids_TK int64, weights_TK, wanted_TK bool)."""
+    def build(self) -> None:
+        """Make the parameters and buffers, all float32."""
+        self.weight = nn.Parameter(torch.empty(self.cfg.num_experts, self.cfg.width, dtype=torch.float32))
+
+    def variance(self, name: str) -> float:
+        """The variance that parameter `name` is drawn with; 0 = it starts at zero."""
+        return self.cfg.init_scale / self.cfg.width
+
+    def score(self, x_TD: Tensor, context: RouteContext) -> Scores:
+        """Float32 x → scores. The base: softmax of the logits, ranked by logits, weighed by probabilities."""
+        logits_TE = self.logits(x_TD)
+        probs_TE = logits_TE.softmax(-1)
+        return Scores(logits=logits_TE, probs=probs_TE, rank=logits_TE, gates=probs_TE)
+
+    def select(self, scores: Scores, context: RouteContext) -> tuple[Tensor, Tensor]:
+        """(ids_TK int64, wanted_TK bool). The base: the k highest ranks. Runs without gradients."""
+        ids_TK = top_k_lowest_index(scores.rank, self.cfg.top_k)
+        return ids_TK, torch.ones_like(ids_TK, dtype=torch.bool)
+
+    def weigh(self, scores: Scores, ids_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        """weights_TK, differentiable. The base: the gates of the chosen experts, as they are."""
+        return scores.gates.gather(1, ids_TK)
+
+    # What all of them do ----------------------------------------------------------------------------------------------
 
     def forward(self, x_TD: Tensor, context: RouteContext) -> Routing:
         """Route T tokens.
 
         Args:
             x_TD: hidden states, any floating type.
-            context: groups, valid tokens, random keys.
+            context: groups, valid tokens, random keys, perhaps a recorded decision.
+
+        Raises:
+            NonFiniteError: a valid token's logit is NaN (unless `context.propagate_nan`, or under torch.compile).
         """
         valid_T = x_TD.new_ones(x_TD.shape[0], dtype=torch.bool) if context.valid_T is None else context.valid_T
-        cu_groups, group_T = group_starts(context, x_TD.shape[0], x_TD.device)
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(self.jitter(x_TD.to(self.weight.dtype), context), self.weight)
-            probs_TE = logits_TE.softmax(-1)
-            ids_TK, weights_TK, wanted_TK = self.choose(probs_TE, logits_TE, context)
-            wanted_TK = wanted_TK & valid_T[:, None]
-            aux = self.losses(probs_TE, logits_TE, ids_TK, valid_T, group_T, cu_groups.numel() - 1, context)
-        kept_TK = self.keep(ids_TK, wanted_TK, group_T, cu_groups, context)
-        counts_E = torch.bincount(ids_TK[valid_T].reshape(-1), minlength=self.cfg.num_experts)
+            scores = self.score(self.jitter(x_TD.to(self.dtype), context), context)
+            if not (context.propagate_nan or torch.compiler.is_compiling()):
+                self.refuse_nan(scores.logits, valid_T)
+            recorded = (context.replay or {}).get(self.layer) or recall(self)
+            decision = recorded or self.decide(scores, valid_T, context)
+            weights_TK = self.weigh(scores, decision.ids_TK, decision.kept_TK)
+            counts_E = count(decision.ids_TK, decision.wanted_TK, self.cfg.num_experts)
+            aux, sums = self.losses(scores, weights_TK, decision, valid_T, context) if self.training else ({}, {})
+        if recorded is None:
+            remember(self, replace(decision, sums=sums))
         return Routing(
-            ids_TK=ids_TK, weights_TK=weights_TK, kept_TK=kept_TK, counts_E=counts_E,
-            probs_TE=probs_TE, logits_TE=logits_TE, aux=aux,
+            ids_TK=decision.ids_TK, weights_TK=weights_TK, wanted_TK=decision.wanted_TK, kept_TK=decision.kept_TK,
+            counts_E=counts_E, probs_TE=scores.probs, logits_TE=scores.logits, aux=aux,
         )  # fmt: skip
+
+    @torch.no_grad()
+    def decide(self, scores: Scores, valid_T: Tensor, context: RouteContext) -> Decision:
+        """Select, then apply the present mode's capacity."""
+        ids_TK, wanted_TK = self.select(scores, context)
+        wanted_TK = wanted_TK & valid_T[:, None]
+        factor = self.factor()
+        if factor is None or self.dropless or context.dropless:
+            return Decision(ids_TK=ids_TK, wanted_TK=wanted_TK, kept_TK=wanted_TK)
+        room = self.room(ids_TK.shape[0], factor, context, ids_TK.device)
+        ids_TK, kept_TK = keep(
+            ids_TK, wanted_TK, room, order=self.cfg.drop_order if self.training else "token_major",
+            gates_TE=scores.gates, rank_TE=scores.rank, reroute=self.cfg.reroute if self.training else 0,
+            draw=lambda purpose: self.draw(ids_TK.shape[0], context, purpose, ids_TK.shape[1], ids_TK.device),
+        )  # fmt: skip
+        return Decision(ids_TK=ids_TK, wanted_TK=wanted_TK, kept_TK=kept_TK)
+
+    def factor(self) -> float | None:
+        """The capacity factor of the present mode; None = dropless."""
+        return self.cfg.capacity_factor if self.training else self.cfg.eval_capacity_factor
+
+    def room(self, tokens: int, factor: float, context: RouteContext, device: torch.device) -> Room:
+        """The groups and each expert's slots in them; in evaluation C comes from `capacity_tokens`, not the batch."""
+        cfg = self.cfg
+        groups = RouteContext() if cfg.group == "rank" and self.training else context
+        cu_groups, group_T = group_starts(groups, tokens, device)
+        tokens_G = cu_groups.diff()
+        if not self.training and cfg.capacity_tokens is not None:
+            tokens_G = torch.full_like(tokens_G, cfg.capacity_tokens)
+        return Room.of(group_T, tokens_G, cfg.top_k, cfg.num_experts, factor, cfg.min_capacity)
+
+    def losses(
+        self, scores: Scores, weights_TK: Tensor, decision: Decision, valid_T: Tensor, context: RouteContext
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """This rank's part of each loss before its coefficient, and the sums over ranks that they used."""
+        span = Span(
+            layer=self.layer, valid_T=valid_T, context=context, known=decision.sums, group=self.cfg.balance_over
+        )
+        aux = {name: measure(name, self.cfg, scores, weights_TK, decision, span) for name in self.cfg.losses}
+        return aux, span.sums
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the router computes in: float32, or float64 when its weight is."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """x · Wᵀ."""
+        return F.linear(x_TD, self.weight.to(x_TD.dtype))
+
+    def refuse_nan(self, logits_TE: Tensor, valid_T: Tensor) -> None:
+        """Raise on a NaN logit of a valid token: it must never become a silent choice."""
+        bad_T = logits_TE.isnan().any(-1) & valid_T
+        if bad_T.any():
+            first = int(bad_T.nonzero()[0])
+            raise NonFiniteError(
+                f"router logits of layer {self.layer} (NaN for {int(bad_T.sum())} of {len(bad_T)} tokens, first token "
+                f"{first}) must be numbers: look for a diverged weight or a non-finite input"
+            )
 
     def jitter(self, x_TD: Tensor, context: RouteContext) -> Tensor:
         """Multiply the router's input by U(1 − ε, 1 + ε), in training only (Switch §2.2)."""
@@ -80,33 +198,32 @@ class Router(nn.Module, ABC):
         index_T = torch.arange(tokens, device=device) if context.index_T is None else context.index_T
         return uniform(context.seed, index_T, step=context.step, layer=self.layer, purpose=purpose, count=count)
 
-    def keep(
-        self, ids_TK: Tensor, wanted_TK: Tensor, group_T: Tensor, cu_groups: Tensor, context: RouteContext
-    ) -> Tensor:
-        """Apply the present mode's capacity; in evaluation C comes from `capacity_tokens`, never from the batch."""
-        cfg = self.cfg
-        factor = cfg.capacity_factor if self.training else cfg.eval_capacity_factor
-        if factor is None or context.dropless:
-            return wanted_TK
-        tokens_G = cu_groups.diff()
-        if not self.training and cfg.capacity_tokens is not None:
-            tokens_G = torch.full_like(tokens_G, cfg.capacity_tokens)
-        order = cfg.drop_order if self.training else "token_major"
-        capacity_G = capacity(tokens_G, cfg.top_k, cfg.num_experts, factor, cfg.min_capacity)
-        return keep_within_capacity(ids_TK, wanted_TK, group_T, capacity_G, cfg.num_experts, order)
+    def reset_parameters(self) -> None:
+        """Draw the parameters afresh (Switch §2.4: truncated normal, small scale); buffers become zero."""
+        for name, parameter in self.named_parameters():
+            std = self.variance(name) ** 0.5
+            if std:
+                nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
+            else:
+                nn.init.zeros_(parameter)
+        for buffer in self.buffers():
+            nn.init.zeros_(buffer)
 
-    def losses(
-        self, probs_TE: Tensor, logits_TE: Tensor, ids_TK: Tensor,
-        valid_T: Tensor, group_T: Tensor, groups: int, context: RouteContext,
-    ) -> dict[str, Tensor]:  # fmt: skip
-        """This rank's part of the balance and z losses, before their coefficients; none outside training."""
-        if not self.training:
-            return {}
-        total: int | Tensor = valid_T.sum().clamp(min=1) if context.total_tokens is None else context.total_tokens
-        return {
-            "balance": switch_balance(probs_TE, ids_TK, valid_T, group_T, groups, total),
-            "z": router_z(logits_TE, valid_T, total),
-        }
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """`.to()`, `.half()`, `.bfloat16()` move the router but never narrow it."""
+
+        def keep_wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrowed = moved.is_floating_point() and moved.dtype.itemsize < tensor.dtype.itemsize == 4
+            return tensor.to(moved.device) if narrowed else moved
+
+        return super()._apply(keep_wide, recurse)
+
+
+def count(ids_TK: Tensor, wanted_TK: Tensor, num_experts: int) -> Tensor:
+    """int64 [E]: how many wanted assignments each expert has."""
+    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=ids_TK.device)
+    return counts_E.scatter_add_(0, ids_TK.flatten(), wanted_TK.flatten().long())
 
 
 def top_k_lowest_index(scores_TE: Tensor, top_k: int) -> Tensor:
