@@ -4,6 +4,8 @@ A draw is named by (seed, step, layer, purpose, global token index), so any layo
 recomputation draws the same number. T tokens.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ JITTER = 2
 DROPOUT = 3
 SAMPLE = 4
 INIT = 5
+ROUTE_NOISE = 6
+DROP_ORDER = 7
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -65,6 +69,15 @@ def uniform(
     words = philox(counter, (seed_T & _MASK, seed_T >> 32 & _MASK))
     draws = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(-2)[:, :count]
     return (draws >> 8).float() * 2.0**-24
+
+
+def normal(
+    seed: int | Tensor, index_T: Tensor, *, step: int | Tensor, layer: int, purpose: int, count: int = 1
+) -> Tensor:
+    """Standard normal numbers float32 [T, count], from two uniform ones each (Box & Muller 1958); keyed as `uniform`."""
+    draws = uniform(seed, index_T, step=step, layer=layer, purpose=purpose, count=2 * count)
+    radius, angle = draws.unflatten(-1, (count, 2)).unbind(-1)
+    return (-2 * torch.log1p(-radius)).sqrt() * torch.cos(2 * math.pi * angle)
 
 
 def _int64(value: int | Tensor, device: torch.device) -> Tensor:
