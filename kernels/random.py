@@ -74,7 +74,7 @@ def uniform(
 def normal(
     seed: int | Tensor, index_T: Tensor, *, step: int | Tensor, layer: int, purpose: int, count: int = 1
 ) -> Tensor:
-    """Standard normal numbers float32 [T, count], from two uniform ones each (Box & Muller 1958); keyed as `uniform`."""
+    """Standard normal float32 [T, count], each from two uniform numbers (Box & Muller 1958); keyed as `uniform`."""
     draws = uniform(seed, index_T, step=step, layer=layer, purpose=purpose, count=2 * count)
     radius, angle = draws.unflatten(-1, (count, 2)).unbind(-1)
     return (-2 * torch.log1p(-radius)).sqrt() * torch.cos(2 * math.pi * angle)
