@@ -89,3 +89,19 @@ def test_numbers_are_uniform_in_the_half_open_unit_interval():
 
 def test_no_tokens_give_no_numbers():
     assert uniform(1, torch.empty(0, dtype=torch.int64), **NAMES, count=3).shape == (0, 3)
+
+
+def test_normal_numbers_are_normal_and_named_like_uniform_ones():
+    draws = random.normal(7, torch.arange(20_000), **NAMES, count=3)
+    assert draws.shape == (20_000, 3)
+    assert draws.dtype == torch.float32
+    assert draws.isfinite().all()
+    flat = draws.double().flatten()
+    error = len(flat) ** -0.5
+    assert abs(flat.mean()) < 4 * error
+    assert abs(flat.var() - 1) < 4 * 2**0.5 * error
+    for bound in (-2.0, -0.5, 0.0, 1.0, 3.0):
+        share = torch.special.ndtr(torch.tensor(bound, dtype=torch.float64))
+        assert abs((flat < bound).double().mean() - share) < 4 * error * (share * (1 - share)) ** 0.5
+    assert abs(torch.corrcoef(draws.double().T) - torch.eye(3)).max() < 4 * 20_000**-0.5
+    assert torch.equal(random.normal(7, torch.arange(50, 60), **NAMES, count=3), draws[50:60])
