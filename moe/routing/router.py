@@ -135,7 +135,7 @@ class Router(nn.Module, ABC):
         factor = self.factor()
         if factor is None or self.dropless or context.dropless:
             return Decision(ids_TK=ids_TK, wanted_TK=wanted_TK, kept_TK=wanted_TK)
-        room = self.room(ids_TK.shape[0], factor, context, ids_TK.device)
+        room = self.room(valid_T, factor, context)
         ids_TK, kept_TK = keep(
             ids_TK, wanted_TK, room, order=self.cfg.drop_order if self.training else "token_major",
             gates_TE=scores.gates, rank_TE=scores.rank, reroute=self.cfg.reroute if self.training else 0,
@@ -143,16 +143,24 @@ class Router(nn.Module, ABC):
         )  # fmt: skip
         return Decision(ids_TK=ids_TK, wanted_TK=wanted_TK, kept_TK=kept_TK)
 
+    @property
+    def causal_in_training(self) -> bool:
+        """Whether a token's experts and slots depend on earlier tokens of its group only, while training."""
+        order, top_k = self.cfg.drop_order, self.cfg.top_k
+        ordered = order == "token_major" or (order == "choice_major" and top_k == 1)
+        drops = self.cfg.capacity_factor is not None and not self.dropless
+        return self.causal and (not drops or (ordered and not self.cfg.reroute))
+
     def factor(self) -> float | None:
         """The capacity factor of the present mode; None = dropless."""
         return self.cfg.capacity_factor if self.training else self.cfg.eval_capacity_factor
 
-    def room(self, tokens: int, factor: float, context: RouteContext, device: torch.device) -> Room:
-        """The groups and each expert's slots in them; in evaluation C comes from `capacity_tokens`, not the batch."""
+    def room(self, valid_T: Tensor, factor: float, context: RouteContext) -> Room:
+        """Each expert's slots in each group, from its valid tokens; in evaluation from `capacity_tokens`."""
         cfg = self.cfg
         groups = RouteContext() if cfg.group == "rank" and self.training else context
-        cu_groups, group_T = group_starts(groups, tokens, device)
-        tokens_G = cu_groups.diff()
+        cu_groups, group_T = group_starts(groups, len(valid_T), valid_T.device)
+        tokens_G = torch.zeros_like(cu_groups[1:]).index_add_(0, group_T, valid_T.long())
         if not self.training and cfg.capacity_tokens is not None:
             tokens_G = torch.full_like(tokens_G, cfg.capacity_tokens)
         return Room.of(group_T, tokens_G, cfg.top_k, cfg.num_experts, factor, cfg.min_capacity)
