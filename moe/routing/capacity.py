@@ -1,8 +1,8 @@
 """Capacity: how many assignments one expert takes from one group, and which are kept.
 
 C = min(max(ceil(factor · T · k / E), min_capacity), T), in exact integers (GShard 2006.16668 §2.2, Switch 2101.03961
-eq. 3 with k). Slots fill `token_major` (by token, then choice: causal for every k) or `choice_major` (GShard
-Algorithm 1: every first choice before any second; causal only for k = 1).
+eq. 3 with k). Slots fill `token_major` (by token, then choice: causal for every k), `choice_major` (GShard Algorithm 1:
+every first choice before any second; causal only for k = 1), by `probability` or at `random` (never causal).
 
 T tokens, E experts, K choices, G groups.
 """
@@ -14,6 +14,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from ...kernels.random import DROP_ORDER
 
 Count = TypeVar("Count", int, Tensor)
 
@@ -48,6 +50,15 @@ class Room:
         slots_G = capacity(tokens_G, top_k, num_experts, factor, min_capacity)
         return Room(group_T, slots_G[:, None].expand(-1, num_experts))
 
+    def queue(self, ids_TK: Tensor) -> Tensor:
+        """Which queue (group · E + expert) each assignment stands in: int64 [T, K]."""
+        return self.group_T[:, None] * self.slots_GE.shape[1] + ids_TK
+
+    def without(self, ids_TK: Tensor, kept_TK: Tensor) -> "Room":
+        """What is left when the kept assignments have taken their slots."""
+        slots_N = self.slots_GE.flatten().scatter_add(0, self.queue(ids_TK).flatten(), -kept_TK.flatten().long())
+        return Room(self.group_T, slots_N.view(self.slots_GE.shape))
+
 
 def keep(
     ids_TK: Tensor,
@@ -63,28 +74,63 @@ def keep(
     """Which wanted assignments find a slot.
 
     Args:
-        ids_TK: int64 expert ids.
+        ids_TK: int64 expert ids, distinct for each token.
         wanted_TK: bool, assignments that ask for a slot.
         room: the slots.
         order: who comes first: `token_major`, `choice_major`, `probability` (highest gate first, then token_major) or
             `random` (by `draw`).
         gates_TE: gate of every expert (order `probability`).
         rank_TE: by which the next best expert is found.
-        reroute: rounds in which assignments that found no slot are retried at the token's next best expert that it
-            has not asked yet (no-token-left-behind, Switch 2101.03961 appendix B).
+        reroute: rounds in which assignments that found no slot are retried, in the same order, at the token's next
+            best expert that it has not asked yet (no-token-left-behind, Switch 2101.03961 appendix B). A retry takes
+            what all first choices have left, so it looks at later tokens.
         draw: purpose → uniform numbers [T, K] (order `random`).
 
     Returns:
-        ids_TK, changed where an assignment was rerouted, and kept_TK: wanted and within a slot.
+        ids_TK, changed where a retry found a slot and still distinct for each token, and kept_TK: wanted and within a
+        slot.
     """
-    tokens, top_k = ids_TK.shape
-    if order == "choice_major":
-        ids, wanted, group_N = ids_TK.T, wanted_TK.T, room.group_T.repeat(top_k)
-    else:
-        ids, wanted, group_N = ids_TK, wanted_TK, room.group_T.repeat_interleave(top_k)
-    queue_N = (group_N * gates_TE.shape[1] + ids.reshape(-1)).masked_fill(~wanted.reshape(-1), -1)
-    kept_N = (queue_N >= 0) & (_place_in_queue(queue_N) < room.slots_GE.reshape(-1)[queue_N.clamp(min=0)])
-    return ids_TK, kept_N.view(top_k, tokens).T if order == "choice_major" else kept_N.view(tokens, top_k)
+    kept_TK = _fill(ids_TK, wanted_TK, room, _turns(order, ids_TK, gates_TE, draw))
+    if not reroute:
+        return ids_TK, kept_TK
+    best_TE = rank_TE.sort(dim=-1, descending=True, stable=True).indices
+    asked_TE = torch.zeros_like(best_TE, dtype=torch.bool).scatter(1, ids_TK, True)
+    for _ in range(reroute):
+        trial_TK, retry_TK = _next_best(ids_TK, wanted_TK & ~kept_TK, best_TE, asked_TE)
+        left = room.without(ids_TK, kept_TK)
+        found_TK = _fill(trial_TK, retry_TK, left, _turns(order, trial_TK, gates_TE, draw))
+        asked_TE = asked_TE.scatter(1, trial_TK, True)
+        ids_TK, kept_TK = torch.where(found_TK, trial_TK, ids_TK), kept_TK | found_TK
+    return ids_TK, kept_TK
+
+
+def _turns(order: str, ids_TK: Tensor, gates_TE: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
+    """The assignments, numbered by token and then choice, in the order in which they are served: int64 [T · K]."""
+    if order == "probability":
+        return gates_TE.gather(1, ids_TK).flatten().argsort(descending=True, stable=True)
+    if order == "random":
+        return draw(DROP_ORDER).flatten().argsort(stable=True)
+    turn_TK = torch.arange(ids_TK.numel(), device=ids_TK.device).view(ids_TK.shape)
+    return (turn_TK.T if order == "choice_major" else turn_TK).flatten()
+
+
+def _fill(ids_TK: Tensor, wanted_TK: Tensor, room: Room, turn_N: Tensor) -> Tensor:
+    """bool [T, K]: the wanted assignments that find a slot when served in the order `turn_N`."""
+    queue_TK = room.queue(ids_TK).masked_fill(~wanted_TK, -1)
+    queue_N = queue_TK.flatten()[turn_N]
+    kept_N = (queue_N >= 0) & (_place_in_queue(queue_N) < room.slots_GE.flatten()[queue_N.clamp(min=0)])
+    return torch.empty_like(kept_N).scatter_(0, turn_N, kept_N).view(ids_TK.shape)
+
+
+def _next_best(ids_TK: Tensor, dropped_TK: Tensor, best_TE: Tensor, asked_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """ids_TK with each dropped one replaced by its token's best expert not asked yet, and which ones there were.
+
+    A token's first dropped assignment takes the best, its second the one after; none is left when all were asked.
+    """
+    fresh_TE = best_TE.gather(1, asked_TE.gather(1, best_TE).int().sort(dim=-1, stable=True).indices)
+    nth_TK = dropped_TK.cumsum(1) - 1
+    retry_TK = dropped_TK & (nth_TK < (~asked_TE).sum(1, keepdim=True))
+    return torch.where(retry_TK, fresh_TE.gather(1, nth_TK.clamp(min=0)), ids_TK), retry_TK
 
 
 def _place_in_queue(queue_N: Tensor) -> Tensor:
