@@ -21,15 +21,16 @@ if TYPE_CHECKING:
         swiglu,
         varlen_attention,
     )
-    from .random import uniform
+    from .random import normal, uniform
     from .registry import table, using
 
-_ELSEWHERE = {"table": ".registry", "uniform": ".random", "using": ".registry"}
+_ELSEWHERE = {"normal": ".random", "table": ".registry", "uniform": ".random", "using": ".registry"}
 
 __all__ = [
     "combine",
     "cross_entropy",
     "grouped_gemm",
+    "normal",
     "paged_attention",
     "permute",
     "rms_norm",
