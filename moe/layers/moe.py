@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...parallel.dispatch.local import LocalDispatcher
 from ..config import MoEConfig
-from ..routing.losses import attach_loss
+from ..routing.losses import attach_loss, weighted_sum
 from ..routing.record import RouteContext, Routing
 from ..routing.registry import build_router
 from .experts import Experts
@@ -49,7 +49,8 @@ class MoE(nn.Module):
         y_TD = self.dispatcher.combine(self.experts(sent.rows_ND, sent.ends_E), routing.weights_TK, sent)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        weighted = [c * routing.aux[name] for name, c in self.cfg.losses.items() if c and name in routing.aux]
-        if weighted:
-            y_TD = attach_loss(y_TD, context.loss_scale * torch.stack(weighted).sum())
+        if self.router.training:
+            learns = x_TD.requires_grad or any(p.requires_grad for p in self.router.parameters())
+            loss = weighted_sum(self.cfg.losses, routing.aux, learns and torch.is_grad_enabled())
+            y_TD = y_TD if loss is None else attach_loss(y_TD, context.loss_scale * loss)
         return y_TD, routing
