@@ -108,13 +108,15 @@ class Router(nn.Module, ABC):
             context: groups, valid tokens, random keys, perhaps a recorded decision.
 
         Raises:
-            NonFiniteError: a valid token's logit is NaN (unless `context.propagate_nan`, or under torch.compile).
+            NonFiniteError: a valid token's scores hold a NaN (unless `context.propagate_nan`, or under torch.compile).
         """
         valid_T = x_TD.new_ones(x_TD.shape[0], dtype=torch.bool) if context.valid_T is None else context.valid_T
+        if context.valid_T is not None:  # padding may hold anything, and 0 · NaN in a backward pass is NaN
+            x_TD = x_TD.masked_fill(~valid_T[:, None], 0)
         with torch.autocast(x_TD.device.type, enabled=False):
             scores = self.score(self.jitter(x_TD.to(self.dtype), context), context)
             if not (context.propagate_nan or torch.compiler.is_compiling()):
-                self.refuse_nan(scores.logits, valid_T)
+                self.refuse_nan(scores, valid_T)
             recorded = (context.replay or {}).get(self.layer) or recall(self)
             decision = recorded or self.decide(scores, valid_T, context)
             weights_TK = self.weigh(scores, decision.ids_TK, decision.kept_TK)
@@ -184,9 +186,12 @@ class Router(nn.Module, ABC):
         """x · Wᵀ."""
         return F.linear(x_TD, self.weight.to(x_TD.dtype))
 
-    def refuse_nan(self, logits_TE: Tensor, valid_T: Tensor) -> None:
-        """Raise on a NaN logit of a valid token: it must never become a silent choice."""
-        bad_T = logits_TE.isnan().any(-1) & valid_T
+    def refuse_nan(self, scores: Scores, valid_T: Tensor) -> None:
+        """Raise on a NaN of a valid token: it must never become a silent choice.
+
+        An infinite logit is NaN in the probabilities; noise or a bias that is NaN is so in the rank only.
+        """
+        bad_T = (scores.probs.isnan() | scores.rank.isnan()).any(-1) & valid_T
         if bad_T.any():
             first = int(bad_T.nonzero()[0])
             raise NonFiniteError(
@@ -201,10 +206,13 @@ class Router(nn.Module, ABC):
         draw_TD = self.draw(x_TD.shape[0], context, JITTER, x_TD.shape[1], x_TD.device)
         return x_TD * (1 + self.cfg.jitter * (2 * draw_TD.to(x_TD.dtype) - 1))
 
-    def draw(self, tokens: int, context: RouteContext, purpose: int, count: int, device: torch.device) -> Tensor:
-        """Uniform numbers [T, count] keyed by (seed, step, layer, global token index, purpose)."""
+    def draw(
+        self, tokens: int, context: RouteContext, purpose: int, count: int, device: torch.device,
+        source: Callable[..., Tensor] = uniform,
+    ) -> Tensor:  # fmt: skip
+        """Random numbers [T, count] of `source`, keyed by (seed, step, layer, global token index, purpose)."""
         index_T = torch.arange(tokens, device=device) if context.index_T is None else context.index_T
-        return uniform(context.seed, index_T, step=context.step, layer=self.layer, purpose=purpose, count=count)
+        return source(context.seed, index_T, step=context.step, layer=self.layer, purpose=purpose, count=count)
 
     def reset_parameters(self) -> None:
         """Draw the parameters afresh (Switch §2.4: truncated normal, small scale); buffers become zero."""
@@ -218,12 +226,12 @@ class Router(nn.Module, ABC):
             nn.init.zeros_(buffer)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """`.to()`, `.half()`, `.bfloat16()` move the router but never narrow it."""
+        """`.to()`, `.half()`, `.bfloat16()` move the router but never narrow it below float32."""
 
         def keep_wide(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            narrowed = moved.is_floating_point() and moved.dtype.itemsize < tensor.dtype.itemsize == 4
-            return tensor.to(moved.device) if narrowed else moved
+            narrow = moved.is_floating_point() and moved.dtype.itemsize < 4
+            return tensor.to(moved.device, torch.float32) if narrow else moved
 
         return super()._apply(keep_wide, recurse)
 
