@@ -1,7 +1,7 @@
-"""Softmax gating (Shazeer et al. 1701.06538 eq. 2), cut to its k largest gates without renormalising."""
+"""Softmax gating (Shazeer et al. 1701.06538 eq. 2): G = softmax(x · Wᵀ), cut to its k largest gates."""
 
 from .router import Router
 
 
 class SoftmaxRouter(Router):
-    """To be written."""
+    """The k largest probabilities, not renormalised: with k = E it is eq. 2 as written."""
