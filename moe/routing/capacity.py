@@ -90,7 +90,7 @@ def keep(
         ids_TK, changed where a retry found a slot and still distinct for each token, and kept_TK: wanted and within a
         slot.
     """
-    kept_TK = _fill(ids_TK, wanted_TK, room, _turns(order, ids_TK, gates_TE, draw))
+    kept_TK = fill(ids_TK, wanted_TK, room, _turns(order, ids_TK, gates_TE, draw))
     if not reroute:
         return ids_TK, kept_TK
     best_TE = rank_TE.sort(dim=-1, descending=True, stable=True).indices
@@ -98,7 +98,7 @@ def keep(
     for _ in range(reroute):
         trial_TK, retry_TK = _next_best(ids_TK, wanted_TK & ~kept_TK, best_TE, asked_TE)
         left = room.without(ids_TK, kept_TK)
-        found_TK = _fill(trial_TK, retry_TK, left, _turns(order, trial_TK, gates_TE, draw))
+        found_TK = fill(trial_TK, retry_TK, left, _turns(order, trial_TK, gates_TE, draw))
         asked_TE = asked_TE.scatter(1, trial_TK, True)
         ids_TK, kept_TK = torch.where(found_TK, trial_TK, ids_TK), kept_TK | found_TK
     return ids_TK, kept_TK
@@ -114,7 +114,7 @@ def _turns(order: str, ids_TK: Tensor, gates_TE: Tensor, draw: Callable[[int], T
     return (turn_TK.T if order == "choice_major" else turn_TK).flatten()
 
 
-def _fill(ids_TK: Tensor, wanted_TK: Tensor, room: Room, turn_N: Tensor) -> Tensor:
+def fill(ids_TK: Tensor, wanted_TK: Tensor, room: Room, turn_N: Tensor) -> Tensor:
     """bool [T, K]: the wanted assignments that find a slot when served in the order `turn_N`."""
     queue_TK = room.queue(ids_TK).masked_fill(~wanted_TK, -1)
     queue_N = queue_TK.flatten()[turn_N]

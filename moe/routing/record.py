@@ -111,6 +111,13 @@ def _unflatten(values: Any, _context: None) -> Routing:
 pytree.register_pytree_node(Routing, _flatten, _unflatten, serialized_type_name="turnout.Routing")
 
 
+def valid_tokens(context: RouteContext, tokens: int, device: torch.device) -> Tensor:
+    """bool [T]: the tokens that are not padding."""
+    if context.valid_T is None:
+        return torch.ones(tokens, dtype=torch.bool, device=device)
+    return context.valid_T
+
+
 def group_starts(context: RouteContext, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The groups as (cu_groups [G+1] int64, group id of each token [T] int64)."""
     if context.cu_groups is None:
