@@ -113,15 +113,21 @@ class LogConfig:
         every: steps between rows of `metrics.jsonl` and progress lines.
         wandb: also log to Weights & Biases: online with a key, offline without one.
         project: its project there.
+        tensorboard: also log to TensorBoard, in `tensorboard/` of the run.
+        alarm: evenness of a MoE layer's load (0 = collapsed, 1 = even) below which the run tells; null = never.
     """
 
     every: int = 10
     wandb: bool = False
     project: str = "turnout"
+    tensorboard: bool = False
+    alarm: float | None = 0.1
 
     def __post_init__(self) -> None:
         _at_least_one("log.every", self.every)
         check(bool(self.project), "log.project", repr(self.project), "must not be empty", "use log.project=turnout")
+        rule, fix = "must lie between 0 and 1", "use 0.1, or null for no alarm"
+        check(self.alarm is None or 0 < self.alarm < 1, "log.alarm", self.alarm, rule, fix)
 
 
 @dataclass(frozen=True, kw_only=True)
