@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from turnout import NonFiniteError
 from turnout.moe import MoEConfig, RouteContext
 from turnout.moe.routing.registry import build_router
 
@@ -23,6 +24,7 @@ def route(router, logits, context=None, **settings):
     return make(router, logits, **settings)(torch.tensor(logits), context or RouteContext())
 
 
+ALWAYS = {"switch": {}, "gshard": {"second_policy": "all"}}
 LOGITS = [[0.0, 2.0, 1.0], [3.0, 3.0, 3.0], [-9.0, -5.0, -2.0], [1.0, 1.0, 4.0]]
 
 
@@ -68,11 +70,8 @@ def test_experts_are_chosen_by_logits_also_where_probabilities_underflow():
 @pytest.mark.parametrize("router", ["switch", "gshard"])
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_no_token_and_one_token(router, tokens):
-    routing = (
-        route(router, LOGITS[:1], second_policy="all")
-        if tokens
-        else make(router, LOGITS)(torch.empty(0, 3), RouteContext())
-    )
+    x = torch.tensor(LOGITS)[:tokens]
+    routing = make(router, LOGITS, **ALWAYS[router])(x, RouteContext())
     assert routing.ids_TK.shape == (tokens, 2 if router == "gshard" else 1)
     assert routing.kept_TK.sum() == routing.counts_E.sum() == routing.ids_TK.numel()
     assert all(loss.isfinite() for loss in routing.aux.values())
@@ -95,10 +94,11 @@ def test_as_many_choices_as_experts():
 def test_padding_routes_nowhere_and_counts_nowhere(router):
     logits = [[2.0, 1.0, 0.0]] * 6
     valid = torch.tensor([False, True, False, True, True, False])
-    settings = {"second_policy": "all", "capacity_factor": 0.75, "min_capacity": 0}
+    settings = ALWAYS[router] | {"capacity_factor": 0.75, "min_capacity": 0}
     routing = route(router, logits, RouteContext(valid_T=valid), **settings)
+    assert torch.equal(routing.wanted_TK, valid[:, None].expand_as(routing.wanted_TK))
     assert not routing.kept_TK[~valid].any()
-    slots = 2 if router == "switch" else 3
+    slots = 1 if router == "switch" else 2  # ceil(0.75 * 3 * k / 3): of the valid tokens alone
     assert routing.kept_TK[valid].sum(0).tolist() == [slots] * routing.ids_TK.shape[1]
     assert routing.counts_E.sum() == 3 * routing.ids_TK.shape[1]
     alone = route(router, [logits[0]] * 3, **settings | {"capacity_factor": None})
@@ -210,9 +210,18 @@ def test_routing_is_float32_whatever_surrounds_it(router):
 
 
 @pytest.mark.parametrize("router", ["switch", "gshard"])
-def test_nan_logits_make_their_own_token_nan_and_no_other(router):
+def test_a_nan_logit_is_an_error_that_names_layer_and_token(router):
     logits = [[0.0, 2.0, 1.0], [0.0, float("nan"), 1.0], [1.0, 0.0, 0.0]]
-    routing = route(router, logits, second_policy="all")
+    with pytest.raises(NonFiniteError, match=r"layer 0 \(NaN for 1 of 3 tokens, first token 1\)"):
+        route(router, logits)
+    padding = RouteContext(valid_T=torch.tensor([True, False, True]))
+    assert route(router, logits, padding).weights_TK.isfinite().all()
+
+
+@pytest.mark.parametrize("router", ["switch", "gshard"])
+def test_propagated_nan_logits_make_their_own_token_nan_and_no_other(router):
+    logits = [[0.0, 2.0, 1.0], [0.0, float("nan"), 1.0], [1.0, 0.0, 0.0]]
+    routing = route(router, logits, RouteContext(propagate_nan=True), **ALWAYS[router])
     assert routing.weights_TK[1].isnan().all()
     assert routing.weights_TK[[0, 2]].isfinite().all()
     assert ((routing.ids_TK >= 0) & (routing.ids_TK < 3)).all()
@@ -232,7 +241,10 @@ def test_routing_is_immutable_and_a_pytree():
     with pytest.raises(AttributeError):
         routing.ids_TK = None
     leaves, spec = torch.utils._pytree.tree_flatten(routing)
-    assert len(leaves) == 6 + len(routing.aux)
+    names = ("ids_TK", "weights_TK", "wanted_TK", "kept_TK", "counts_E", "probs_TE", "logits_TE")
+    assert all(leaf is getattr(routing, name) for leaf, name in zip(leaves, names, strict=False))
+    assert len(leaves) == len(names) + len(routing.aux)
     again = torch.utils._pytree.tree_unflatten(leaves, spec)
     assert torch.equal(again.kept_TK, routing.kept_TK)
+    assert torch.equal(again.wanted_TK, routing.wanted_TK)
     assert set(again.aux) == set(routing.aux)
