@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .models.context import VarlenContext
     from .models.decoder import Decoder
     from .models.store import load_model, save_model
+    from .routing.recompute import keep_routing
     from .routing.record import RouteContext, Routing
 
 _LAZY = {
@@ -19,6 +20,7 @@ _LAZY = {
     "RouteContext": ".routing.record",
     "Routing": ".routing.record",
     "VarlenContext": ".models.context",
+    "keep_routing": ".routing.recompute",
     "load_model": ".models.store",
     "save_model": ".models.store",
 }
@@ -31,6 +33,7 @@ __all__ = [
     "RouteContext",
     "Routing",
     "VarlenContext",
+    "keep_routing",
     "load_model",
     "save_model",
 ]

@@ -117,12 +117,13 @@ class Router(nn.Module, ABC):
             scores = self.score(self.jitter(x_TD.to(self.dtype), context), context)
             if not (context.propagate_nan or torch.compiler.is_compiling()):
                 self.refuse_nan(scores, valid_T)
-            recorded = (context.replay or {}).get(self.layer) or recall(self)
+            recalled = recall(self)
+            recorded = recalled or (context.replay or {}).get(self.layer)
             decision = recorded or self.decide(scores, valid_T, context)
             weights_TK = self.weigh(scores, decision.ids_TK, decision.kept_TK)
             counts_E = count(decision.ids_TK, decision.wanted_TK, self.cfg.num_experts)
             aux, sums = self.losses(scores, weights_TK, decision, valid_T, context) if self.training else ({}, {})
-        if recorded is None:
+        if recalled is None:
             remember(self, replace(decision, sums=sums))
         return Routing(
             ids_TK=decision.ids_TK, weights_TK=weights_TK, wanted_TK=decision.wanted_TK, kept_TK=decision.kept_TK,
