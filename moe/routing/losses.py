@@ -182,7 +182,7 @@ def weighted_sum(coefficients: Mapping[str, float], aux: Mapping[str, Tensor], l
     Args:
         coefficients: `MoEConfig.losses`.
         aux: `Routing.aux`, in training.
-        learns: something that the losses depend on wants a gradient.
+        learns: the layer is being trained: its output wants a gradient.
 
     Raises:
         ConfigError: a loss with a coefficient would train nothing, although `learns`.
@@ -191,7 +191,7 @@ def weighted_sum(coefficients: Mapping[str, float], aux: Mapping[str, Tensor], l
     for name, coefficient in coefficients.items():
         if coefficient:
             rule = "is on, but its loss has no gradient: it would be printed and never applied"
-            fix = f"compute the scores with gradients, or use moe.{name}_loss=0"
+            fix = f"unfreeze the router or what feeds it, or use moe.{name}_loss=0"
             check(not learns or aux[name].requires_grad, f"moe.{name}_loss", coefficient, rule, fix)
             weighted.append(coefficient * aux[name])
     return torch.stack(weighted).sum() if weighted else None

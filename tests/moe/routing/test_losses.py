@@ -235,17 +235,22 @@ def test_a_loss_without_a_gradient_is_refused():
         weighted_sum({"device": 1.0}, aux, learns=True)
 
 
-def test_a_router_whose_scores_are_cut_off_is_refused_and_a_frozen_one_is_not():
+def test_a_router_whose_scores_are_cut_off_is_refused():
     layer, x = layer_of(), torch.randn(9, 4)
-    layer.router.requires_grad_(False)
-    assert layer(x)[0].requires_grad  # the experts train
-    layer.router.requires_grad_(True)
     whole = layer.router.logits
     layer.router.logits = lambda x_TD: whole(x_TD).detach()
     with torch.no_grad():
         layer(x)
     with pytest.raises(ConfigError, match=r"moe\.balance_loss"):
         layer(x)
+
+
+def test_the_losses_of_a_frozen_router_still_train_what_feeds_it():
+    layer, x = layer_of(), torch.randn(9, 4, requires_grad=True)
+    layer.router.requires_grad_(False)
+    (0 * layer(x)[0]).sum().backward()
+    assert x.grad.norm() > 0
+    assert layer.router.weight.grad is None
 
 
 def test_attached_loss_leaves_the_value_and_gets_gradient_one_each_time():
