@@ -1,15 +1,13 @@
-"""What a run tells: rows of `metrics.jsonl` (the truth), a line on the terminal, and, if asked, Weights & Biases.
+"""What a run tells: rows of `metrics.jsonl` (the truth), a line on the terminal, and what else is asked for (`sinks`).
 
-Only rank 0 writes; every rank takes part in the one sum behind a row. Nothing here can stop or slow down a run: a
-failing wandb is a warning.
+Only rank 0 writes; every rank takes part in the one sum behind a row.
 
-T tokens, K choices, E experts.
+T tokens, A losses of the routers.
 """
 
 import json
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +18,10 @@ from torch import Tensor
 
 from ..config import ModelConfig, MoEConfig
 from ..routing.record import Routing
+from ..routing.stats import RoutingStats
+from .alarm import Event
 from .config import LogConfig
+from .sinks import Sinks
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -29,7 +30,7 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 
 
 class Window:
-    """Sums since the last row on this rank: per MoE layer the assignments of each expert, drops, entropy and losses.
+    """Sums since the last row on this rank: cross entropy, what the routers did, and each of their losses.
 
     Args:
         layers: ids of the MoE layers.
@@ -37,28 +38,26 @@ class Window:
     """
 
     def __init__(self, layers: tuple[int, ...], moe: MoEConfig | None, device: torch.device) -> None:
-        self.layers, self.moe, self.device = layers, moe, device
-        self.experts = moe.num_experts if moe else 0
+        self.coefficients = moe.losses if moe else {}
+        self.routing = RoutingStats(layers, moe.num_experts if moe else 0, device)
+        self.losses = torch.zeros(1 + len(self.coefficients), dtype=torch.float64, device=device)
         self.clear()
 
     def clear(self) -> None:
         """Begin a new window."""
-        self.loss = torch.zeros(1, dtype=torch.float64, device=self.device)
-        self.routed = torch.zeros(len(self.layers), self.experts + 5, dtype=torch.float64, device=self.device)
+        self.losses.zero_()
+        self.routing.clear()
         self.tokens = self.steps = 0
         self.since = time.perf_counter()
 
     @torch.no_grad()
     def add(self, loss: Tensor, routings: Mapping[int, Routing], valid_T: Tensor) -> None:
         """Add one micro-batch: `loss` is this rank's summed cross entropy in nats."""
-        self.loss += loss
-        for row, layer in zip(self.routed, self.layers, strict=True):
-            routing = routings[layer]
-            row[: self.experts] += routing.counts_E
-            p_TE = routing.probs_TE
-            entropy = -(torch.xlogy(p_TE, p_TE).sum(1) * valid_T).sum()
-            numbers = (routing.kept_TK.sum(), entropy, valid_T.sum(), routing.aux["balance"], routing.aux["z"])
-            row[self.experts :] += torch.stack([number.double() for number in numbers])
+        self.routing.add(routings, valid_T)
+        self.losses[0] += loss
+        for layer in self.routing.layers:
+            if self.coefficients:
+                self.losses[1:] += torch.stack([routings[layer].aux[name].double() for name in self.coefficients])
 
     def end_step(self, tokens: int) -> None:
         """An optimizer step over `tokens` target tokens of the whole global batch is complete."""
@@ -74,23 +73,19 @@ class Window:
 
     def report(self, reduce: Reduce, flops_per_token: float, peak: float | None) -> dict[str, Any]:
         """The window over all ranks, as the fields of a row; every rank calls it."""
-        total = reduce(torch.cat([self.loss, self.routed.flatten()])).cpu()
-        routed = total[1:].view(self.routed.shape)
-        counts_LE, numbers = routed[:, : self.experts], routed[:, self.experts :]
-        assigned_L = counts_LE.sum(1).clamp(min=1)
-        balance, z = (numbers[:, 3:].sum(0) / max(self.steps, 1)).tolist()
+        counted = self.routing.tensor
+        total = reduce(torch.cat([self.losses, counted.flatten()])).cpu()
+        nats, *sums_A = total[: len(self.losses)].tolist()
+        aux = {name: value / max(self.steps, 1) for name, value in zip(self.coefficients, sums_A, strict=True)}
         speed = self.tokens / (time.perf_counter() - self.since)
         return {
-            "loss": float(total[0]) / max(self.tokens, 1),
-            "aux_loss": self.moe.balance_loss * balance + self.moe.z_loss * z if self.moe else 0.0,
-            "aux/balance": balance,
-            "z_loss": z,
+            "loss": nats / max(self.tokens, 1),
+            "aux_loss": sum((self.coefficients[name] * value for name, value in aux.items()), 0.0),
+            **{f"aux/{name}": value for name, value in aux.items()},
+            "z_loss": aux.get("z", 0.0),
             "tokens_per_second": speed,
             "mfu": speed * flops_per_token / peak if peak else None,
-            "drop_fraction": float((1 - numbers[:, 0] / assigned_L).mean()) if self.layers else 0.0,
-            "moe_layers": list(self.layers),
-            "expert_load": (counts_LE / assigned_L[:, None]).tolist(),
-            "router_entropy": (numbers[:, 1] / numbers[:, 2].clamp(min=1)).tolist(),
+            **self.routing.fields(total[len(self.losses) :].view(counted.shape)),
         }
 
 
@@ -119,48 +114,44 @@ class Metrics:
     ) -> None:
         self.stream = stream or sys.stdout
         self.file: TextIO | None = None
-        self.wandb: Any = None
+        self.sinks: Sinks | None = None
         if writes:
             path = run / "metrics.jsonl"
             _truncate(path, step)
             self.file = path.open("a", encoding="utf-8")
-            self.wandb = _open_wandb(run, log, settings, wandb_id) if log.wandb else None
+            self.sinks = Sinks(run, log, settings, step, wandb_id)
 
     @property
     def wandb_id(self) -> str | None:
         """wandb's id of this run, kept in checkpoints."""
-        return self.wandb.id if self.wandb is not None else None
+        return self.sinks.wandb_id if self.sinks is not None else None
 
     def write(self, row: Mapping[str, Any], remaining: float | None = None) -> None:
         """Append a row; a training row also prints its line, with `remaining` seconds to go."""
-        if self.file is None:
-            return
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        self.stream.write((progress_line(row, remaining) if row["kind"] == "train" else _eval_line(row)) + "\n")
-        self.stream.flush()
-        if self.wandb is not None:
-            flat = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
-            for layer, load in zip(row.get("moe_layers", ()), row.get("expert_load", ()), strict=True):
-                flat |= {f"expert_load/layer{layer}/expert{e}": share for e, share in enumerate(load)}
-            try:
-                self.wandb.log(flat, step=row["step"])
-            except Exception as error:  # noqa: BLE001  (a foreign service; whatever it raises, training goes on)
-                self._drop_wandb(error)
+        self._tell(row, progress_line(row, remaining) if row["kind"] == "train" else _eval_line(row))
+        if self.sinks is not None:
+            self.sinks.log(row)
+
+    def alarm(self, event: Event) -> None:
+        """Say that a layer has collapsed, wherever a person may look."""
+        row = {"kind": "alarm", "step": event.step, "layer": event.layer, "evenness": event.evenness}
+        self._tell({**row, "expert_load": event.expert_load}, f"step {event.step:>6}  ALARM: {event.text}")
+        if self.sinks is not None:
+            self.sinks.alarm(event)
 
     def close(self) -> None:
         """Flush and let go of everything."""
         if self.file is not None:
             self.file.close()
-        if self.wandb is not None:
-            try:
-                self.wandb.finish()
-            except Exception as error:  # noqa: BLE001
-                self._drop_wandb(error)
+        if self.sinks is not None:
+            self.sinks.close()
 
-    def _drop_wandb(self, error: Exception) -> None:
-        self.wandb = None
-        warnings.warn(f"wandb failed and is left out from now on: {error}", RuntimeWarning, stacklevel=3)
+    def _tell(self, row: Mapping[str, Any], line: str) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+            self.stream.write(line + "\n")
+            self.stream.flush()
 
 
 def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
@@ -169,14 +160,23 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     (Kaplan et al. 2001.08361 §2.1; PaLM 2204.02311 appendix B, halved for the causal mask.)
     """
     attention = cfg.width * cfg.head_dim * (2 * cfg.heads + 2 * cfg.kv_heads)
-    sparse, matrices = len(cfg.moe_layers), 3
-    dense = matrices * cfg.width * cfg.ffn_width * (cfg.layers - sparse)
-    if cfg.moe is not None:
-        matrices = 3 if cfg.moe.activation == "swiglu" else 2
-        experts = matrices * cfg.width * cfg.moe.expert_width * (cfg.moe.top_k + cfg.moe.shared_experts)
-        dense += sparse * (experts + cfg.width * cfg.moe.num_experts)
-    weights = cfg.layers * attention + dense + cfg.vocab_size * cfg.width
+    sparse = len(cfg.moe_layers)
+    dense = 3 * cfg.width * cfg.ffn_width
+    routed = _sparse_weights(cfg.moe) if cfg.moe else 0.0
+    weights = cfg.layers * attention + (cfg.layers - sparse) * dense + sparse * routed + cfg.vocab_size * cfg.width
     return 6.0 * (weights + cfg.layers * cfg.heads * cfg.head_dim * seq_len)
+
+
+def _sparse_weights(moe: MoEConfig) -> float:
+    """Matrix weights of a MoE layer that a token meets: its experts', the shared ones', the gate's and the router's."""
+    chosen: float = moe.top_k
+    if moe.router == "expert_choice":  # top_k · factor experts take a token, in the mean
+        chosen = min(moe.top_k * (moe.capacity_factor or 1.0), moe.num_experts)
+    hidden = chosen * moe.expert_width
+    if moe.shared_experts:
+        hidden += moe.shared_width or moe.shared_experts * moe.expert_width
+    router = {"hash": 0, "noisy_topk": 2}.get(moe.router, 1) * moe.num_experts
+    return moe.width * ((3 if moe.activation == "swiglu" else 2) * hidden + moe.shared_gate + router)
 
 
 def peak_flops(device: torch.device, world: int) -> float | None:
@@ -188,11 +188,11 @@ def peak_flops(device: torch.device, world: int) -> float | None:
 
 
 def progress_line(row: Mapping[str, Any], remaining: float | None) -> str:
-    """`step 120  loss 3.214  5,200 tok/s  drop 2.1%  load max/mean 1.31  eta 1:02`."""
+    """`step 120  loss 3.214  5,200 tok/s  drop 2.1%  load max/mean 1.31  dead 3  eta 1:02`; dead only when any is."""
     parts = [f"step {row['step']:>6}", f"loss {row['loss']:.4f}", f"{row['tokens_per_second']:,.0f} tok/s"]
-    if row["expert_load"]:
-        peak = max(max(load) * len(load) for load in row["expert_load"])
-        parts += [f"drop {row['drop_fraction']:.1%}", f"load max/mean {peak:.2f}"]
+    if row["moe_layers"]:
+        parts += [f"drop {row['drop_fraction']:.1%}", f"load max/mean {max(row['load_max_mean']):.2f}"]
+        parts += [f"dead {dead}"] if (dead := sum(row["dead_experts"])) else []
     if remaining is not None:
         minutes, seconds = divmod(round(remaining), 60)
         parts.append(f"eta {minutes}:{seconds:02d}")
@@ -218,19 +218,3 @@ def _truncate(path: Path, step: int) -> None:
     aside = path.with_suffix(".tmp")
     aside.write_text("".join(kept), encoding="utf-8")
     aside.replace(path)
-
-
-def _open_wandb(run: Path, log: LogConfig, settings: Mapping[str, Any], wandb_id: str | None) -> Any:
-    """A wandb run, offline without a key; None, with a warning, when wandb does not work."""
-    try:
-        import wandb
-
-        online = wandb.api.api_key is not None
-        quiet = wandb.Settings(silent=True, init_timeout=20, finish_timeout=30)
-        return wandb.init(
-            project=log.project, name=run.name, dir=str(run), id=wandb_id, resume="allow", config=dict(settings),
-            mode=None if online else "offline", settings=quiet,
-        )  # fmt: skip
-    except Exception as error:  # noqa: BLE001  (not installed, no disk, no service: never a reason to stop)
-        warnings.warn(f"wandb does not work and is left out: {error}", RuntimeWarning, stacklevel=3)
-        return None
