@@ -35,7 +35,12 @@ class Experts(nn.Module):
             std = (self.cfg.init_scale / fan_in) ** 0.5
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
-    def forward(self, x_ND: Tensor, ends_E: Tensor) -> Tensor:
-        """Rows of expert e are x[ends[e-1] : ends[e]]; returns [N, D] in the same order."""
+    def forward(self, x_ND: Tensor, ends_E: Tensor, dropped_NF: Tensor | None = None) -> Tensor:
+        """Rows of expert e are x[ends[e-1] : ends[e]]; returns [N, D] in the same order.
+
+        Hidden units where `dropped_NF` is True become zero, the others grow by 1 / (1 - expert_dropout).
+        """
         h_NF = self.act(grouped_gemm(x_ND, self.w_in.transpose(1, 2), ends_E))
+        if dropped_NF is not None:
+            h_NF = h_NF.masked_fill(dropped_NF, 0) / (1 - self.cfg.expert_dropout)
         return grouped_gemm(h_NF, self.w_out, ends_E)

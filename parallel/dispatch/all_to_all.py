@@ -75,6 +75,11 @@ class AllToAllDispatcher:
         y_MD = permute(y_MD, sent.arrived_M, sent.arrange_M[:, None])
         return combine(self.exchange(y_MD, sent.sizes.back()), weights_TK, sent.order_N, sent.slot_TK)
 
+    def carry(self, values_TK: Tensor, sent: Exchanged) -> Tensor:
+        """As `LocalDispatcher.carry`, along the way that the rows went."""
+        values_N = values_TK.flatten()[sent.order_N]
+        return _exchange(values_N, sent.sizes, self.group, "all-to-all of row keys")[sent.arrange_M]
+
     def prepare(self, ids_TK: Tensor, kept_TK: Tensor) -> tuple[Tensor, Tensor, Sizes, Tensor]:
         """Sort by global expert and exchange the sizes: (order_N, slot_TK, sizes, rows arriving by rank and expert)."""
         order_N, slot_TK, counts_E = sort_by_expert(ids_TK, kept_TK, self.num_experts)

@@ -46,6 +46,10 @@ class LocalDispatcher:
         """y_TD = Σ_k weights[t, k] * y of that assignment, k ascending, accumulated in float32; dropped ones add 0."""
         return combine(y_ND, weights_TK, sent.order_N, sent.slot_TK)
 
+    def carry(self, values_TK: Tensor, sent: Dispatched) -> Tensor:
+        """values_N: one integer of each assignment, where its row is; carries no gradient."""
+        return values_TK.flatten()[sent.order_N]
+
 
 def ends(counts_E: Tensor) -> Tensor:
     """Cumulative row ends, int32, of experts with these many rows."""

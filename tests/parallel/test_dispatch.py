@@ -91,3 +91,26 @@ def rows_by_source() -> tuple[list[float], list[int]]:
 
 def test_rows_arrive_by_local_expert_then_source_rank_then_token():
     assert run_ranks(rows_by_source, 2) == [([1.0, 102.0], [1, 2]), ([100.0, 0.0, 2.0, 101.0], [1, 4])]
+
+
+def carried() -> tuple[list[int], list[float]]:
+    """Keys and rows of the same assignments."""
+    mesh = build_mesh(ParallelConfig(ep=process.world()), num_experts=EXPERTS)
+    x_TD, ids_TK, _, kept_TK = tokens_of(mesh.rank, "uneven", 2, torch.float64)
+    key_TK = torch.arange(ids_TK.numel()).view_as(ids_TK) + 1000 * mesh.rank
+    rows_TD = key_TK[:, :1].double().expand(-1, WIDTH).contiguous()  # a row says which token it is of
+    local = LocalDispatcher()
+    dispatcher = AllToAllDispatcher(mesh.expert.get_group("ep"), EXPERTS) if mesh.ep_size > 1 else local
+    sent = dispatcher.dispatch(rows_TD, ids_TK, kept_TK, EXPERTS)
+    return dispatcher.carry(key_TK, sent).tolist(), sent.rows_ND[:, 0].tolist()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_integer_of_each_assignment_arrives_with_its_row(world):
+    found = run_ranks(carried, world)
+    keys = [key for keys, _ in found for key in keys]
+    assert (
+        len(set(keys)) == len(keys) == sum(int(tokens_of(r, "uneven", 2, torch.float64)[3].sum()) for r in range(world))
+    )
+    for keys, rows in found:
+        assert [key - key % 2 for key in keys] == rows

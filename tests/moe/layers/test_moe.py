@@ -7,23 +7,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.checkpoint import checkpoint
 
-from turnout import kernels
-from turnout.moe import MoE, MoEConfig, RouteContext
+from turnout import ConfigError, NonFiniteError, kernels
+from turnout.moe import MoE, RouteContext
+from turnout.moe.config import COEFFICIENTS
+from turnout.tests.moe.layers.making import NAMES, context, gradients, make
 
 ACTIVATIONS = {
     "swiglu": lambda h: F.silu(h[: len(h) // 2]) * h[len(h) // 2 :],
     "relu": lambda h: h.clamp(min=0),
     "gelu": F.gelu,
 }
-
-
-def make(router="switch", experts=4, seed=0, **changes):
-    torch.manual_seed(seed)
-    settings = {"width": 16, "expert_width": 8, "num_experts": experts, "router": router, "init_scale": 2.0}
-    settings["top_k"] = 2 if router == "gshard" else 1
-    return MoE(MoEConfig(**settings | changes))
 
 
 def token_by_token(layer, x, routing):
@@ -35,17 +29,26 @@ def token_by_token(layer, x, routing):
             if kept:
                 y = y + weight * (act(layer.experts.w_in[expert] @ x[t]) @ layer.experts.w_out[expert])
         if layer.shared is not None:
-            y = y + layer.shared.w_out.weight @ act(layer.shared.w_in.weight @ x[t])
+            gate = 1 if layer.shared_gate is None else (layer.shared_gate.weight[0] @ x[t]).sigmoid()
+            y = y + gate * (layer.shared.w_out.weight @ act(layer.shared.w_in.weight @ x[t]))
         rows.append(y)
     return torch.stack(rows) if rows else x
 
 
+SHARED = {
+    "none": {},
+    "two": {"shared_experts": 2},
+    "wide": {"shared_experts": 1, "shared_width": 20},
+    "gated": {"shared_experts": 1, "shared_gate": True},
+}
+
+
 @pytest.mark.parametrize("form", ["reference", "torch"])
-@pytest.mark.parametrize("shared", [0, 2])
+@pytest.mark.parametrize("shared", SHARED)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("router", ["switch", "gshard"])
 def test_output_is_the_weighted_sum_of_the_kept_experts(router, activation, shared, form):
-    layer = make(router, activation=activation, shared_experts=shared, capacity_factor=0.7, min_capacity=0)
+    layer = make(router, activation=activation, capacity_factor=0.7, min_capacity=0, **SHARED[shared])
     x = torch.randn(21, 16)
     with kernels.using(form):
         y, routing = layer(x)
@@ -53,17 +56,39 @@ def test_output_is_the_weighted_sum_of_the_kept_experts(router, activation, shar
     torch.testing.assert_close(y, token_by_token(layer, x, routing), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("router", ["switch", "gshard"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("router", NAMES)
+def test_every_router_mixes_what_its_record_says(router, training):
+    layer = make(router, capacity_factor=0.7, eval_capacity_factor=0.8, min_capacity=0).train(training)
+    x = torch.randn(21, 16)
+    y, routing = layer(x, context(21))
+    assert router == "dense" or 0 < routing.kept_TK.sum() < routing.kept_TK.numel()
+    torch.testing.assert_close(y, token_by_token(layer, x, routing), rtol=1e-5, atol=1e-5)
+
+
+def test_hidden_width_of_the_shared_experts():
+    sizes = {name: make(**changes).shared for name, changes in SHARED.items()}
+    assert sizes["none"] is None
+    assert [sizes[name].w_out.in_features for name in ("two", "wide", "gated")] == [16, 20, 8]
+    gate = make(**SHARED["gated"]).shared_gate
+    assert gate.weight.shape == (1, 16)
+    assert gate.bias is None
+    assert make(**SHARED["two"]).shared_gate is None
+
+
+@pytest.mark.parametrize("router", NAMES)
 @pytest.mark.parametrize("tokens", [0, 1, 2])
 def test_few_tokens_work_forwards_and_backwards(router, tokens):
-    layer = make(router, experts=8)
+    layer = make(router, experts=8, shared_experts=1, shared_gate=True, expert_dropout=0.1)
     x = torch.randn(tokens, 16, requires_grad=True)
-    y, routing = layer(x)
+    y, routing = layer(x, context(tokens))
     assert y.shape == x.shape
-    torch.testing.assert_close(y, token_by_token(layer, x, routing), rtol=1e-5, atol=1e-5)
+    layer.eval()
+    torch.testing.assert_close(layer(x, context(tokens))[0], token_by_token(layer, x, layer(x, context(tokens))[1]))
     y.sum().backward()
     assert x.grad.shape == x.shape
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+    assert routing.counts_E.sum() == routing.wanted_TK.sum()
 
 
 def test_one_expert_is_the_dense_network_times_its_gate():
@@ -86,12 +111,15 @@ def test_equal_experts_are_the_dense_network_times_the_gate():
     torch.testing.assert_close(y, routing.weights_TK * dense, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("router", ["switch", "gshard"])
+@pytest.mark.parametrize("router", [name for name in NAMES if name != "expert_choice"])
 def test_dropless_is_infinite_capacity(router):
-    x = torch.randn(30, 16)
-    dropless, ample = (make(router, capacity_factor=factor)(x) for factor in (None, 1e6))
-    assert torch.equal(dropless[0], ample[0])
-    assert torch.equal(dropless[1].kept_TK, ample[1].kept_TK)
+    found = []
+    for factor in (None, 1e6):
+        layer, x = make(router, capacity_factor=factor), torch.randn(30, 16, requires_grad=True)
+        y, routing = layer(x, context(30))
+        y.square().sum().backward()
+        found.append((y, routing.kept_TK, x.grad, *gradients(layer).values()))
+    assert all(map(torch.equal, *found))
 
 
 def test_a_dropped_token_gets_nothing():
@@ -126,44 +154,67 @@ def test_dropless_tokens_do_not_feel_each_other(router):
     torch.testing.assert_close(layer(x[3:4])[0], together[3:4], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("router", ["switch", "gshard"])
+@pytest.mark.parametrize("router", NAMES)
 def test_gradcheck(router):
-    changes = {"width": 3, "expert_width": 2, "experts": 3, "balance_loss": 0.0, "z_loss": 0.0}
-    layer = make(router, capacity_factor=None, second_policy="all", **changes).double()
+    changes = dict.fromkeys(COEFFICIENTS, 0.0) | {"width": 3, "expert_width": 2, "expert_dropout": 0.3}
+    changes |= {} if router == "hash" else {"jitter": 0.1}
+    layer = make(router, shared_experts=1, shared_gate=True, capacity_factor=0.9, **changes).double()
     x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     names, parameters = zip(*layer.named_parameters(), strict=True)
 
     def forward(x, *parameters):
-        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))[0]
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x, context(6)))[0]
 
     assert torch.autograd.gradcheck(forward, (x, *parameters), atol=1e-4)
 
 
-def router_gradient(x, wrap=lambda layer, x: layer(x), **changes):
+def router_gradient(x, **changes):
     layer = make("gshard", capacity_factor=1.0, **changes).double()
-    y, routing = wrap(layer, x)
-    y.square().sum().backward()
-    return layer, routing, layer.router.weight.grad
+    layer(x)[0].square().sum().backward()
+    return layer.router.weight.grad
 
 
 def test_each_configured_loss_reaches_the_router_exactly_once():
     x = torch.randn(30, 16, dtype=torch.float64)
-    _, _, base = router_gradient(x, balance_loss=0.0, z_loss=0.0)
+    base = router_gradient(x, balance_loss=0.0, z_loss=0.0)
     for name, coefficient in (("balance", "balance_loss"), ("z", "z_loss")):
-        _, _, grad = router_gradient(x, **{"balance_loss": 0.0, "z_loss": 0.0} | {coefficient: 3.0})
-        layer = make("gshard", capacity_factor=1.0).double()
+        grad = router_gradient(x, **{"balance_loss": 0.0, "z_loss": 0.0} | {coefficient: 3.0})
+        layer = make("gshard", capacity_factor=1.0, balance_loss=1.0, z_loss=1.0).double()
         (alone,) = torch.autograd.grad(layer.router(x, RouteContext()).aux[name], layer.router.weight)
         assert alone.abs().max() > 1e-3
         torch.testing.assert_close(grad - base, 3 * alone, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_recomputation_counts_the_losses_once_and_routes_alike(reentrant):
-    x = torch.randn(30, 16, dtype=torch.float64, requires_grad=True)
-    _, routing, grad = router_gradient(x)
-    recomputed = router_gradient(x, lambda layer, x: checkpoint(layer, x, use_reentrant=reentrant))
-    assert torch.equal(recomputed[1].kept_TK, routing.kept_TK)
-    torch.testing.assert_close(recomputed[2], grad)
+def test_loss_scale_multiplies_the_attached_losses():
+    x = torch.randn(30, 16)
+    grads = []
+    for scale in (1.0, torch.tensor(1024.0)):
+        layer = make("gshard", balance_loss=0.3)
+        (layer(x, RouteContext(loss_scale=scale))[0].square().sum() * scale).backward()
+        grads.append({name: grad / scale for name, grad in gradients(layer).items()})
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+def test_a_loss_that_would_train_nothing_is_an_error():
+    layer, x = make("gshard"), torch.randn(30, 16)
+    layer.router.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"moe\.balance_loss \(0\.01\).*use moe\.balance_loss=0"):
+        layer(x)
+    y, _ = layer(x.requires_grad_())  # the losses train what made x
+    y.sum().backward()
+    assert x.grad.any()
+    with torch.no_grad():
+        layer(x.detach())
+    layer.eval()(x.detach())
+    frozen = make("gshard", balance_loss=0.0, z_loss=0.0)
+    frozen.router.requires_grad_(False)
+    frozen(x.detach())[0].sum().backward()
+    assert frozen.router.weight.grad is None
+
+
+def test_a_frozen_layer_wants_no_loss():
+    layer = make("gshard").requires_grad_(False)
+    assert not layer(torch.randn(30, 16))[0].requires_grad
 
 
 def test_no_loss_is_attached_in_evaluation():
@@ -181,30 +232,30 @@ def test_nan_in_one_token_reaches_no_other():
     x = torch.randn(10, 16)
     clean, _ = layer(x)
     x[4] = torch.nan
-    y, _ = layer(x)
+    with pytest.raises(NonFiniteError, match="layer 0"):
+        layer(x)
+    y, _ = layer(x, RouteContext(propagate_nan=True))
     assert y[4].isnan().all()
     others = torch.arange(10) != 4
     assert torch.equal(y[others], clean[others])
 
 
-def test_autocast_computes_experts_in_half_precision_and_routes_in_full():
-    layer, x = make("gshard", capacity_factor=None), torch.randn(30, 16)
-    exact, routing = layer(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        y, half = layer(x)
-    assert torch.equal(half.ids_TK, routing.ids_TK)
-    assert torch.equal(half.weights_TK, routing.weights_TK)
-    assert y.dtype == torch.bfloat16
-    assert 0 < (y - exact).norm() < 2e-2 * exact.norm()
-    y.float().sum().backward()
-    assert {p.grad.dtype for p in layer.parameters()} == {torch.float32}
+def test_padding_may_be_anything():
+    layer = make("gshard", shared_experts=1, shared_gate=True)
+    x, valid = torch.randn(10, 16), torch.arange(10) < 8
+    clean, routing = layer(x, RouteContext(valid_T=valid))
+    assert routing.counts_E.sum() == routing.wanted_TK.sum() == routing.wanted_TK[:8].sum()
+    x[8:] = torch.nan
+    y, _ = layer(x, RouteContext(valid_T=valid))
+    assert torch.equal(y[:8], clean[:8])
 
 
-def test_counts_are_the_assignments_before_drops():
-    layer = make("gshard", capacity_factor=0.5, min_capacity=0)
-    _, routing = layer(torch.randn(40, 16))
-    assert routing.counts_E.sum() == 80
-    assert torch.equal(routing.counts_E, torch.bincount(routing.ids_TK.flatten(), minlength=4))
+@pytest.mark.parametrize("router", NAMES)
+def test_counts_are_the_wanted_assignments_before_drops(router):
+    layer = make(router, capacity_factor=0.5, min_capacity=0)
+    _, routing = layer(torch.randn(40, 16), context(40))
+    assert torch.equal(routing.counts_E, torch.bincount(routing.ids_TK[routing.wanted_TK], minlength=4))
+    assert not (routing.kept_TK & ~routing.wanted_TK).any()
 
 
 def test_experts_start_within_two_sigma():
