@@ -135,9 +135,11 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
     if "markov" in found:
         yield f"  (computed on the same text in {found['markov']['seconds']:.1f} s)"
     for layer in found["experts"]:
-        load = " ".join(f"{share:5.1%}" for share in layer["load"])
-        dead = f"  dead {', '.join(map(str, layer['dead']))}" if layer["dead"] else ""
+        load = " ".join(f"{share:5.1%}" for share in layer["expert_load"])
+        dead = [str(expert) for expert, share in enumerate(layer["expert_load"]) if not share]
         yield (
-            f"experts of layer {layer['layer']}: load {load}  max/mean {layer['max_over_mean']:.2f}"
-            f"  entropy {layer['router_entropy']:.2f}  dropped {layer['drop_fraction']:.1%}{dead}"
+            f"experts of layer {layer['layer']}: load {load}  max/mean {layer['load_max_mean']:.2f}"
+            f"  cv {layer['load_cv']:.2f}  entropy {layer['router_entropy']:.2f}"
+            f"  logits {layer['router_logit_norm']:.2f}  dropped {layer['drop_fraction']:.1%}"
+            f"{'  dead ' + ', '.join(dead) if dead else ''}"
         )

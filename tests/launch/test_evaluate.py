@@ -52,7 +52,7 @@ def test_the_report_is_the_evaluation_of_the_held_out_documents(sparse, tokenize
     assert found["perplexity"] == pytest.approx(math.exp(expected.val_loss), rel=1e-6)
     assert found["bytes"] == LIMIT
     assert [layer["layer"] for layer in found["experts"]] == [1]
-    assert sum(found["experts"][0]["load"]) == pytest.approx(1)
+    assert sum(found["experts"][0]["expert_load"]) == pytest.approx(1)
 
 
 def test_the_loss_with_shuffled_experts_is_another_one(sparse):

@@ -101,7 +101,7 @@ def test_batching_changes_nothing(tokenizer):
     model = build(tokenizer.vocab_size)
     results = [evaluate(model, tokenizer, TEXTS, seq_len=12, batch=batch) for batch in (1, 3, 1000)]
     assert [r.val_loss for r in results] == pytest.approx([results[0].val_loss] * 3, rel=1e-6)
-    assert len({tuple(e.load for e in r.experts) for r in results}) == 1
+    assert len({tuple(e.expert_load for e in r.experts) for r in results}) == 1
     assert len({tuple(e.drop_fraction for e in r.experts) for r in results}) == 1
 
 
@@ -153,7 +153,7 @@ def shared(batch, ep):
     result = evaluate(
         whole, tokenizer, TEXTS, seq_len=12, batch=batch, rank=mesh.rank, size=mesh.world, reduce=process.all_sum
     )
-    loads = [(e.load, e.dead, e.drop_fraction, e.router_entropy) for e in result.experts]
+    loads = [(e.expert_load, e.dead_experts, e.drop_fraction, e.router_entropy) for e in result.experts]
     return result.val_loss, result.bits_per_byte, result.tokens, loads, len(calls), calls.count(0)
 
 
