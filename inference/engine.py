@@ -17,6 +17,8 @@ from ..configs.typed import digest
 from ..moe.config import ModelConfig
 from ..moe.models.decoder import Decoder
 from ..moe.models.store import load_model, model_directory
+from ..moe.routing.registry import ROUTERS
+from ..moe.routing.stats import RoutingSnapshot
 from .choice import Choice
 from .config import EngineConfig
 from .core.blocks import BlockManager
@@ -48,10 +50,12 @@ class EngineStats(SchedulerStats):
     Args:
         steps: steps that computed something.
         computed_tokens: tokens that went through the model, recomputed ones included.
+        routing: what the routers did with them.
     """
 
-    steps: int = 0
-    computed_tokens: int = 0
+    steps: int
+    computed_tokens: int
+    routing: RoutingSnapshot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +103,10 @@ class Engine:
         chat: ChatTemplate | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        longest = model.cfg.max_seq_len
+        moe, longest = model.cfg.moe, model.cfg.max_seq_len
+        if moe is not None and not ROUTERS[moe.router].causal:
+            rule = "chooses among tokens that serving has not seen yet, so a served token would get other experts"
+            raise ConfigError(f"moe.router ({moe.router}) {rule}: evaluate this model, or train with another router")
         length = config.max_model_len or longest
         if length > longest:
             raise ConfigError(f"max_model_len ({length}) must not exceed the model's max_seq_len: use {longest}")
@@ -231,7 +238,12 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Gauges and counters as they stand."""
-        return EngineStats(**asdict(self.scheduler.stats()), steps=self._steps, computed_tokens=self._computed_tokens)
+        return EngineStats(
+            **asdict(self.scheduler.stats()),
+            steps=self._steps,
+            computed_tokens=self._computed_tokens,
+            routing=self.runner.routing.snapshot(),
+        )
 
     def _compute(self, plan: StepPlan) -> dict[str, Sampled]:
         """Forward and sample: scheduler request id → next token, for every request that samples in this step."""

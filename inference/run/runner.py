@@ -1,12 +1,13 @@
 """Runs the model on a step plan: the very `Decoder` that training built, with a paged context.
 
-L MoE layers, E experts, R rows whose logits are wanted, V vocabulary.
+R rows whose logits are wanted, V vocabulary.
 """
 
 import torch
 from torch import Tensor
 
 from ...moe.models.decoder import Decoder
+from ...moe.routing.stats import RoutingStats
 from ..core.scheduler import StepPlan
 from .batch import Batch, build_batch
 from .context import PagedContext
@@ -14,14 +15,14 @@ from .kv import KVCache, KVPlan
 
 
 class ModelRunner:
-    """Model, KV cache and expert-load counters of one rank. One thread uses it.
+    """Model, KV cache and routing statistics of one rank. One thread uses it.
 
     Args:
         model: in evaluation mode, on its device.
         plan: the KV cache to allocate.
 
     Attributes:
-        expert_load_LE: int64 assignments to each expert of each MoE layer since start; they sum to tokens · k a layer.
+        routing: what the routers did since start, recomputed tokens included.
     """
 
     def __init__(self, model: Decoder, plan: KVPlan) -> None:
@@ -30,7 +31,7 @@ class ModelRunner:
         self.device = model.embed.weight.device
         self.cache = KVCache(plan, self.device)
         experts = model.cfg.moe.num_experts if model.cfg.moe else 0
-        self.expert_load_LE = torch.zeros(len(model.cfg.moe_layers), experts, dtype=torch.int64, device=self.device)
+        self.routing = RoutingStats(model.cfg.moe_layers, experts, self.device)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> tuple[Batch, Tensor]:
@@ -42,6 +43,5 @@ class ModelRunner:
         batch = build_batch(plan, self.cache.plan.block_size, self.device)
         context = PagedContext(batch, self.cache)
         logits_RV = self.model(batch.tokens_T, batch.positions_T, context)
-        for row, layer in enumerate(self.model.cfg.moe_layers):
-            self.expert_load_LE[row] += context.routings[layer].counts_E
+        self.routing.add(context.routings)
         return batch, logits_RV.float()

@@ -1,21 +1,37 @@
 """Prometheus metrics under `turnout:`, in a registry of the server's own. Labels have few values, all known here.
 
-Totals move as tokens come and are exact: a request's last tokens are counted before its answer is complete.
+Totals move as tokens come and are exact: a request's last tokens are counted before its answer is complete. What the
+routers did bears the names of training's `metrics.jsonl`.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ..core.scheduler import SchedulerStats
 from ..outputs import RequestOutput
+
+if TYPE_CHECKING:
+    from ...moe.routing.stats import RoutingSnapshot
+    from ..engine import EngineStats
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+LAYER, EXPERT = ("layer",), ("layer", "expert")
+ROUTING = {
+    "expert_load": (EXPERT, "Share of a layer's assignments, before drops."),
+    "load_max_mean": (LAYER, "The busiest expert's load over the mean: 1 is balance."),
+    "load_cv": (LAYER, "Standard deviation of the load over its mean: 0 is balance."),
+    "router_entropy": (LAYER, "Of the router's distribution, mean over tokens, nats."),
+    "dead_experts": (LAYER, "Experts without an assignment."),
+    "drop_fraction": ((), "Dropped assignments / (tokens * k), mean over layers."),
+    "layer_drop_fraction": (LAYER, "Dropped assignments / (tokens * k)."),
+    "router_logit_norm": (LAYER, "Norm of a token's router logits, mean over tokens."),
+}
 
 
 class Metrics:
@@ -25,7 +41,7 @@ class Metrics:
         stats: the engine's gauges and counters; None while there is no engine.
     """
 
-    def __init__(self, stats: Callable[[], SchedulerStats | None]) -> None:
+    def __init__(self, stats: "Callable[[], EngineStats | None]") -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(stats))
         own = self.registry
@@ -89,7 +105,7 @@ class Watch:
 class _EngineCollector(Collector):
     """Asks the engine when Prometheus asks us."""
 
-    def __init__(self, stats: Callable[[], SchedulerStats | None]) -> None:
+    def __init__(self, stats: "Callable[[], EngineStats | None]") -> None:
         self._stats = stats
 
     def describe(self) -> list[Metric]:
@@ -105,6 +121,34 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily("turnout:preemptions", "Requests that lost their blocks.", stats.preemptions)
         yield CounterMetricFamily("turnout:prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_queries)
         yield CounterMetricFamily("turnout:prefix_cache_hits", "Those that were found.", stats.prefix_hits)
+        yield from _routing(stats.routing)
+
+
+def _routing(snapshot: "RoutingSnapshot") -> Iterator[Metric]:
+    """Since start: the assignments as a counter, whose rate is the load of now, and a gauge for each routing field."""
+    fields = snapshot.fields()
+    families: list[tuple[Any, Any]] = [
+        (GaugeMetricFamily(f"turnout:{name}", f"{text} Since start.", labels=labels), fields[name])
+        for name, (labels, text) in ROUTING.items()
+    ]
+    text = "Assignments to an expert, before drops."
+    families.append((CounterMetricFamily("turnout:expert_assignments", text, labels=EXPERT), snapshot.counts()))
+    for family, value in families:
+        for labels, number in _samples(fields["moe_layers"], value):
+            family.add_metric(labels, number)
+        yield family
+
+
+def _samples(layers: Sequence[int], value: Any) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Labels → number, of one number, a list by layer, or one by layer and expert."""
+    if not isinstance(value, list):
+        yield (), value
+        return
+    for layer, entry in zip(layers, value, strict=True):
+        if isinstance(entry, list):
+            yield from (((str(layer), str(expert)), number) for expert, number in enumerate(entry))
+        else:
+            yield (str(layer),), entry
 
 
 def _seconds(name: str, text: str, buckets: tuple[float, ...], registry: CollectorRegistry) -> Histogram:

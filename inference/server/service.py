@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from ..core.sampling import SamplingParams
-from ..core.scheduler import SchedulerStats
 from .config import ServerConfig
 from .errors import ApiError
 from .generation import Generation
@@ -14,6 +13,7 @@ from .protocol import Prompt
 
 if TYPE_CHECKING:
     from ..async_engine import AsyncEngine
+    from ..engine import EngineStats
 
 Phase = Literal["loading", "ready", "shutting down", "broken"]
 
@@ -67,5 +67,5 @@ class Service:
             message = f"model ({name}) is not served here: use {self.model_name}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def _stats(self) -> SchedulerStats | None:
+    def _stats(self) -> "EngineStats | None":
         return self.engine.stats() if self.engine is not None else None

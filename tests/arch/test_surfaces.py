@@ -47,10 +47,14 @@ def http_fields() -> dict[str, list[str]]:
 
 
 def server_metrics() -> list[str]:
-    from turnout.inference.core.scheduler import SchedulerStats
-    from turnout.inference.server.metrics import Metrics
+    import torch
 
-    stats = SchedulerStats(**dict.fromkeys((f.name for f in dataclasses.fields(SchedulerStats)), 0))
+    from turnout.inference.engine import EngineStats
+    from turnout.inference.server.metrics import Metrics
+    from turnout.moe.routing.stats import RoutingStats
+
+    zeros = dict.fromkeys((f.name for f in dataclasses.fields(EngineStats)), 0)
+    stats = EngineStats(**{**zeros, "routing": RoutingStats((), 0, torch.device("cpu")).snapshot()})
     return sorted(family.name for family in Metrics(lambda: stats).registry.collect())
 
 

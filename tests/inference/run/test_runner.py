@@ -1,4 +1,4 @@
-"""The runner: expert-load counters, and pages that hold another request's remains."""
+"""The runner: routing statistics, and pages that hold another request's remains."""
 
 import pytest
 import torch
@@ -19,7 +19,8 @@ def test_expert_load_sums_to_tokens_times_choices_in_every_layer(make_model, mak
     stats = engine.stats()
     assert stats.preemptions > 0, "recomputed tokens count as well"
     expected = stats.computed_tokens * model.cfg.moe.top_k
-    assert engine.runner.expert_load_LE.sum(1).tolist() == [expected] * len(model.cfg.moe_layers)
+    assert [sum(counts) for counts in stats.routing.counts()] == [expected] * len(model.cfg.moe_layers)
+    assert stats.routing.fields()["drop_fraction"] == 0.0, "serving drops nothing"
     assert stats.computed_tokens > 6 * (30 + 5)
 
 

@@ -1,6 +1,14 @@
 """Totals are exact, whatever happened to the requests; labels are few."""
 
+import math
+
 import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+
+from turnout.moe import MoEConfig, RouteContext, VarlenContext
+from turnout.moe.routing.stats import RoutingStats
+from turnout.moe.train.metrics import Window
 
 from .conftest import Running, eventually
 
@@ -99,3 +107,67 @@ def test_strangers_can_not_make_new_labels(serve):
 @pytest.mark.parametrize("name", ["prompt_tokens_total", "e2e_request_latency_seconds_count", "preemptions_total"])
 def test_a_fresh_server_shows_every_total_at_zero(serve, name):
     assert serve().metrics()[name] == 0
+
+
+def training_row() -> dict:
+    """A row of `metrics.jsonl` of the model that is served; empty, for its names."""
+    moe = MoEConfig(width=32, expert_width=32, num_experts=4)
+    return Window((1, 3), moe, torch.device("cpu")).report(lambda total: total, 1.0, None)
+
+
+def test_routing_has_the_names_and_the_places_of_training_s_rows(served: Running):
+    served.post(prompt="The list", max_tokens=3)
+    losses = {"loss", "aux_loss", "aux/balance", "aux/z", "z_loss", "tokens_per_second", "mfu"}
+    row = {name: value for name, value in training_row().items() if name not in losses}
+    layers = row.pop("moe_layers")
+    found = {}
+    for family in text_string_to_metric_families(served.get("/metrics").text):
+        places = {(sample.labels.get("layer"), sample.labels.get("expert")) for sample in family.samples}
+        name = family.name.removeprefix("turnout:")
+        if name in row or places != {(None, None)}:
+            found[name] = places
+    by_layer = {(str(layer), None) for layer in layers}
+    by_expert = {(str(layer), str(expert)) for layer in layers for expert in range(4)}
+    assert found.keys() - row.keys() == {"expert_assignments"}, "the counter behind expert_load"
+    assert found.pop("expert_assignments") == by_expert
+    depth = {name: 0 if not isinstance(value, list) else 1 + isinstance(value[0], list) for name, value in row.items()}
+    assert found == {name: [{(None, None)}, by_layer, by_expert][depth[name]] for name in row}
+
+
+def test_routing_is_that_of_the_tokens_that_were_computed(serve, model):
+    served = serve(enable_prefix_caching=False)
+    prompt = list(range(3, 40))
+    assert served.metrics()["dead_experts{layer=1}"] == 4
+    answer = served.post(prompt=prompt, max_tokens=1).json()
+    assert answer["usage"]["prompt_tokens"] == len(prompt)
+    ids_T = torch.tensor(prompt)
+    context = VarlenContext(torch.tensor([0, len(prompt)]), route=RouteContext(token_ids_T=ids_T, dropless=True))
+    with torch.no_grad():
+        model(ids_T, torch.arange(len(prompt)), context)
+    stats = RoutingStats((1, 3), 4, torch.device("cpu"))
+    stats.add(context.routings)
+    row, counts, found = stats.fields(), stats.snapshot().counts(), served.metrics()
+    for at, layer in enumerate((1, 3)):
+        for expert in range(4):
+            place = f"{{expert={expert},layer={layer}}}"
+            assert found[f"expert_assignments_total{place}"] == counts[at][expert]
+            assert found[f"expert_load{place}"] == row["expert_load"][at][expert]
+        for name in ("load_max_mean", "load_cv", "router_entropy", "dead_experts", "router_logit_norm"):
+            assert found[f"{name}{{layer={layer}}}"] == pytest.approx(row[name][at], rel=1e-4), name
+    assert found["drop_fraction"] == 0
+    assert found["router_entropy{layer=1}"] <= math.log(4)
+
+
+def test_routing_can_be_read_while_the_engine_works(serve):
+    served = serve(max_num_seqs=4)
+    seen = []
+    with served.client().completions.create(model="tiny", prompt=["a"] * 4, max_tokens=200, stream=True) as chunks:
+        next(iter(chunks))
+        while not served.idle() and len(seen) < 20:
+            found = served.metrics()
+            assignments = [found[f"expert_assignments_total{{expert={expert},layer=1}}"] for expert in range(4)]
+            loads = [found[f"expert_load{{expert={expert},layer=1}}"] for expert in range(4)]
+            assert loads == pytest.approx([count / sum(assignments) for count in assignments]), "of one moment"
+            seen.append(sum(assignments))
+    assert seen == sorted(seen)
+    assert seen[-1] > 4
