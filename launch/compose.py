@@ -7,7 +7,7 @@ Hydra's own complaints are turned into ours, which name the field, the value, th
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,28 @@ from ..moe.data.config import DataConfig
 from ..moe.train.config import LogConfig, OptimConfig, RunConfig, TrainConfig
 from ..parallel.config import ParallelConfig
 
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """What a run does with its routers' decisions: keys of the `moe` group that are the run's, not the layer's.
+
+    Args:
+        trace: `RunConfig.trace`.
+        replay: `RunConfig.replay`.
+    """
+
+    trace: bool = False
+    replay: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEGroup(Recording, MoEConfig):
+    """Every key that may be written as `moe.key=value`; never built as a whole."""
+
+
 GROUPS: Mapping[str, type] = {
     "model": ModelConfig,
-    "moe": MoEConfig,
+    "moe": MoEGroup,
     "data": DataConfig,
     "optim": OptimConfig,
     "parallel": ParallelConfig,
@@ -158,7 +177,7 @@ def _plain(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _typed(plain: dict[str, Any]) -> RunConfig:
     """The groups, each built under its own name, a group before those that follow its values, so that a message names
-    the key that was written; `moe` goes into the model."""
+    the key that was written; `moe` goes into the model, its `Recording` into the run."""
     built: dict[str, Any] = {
         group: build(GROUPS[group], plain[group], group) for group in ("data", "train", "optim", "parallel", "log")
     }
@@ -166,7 +185,9 @@ def _typed(plain: dict[str, Any]) -> RunConfig:
     fix = "use model.moe=null for a dense model, and moe.* for the experts"
     check(sparse in (None, plain["moe"]), "model.moe", sparse, "must be null or left alone", fix)
     model = build(ModelConfig, {**plain["model"], "moe": None}, "model")
+    moe = dict(plain["moe"])
+    recording = build(Recording, {field.name: moe.pop(field.name) for field in fields(Recording)}, "moe")
     if sparse is not None:
-        model = replace(model, moe=build(MoEConfig, plain["moe"], "moe"))
+        model = replace(model, moe=build(MoEConfig, moe, "moe"))
     rest = {key: value for key, value in plain.items() if key not in GROUPS}
-    return build(RunConfig, {**rest, **built, "model": model})
+    return build(RunConfig, {**rest, **vars(recording), **built, "model": model})

@@ -132,12 +132,19 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that a training run computes from. `model.moe` holds the `moe` group."""
+    """Everything that a training run computes from. `model.moe` holds the `moe` group.
+
+    Args:
+        trace: write every decision of the routers under `routing/` of the run; on the command line `moe.trace`.
+        replay: take the routers' decisions from this run or `routing/` directory; on the command line `moe.replay`.
+    """
 
     model: ModelConfig
     data: DataConfig
     seed: int = 0
     engine: Literal["native", "deepspeed"] = "native"
+    trace: bool = False
+    replay: str | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -155,6 +162,10 @@ class RunConfig:
             tokens = model.moe.capacity_tokens
             rule = f"must equal train.seq_len ({seq_len}), the group whose capacity is shared in training"
             check(tokens in (None, seq_len), "moe.capacity_tokens", tokens, rule, "leave it to follow train.seq_len")
+        for name in ("trace", "replay"):
+            value, rule = getattr(self, name), "needs routers, which a dense model does not have"
+            check(model.moe is not None or not value, f"moe.{name}", value, rule, "leave it out")
+        check(self.replay != "", "moe.replay", repr(self.replay), "must name a directory", "use moe.replay=runs/NAME")
         if self.engine == "deepspeed":
             rule = "is not built for engine=deepspeed (ZeRO shards flat AdamW states)"
             check(self.optim.name == "adamw", "optim.name", self.optim.name, rule, "use optim=adamw")

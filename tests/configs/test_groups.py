@@ -5,18 +5,21 @@ from importlib import resources
 import pytest
 import yaml
 
+from turnout import ConfigError
 from turnout.configs.schema import MISSING, defaults, known_keys
 from turnout.launch.compose import CONFIGS, GROUPS, ROOT_KEYS, compose
-from turnout.moe.config import ModelConfig
+from turnout.moe.config import PAPER, ModelConfig
 from turnout.moe.train.config import TrainConfig
 
 OPTIONS = [(path.parent.name, path.stem) for path in sorted(CONFIGS.glob("*/*.yaml"))]
+PRESETS = [name for group, name in OPTIONS if group == "moe"]
+FORCED = {"expert_choice": ["moe.noncausal=true"]}  # what a decoder needs to take a preset at all
 EXPERIMENTS = [name for group, name in OPTIONS if group == "experiment"]
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes_into_a_valid_run(group, option):
-    words = [f"{group}={option}"] + (["nproc=1"] if group != "experiment" else [])
+    words = [f"{group}={option}", *FORCED.get(option, [])] + (["nproc=1"] if group != "experiment" else [])
     assert compose(words).config.train.seq_len >= 2
 
 
@@ -33,6 +36,36 @@ def test_an_option_sets_only_what_its_dataclass_knows(group, option):
     content = yaml.safe_load((CONFIGS / group / f"{option}.yaml").read_text())
     assert content.pop("defaults") == ["schema", "_self_"]
     assert content.keys() <= defaults(GROUPS[group]).keys()
+
+
+@pytest.mark.parametrize("model", ["tiny", "small"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_small_and_follows_model_and_rows(preset, model):
+    words = [f"moe={preset}", f"model={model}", "nproc=1", "train.seq_len=64", *FORCED.get(preset, [])]
+    cfg = compose(words).config.model
+    assert (cfg.moe.width, cfg.moe.expert_width, cfg.moe.capacity_tokens) == (cfg.width, cfg.ffn_width, 64)
+    assert cfg.moe_layers
+    assert cfg.moe.num_experts in (8, 16)
+    assert 1 <= cfg.moe.top_k <= cfg.moe.num_experts
+
+
+def test_every_router_but_the_bare_softmax_has_a_preset():
+    routers = {compose([f"moe={name}", "nproc=1", *FORCED.get(name, [])]).config.model.moe.router for name in PRESETS}
+    assert routers == PAPER.keys() - {"softmax"}
+
+
+@pytest.mark.parametrize("preset", ["switch", "gshard"])
+@pytest.mark.parametrize("router", sorted(PAPER.keys() - {"expert_choice"}))
+def test_any_router_is_one_word_from_the_shipped_presets(router, preset):
+    moe = compose([f"experiment={preset}_pydocs", f"moe.router={router}"]).config.model.moe
+    assert (moe.router, moe.top_k) == (router, {"dense": 8, "switch": 1, "sinkhorn": 1, "hash": 1}.get(router, 2))
+
+
+def test_expert_choice_must_be_forced_upon_a_decoder():
+    for words in (["moe=expert_choice"], ["moe.router=expert_choice"]):
+        with pytest.raises(ConfigError, match=r"later tokens.*or moe\.noncausal=true to force it"):
+            compose([*words, "nproc=1"])
+        assert compose([*words, "moe.noncausal=true", "nproc=1"]).config.model.moe.router == "expert_choice"
 
 
 def test_the_schema_is_the_dataclass_s_own_defaults():
