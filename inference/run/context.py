@@ -21,7 +21,9 @@ class PagedContext:
     """
 
     def __init__(self, batch: Batch, cache: KVCache) -> None:
-        self.route = RouteContext(cu_groups=batch.cu_q_B1, token_ids_T=batch.tokens_T, dropless=True)
+        self.route = RouteContext(
+            cu_groups=batch.cu_q_B1, token_ids_T=batch.tokens_T, dropless=True, propagate_nan=True
+        )
         self.logit_rows: Tensor | None = batch.logit_rows_R
         self.routings: dict[int, Routing] = {}
         self._batch, self._cache = batch, cache

@@ -104,7 +104,7 @@ def evaluate(
     with _evaluating(model):
         for step in range(-(-len(windows) // (batch * size))):
             first = (step * size + rank) * batch
-            nats += _nats(model, windows[first : first + batch], tally, dropless)
+            nats += _nats(model, windows[first : first + batch], tally, dropless, propagate_nan=size > 1)
     total, tokens = float(together(nats)), sum(len(part) - 1 for part in ids)
     return EvalResult(
         val_loss=total / tokens,
@@ -145,7 +145,7 @@ def cut(documents: Sequence[np.ndarray], seq_len: int, stride: int) -> list[Wind
 
 
 @torch.no_grad()
-def _nats(model: Decoder, windows: Sequence[Window], tally: ExpertTally, dropless: bool) -> Tensor:
+def _nats(model: Decoder, windows: Sequence[Window], tally: ExpertTally, dropless: bool, propagate_nan: bool) -> Tensor:
     """The summed cross entropy of the scored tokens, [1] float64 on the CPU; 0 for no windows, after a forward call."""
     device = model.embed.weight.device
     lengths = [len(w.ids) - 1 for w in windows]
@@ -163,6 +163,7 @@ def _nats(model: Decoder, windows: Sequence[Window], tally: ExpertTally, droples
         token_ids_T=tokens_T,
         index_T=joined([np.arange(n) + w.first for w, n in zip(windows, lengths, strict=True)]),
         dropless=dropless,
+        propagate_nan=propagate_nan,
     )
     ctx = VarlenContext(cu_seqlens, route=route, logit_rows=rows_R)
     logits_RV = model(tokens_T, joined([np.arange(n) for n in lengths]), ctx)

@@ -33,11 +33,11 @@ def save_model(
     Args:
         directory: where.
         cfg: the model's configuration.
-        tensors: every parameter under its global name, whole (not sharded).
+        tensors: every parameter and persistent buffer under its global name, whole (not sharded).
         tokenizer: a directory whose `tokenizer.json` and, if it is there, `tokenizer_config.json` travel along.
 
     Raises:
-        CheckpointError: `tensors` are not exactly the model's parameters, or the directory can not be written.
+        CheckpointError: `tensors` are not exactly the model's, or the directory can not be written.
     """
     _match(tensors, cfg, "the tensors to save")
     directory = Path(directory)
@@ -117,7 +117,7 @@ def load_model(path: str | Path, dtype: str | None = None, device: str | torch.d
         model = Decoder(cfg)
     wanted = DTYPES.get(dtype or "auto")
     cast = {
-        name: tensor.to(device=device, dtype=torch.float32 if name.endswith("router.weight") else wanted)
+        name: tensor.to(device=device, dtype=torch.float32 if ".router." in name else wanted)
         for name, tensor in tensors.items()
     }
     model.load_state_dict(cast, assign=True)
@@ -126,7 +126,7 @@ def load_model(path: str | Path, dtype: str | None = None, device: str | torch.d
 
 def _match(tensors: Mapping[str, Tensor], cfg: ModelConfig, source: str) -> None:
     with torch.device("meta"):
-        expected = {name: tuple(weight.shape) for name, weight in Decoder(cfg).named_parameters()}
+        expected = {name: tuple(tensor.shape) for name, tensor in Decoder(cfg).state_dict().items()}
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         words = [

@@ -30,6 +30,7 @@ from ..data.stream import validation_documents
 from ..eval.perplexity import evaluate, limit_bytes
 from ..models.context import VarlenContext
 from ..models.store import save_model
+from ..routing.bias import update_biases
 from ..routing.record import RouteContext
 from . import state
 from .config import RunConfig
@@ -37,6 +38,7 @@ from .metrics import Metrics, Window, flops_per_token, peak_flops
 from .optim import set_rate
 from .schedule import progress, rate
 from .setup import CHECKPOINTS, prepare_run, resume
+from .trace import FOLDER, Replay, Trace, forget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,13 @@ class Trainer:
         self.config, self.run_dir, self.mesh, self.stop = config, run, mesh, stop
         self.setup = prepare_run(config, run, mesh)
         self.now, self.saved = resume(config, run, self.setup)
+        if mesh.rank == 0:
+            forget(run / FOLDER, self.now.step)
+        self.trace = Trace(run / FOLDER, config.model, mesh.dp_rank, mesh.dp_size) if config.trace else None
+        self.replay = Replay(config.replay, config.model) if config.replay else None
+        self.biased = config.model.moe is not None and config.model.moe.bias_rate > 0
+        self.tally: dict[tuple[int, str], Tensor] = {}  # sums of this step's earlier micro-batches, for losses
+        self.counts: dict[int, Tensor] = {}  # layer → this step's load of each expert, for biases
         self.window = Window(config.model.moe_layers, config.model.moe, mesh.device)
         self.metrics = Metrics(
             run, config.log, to_dict(config), writes=mesh.rank == 0, step=self.now.step, wandb_id=self.now.wandb_id
@@ -116,12 +125,16 @@ class Trainer:
         set_rate(engine.optimizers, factor)
         self.setup.model.train()
         count = config.micro_batches(self.mesh.dp_size)
+        self.tally, self.counts = {}, {}
         for micro in range(count):
             loss, tokens = self._forward(micro)
             engine.backward(loss, last=micro == count - 1)
         result = engine.step()
         if not result.finite:
             self._refuse(float(loss.detach()), result.grad_norm)
+        if self.trace is not None:
+            self.trace.write(self.now.step)
+        self._move_biases()
         self.window.end_step(tokens)
         self.now = replace(
             self.now,
@@ -141,8 +154,23 @@ class Trainer:
         with self._autocast():
             logits_TV = self.setup.engine.forward(inputs["tokens_T"], inputs["positions_T"], ctx)
         loss = cross_entropy(logits_TV, inputs["targets_T"]).sum()
+        self._record(ctx)
         self.window.add(loss.detach(), ctx.routings, inputs["valid_T"])
         return loss / batch.total_tokens, batch.total_tokens
+
+    def _record(self, ctx: VarlenContext) -> None:
+        """Keep what a step needs of its micro-batches' routings."""
+        if self.trace is not None:
+            self.trace.add(ctx.route, ctx.routings)
+        if self.biased:
+            for layer, routing in ctx.routings.items():
+                self.counts[layer] = self.counts.get(layer, 0) + routing.counts_E
+
+    def _move_biases(self) -> None:
+        """Loss-free balancing, after a step that was taken: by the experts' loads in the whole global batch."""
+        if self.biased:
+            total_LE = process.all_sum(torch.stack(list(self.counts.values())), "sum of the experts' loads")
+            update_biases(self.setup.model, dict(zip(self.counts, total_LE, strict=True)))
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.mesh.device.type, torch.bfloat16, enabled=self.config.train.dtype == "bfloat16")
@@ -162,6 +190,10 @@ class Trainer:
             step=self.now.step,
             seed=self.config.seed,
             total_tokens=batch.total_tokens,
+            reducer=process.all_sum if self.mesh.dp_size > 1 else None,
+            tally=self.tally,
+            replay=self.replay.decisions(self.now.step, here["index_T"], here["tokens_T"]) if self.replay else None,
+            propagate_nan=True,
         )
         return VarlenContext(here["cu_seqlens"], route=route), here
 
@@ -209,13 +241,17 @@ class Trainer:
     def _refuse(self, loss: float, grad_norm: float) -> None:
         """Leave a note of the batch that broke the step, and stop on every rank."""
         losses = process.gather_json(repr(loss))
+        broken = [name for name, tensor in self.setup.model.state_dict().items() if not tensor.isfinite().all()]
+        before = sorted({name for names in process.gather_json(broken) for name in names})
         note = self.run_dir / "nonfinite.json"
         if self.mesh.rank == 0:
             content: dict[str, Any] = {"step": self.now.step, "cursor": vars(self.now.cursor), "losses": losses}
+            content["not finite before the step"] = before
             note.write_text(json.dumps({**content, "grad_norm": repr(grad_norm)}, indent=1) + "\n", encoding="utf-8")
         raise NonFiniteError(
-            f"the gradient norm ({grad_norm}) of step {self.now.step} is not finite (losses: {', '.join(losses)}) "
-            f"and no parameter moved: lower optim.lr or look at the batch named in {note.name}"
+            f"the gradient norm ({grad_norm}) of step {self.now.step} is not finite (losses: {', '.join(losses)}"
+            f"{'; not finite before it: ' if before else ''}{', '.join(before)}) and no parameter moved: "
+            f"lower optim.lr or look at the batch named in {note.name}"
         )
 
 

@@ -87,9 +87,9 @@ def build_model(cfg: ModelConfig, config: RunConfig, mesh: Mesh) -> tuple[Decode
     if config.train.init is None:
         init_weights(model, config.seed)
         return model, shards
-    source = dict(load_model(config.train.init, dtype="float32").named_parameters())
+    source = load_model(config.train.init, dtype="float32").state_dict()
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for name, weight in model.state_dict().items():
             if name not in source or tuple(source[name].shape) != shards[name].global_shape:
                 raise ConfigError(
                     f"train.init ({config.train.init}) has no {name} of shape {shards[name].global_shape}: "

@@ -1,8 +1,9 @@
 """A run's whole state as named tensors and plain JSON, and back.
 
-Tensors are named `model/<parameter>` and `optim/<parameter>/<key>`, each with the place of this rank's slice in the
-global tensor, so any layout can load what another saved. The JSON holds the rest: step, cursor, counters, identity.
-Every random number of a run is keyed by (seed, step, layer, token index): step and seed ARE the random streams.
+Tensors are named `model/<parameter or buffer>` and `optim/<parameter>/<key>`, each with the place of this rank's slice
+in the global tensor, so any layout can load what another saved. The JSON holds the rest: step, cursor, counters,
+identity. Every random number of a run is keyed by (seed, step, layer, token index): step and seed ARE the random
+streams.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,9 +47,8 @@ class Progress:
 
 def tensors(model: nn.Module, optimizers: Sequence[Optimizer], shards: Mapping[str, ShardSpec]) -> Named:
     """Every tensor of the run under its name, with its place in the global one. The optimizers must have stepped."""
-    weights = dict(model.named_parameters())
-    named: Named = {f"model/{name}": (weight.detach(), shards[name]) for name, weight in weights.items()}
-    for name, weight, optimizer in _owned(weights, optimizers):
+    named: Named = {f"model/{name}": (tensor, shards[name]) for name, tensor in model.state_dict().items()}
+    for name, weight, optimizer in _owned(model, optimizers):
         for key in STATE_KEYS[type(optimizer)]:
             named[f"optim/{name}/{key}"] = (optimizer.state[weight][key], shards[name])
     return named
@@ -62,7 +62,7 @@ def restore(
     Raises:
         CheckpointError: the checkpoint has other tensors than the run, or other shapes.
     """
-    for _, weight, optimizer in _owned(dict(model.named_parameters()), optimizers):
+    for _, weight, optimizer in _owned(model, optimizers):
         state = {key: torch.zeros_like(weight, dtype=torch.float32) for key in STATE_KEYS[type(optimizer)]}
         if isinstance(optimizer, AdamW):
             state["step"] = torch.tensor(float(checkpoint.step), device=weight.device)
@@ -93,9 +93,9 @@ def from_meta(meta: Mapping[str, Any], identity: Mapping[str, Any], tokenizer: s
     return build(Progress, known)
 
 
-def _owned(weights: Mapping[str, nn.Parameter], optimizers: Sequence[Optimizer]) -> Any:
+def _owned(model: nn.Module, optimizers: Sequence[Optimizer]) -> Any:
     """(name, parameter, its optimizer), in the optimizers' order."""
-    names = {weight: name for name, weight in weights.items()}
+    names = {weight: name for name, weight in model.named_parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for weight in group["params"]:
