@@ -80,7 +80,7 @@ def keep(
         order: who comes first: `token_major`, `choice_major`, `probability` (highest gate first, then token_major) or
             `random` (by `draw`).
         gates_TE: gate of every expert (order `probability`).
-        rank_TE: by which the next best expert is found.
+        rank_TE: by which the next best expert is found; −inf = never (outside of the token's groups).
         reroute: rounds in which assignments that found no slot are retried, in the same order, at the token's next
             best expert that it has not asked yet (no-token-left-behind, Switch 2101.03961 appendix B). A retry takes
             what all first choices have left, so it looks at later tokens.
@@ -94,7 +94,7 @@ def keep(
     if not reroute:
         return ids_TK, kept_TK
     best_TE = rank_TE.sort(dim=-1, descending=True, stable=True).indices
-    asked_TE = torch.zeros_like(best_TE, dtype=torch.bool).scatter(1, ids_TK, True)
+    asked_TE = (rank_TE == -torch.inf).scatter(1, ids_TK, True)
     for _ in range(reroute):
         trial_TK, retry_TK = _next_best(ids_TK, wanted_TK & ~kept_TK, best_TE, asked_TE)
         left = room.without(ids_TK, kept_TK)

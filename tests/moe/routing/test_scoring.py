@@ -136,6 +136,14 @@ def test_best_groups_are_those_of_a_plain_loop(best, top):
         assert masked == [value if e // 3 in groups else -math.inf for e, value in enumerate(row)]
 
 
+@pytest.mark.parametrize("router", ["deepseek_v2", "deepseek_v3"])
+def test_a_retry_stays_within_the_groups(router):
+    settings = {"top_k": 1, "renormalize": False, "capacity_factor": 0.8, "min_capacity": 0}  # one slot an expert
+    routing = route(router, [[4.0, 2.0, 3.0, 1.0]] * 5, training=True, reroute=3, **GROUPS, **settings)
+    assert routing.kept_TK[:, 0].tolist() == [True, True, False, False, False]
+    assert routing.ids_TK[:2, 0].tolist() == [0, 1]
+
+
 @pytest.mark.parametrize("router", SPARSE)
 def test_ties_go_to_the_lower_index(router):
     groups = {"expert_groups": 3, "top_groups": 2} if router.startswith("deepseek") else {}
@@ -265,58 +273,6 @@ def test_room_for_everyone_is_no_capacity_at_all(router):
 
 def test_dense_drops_nothing_whatever_the_capacity():
     assert route("dense", LOGITS, training=True, capacity_factor=0.1, min_capacity=0).kept_TK.all()
-
-
-def test_first_choices_of_a_noisy_router_are_spread():
-    cfg = MoEConfig(width=6, expert_width=4, num_experts=8, router="noisy_topk", capacity_factor=None)
-    module, tokens = build_router(cfg), 4000
-    assert not any(parameter.any() for parameter in module.parameters())
-    routing = module(torch.randn(tokens, 6), RouteContext(seed=1))
-    share = routing.counts_E / (2 * tokens)
-    assert (share - 1 / 8).abs().max() < 5 * (1 / 8 * 7 / 8 / tokens) ** 0.5
-    assert torch.equal(routing.probs_TE, torch.full((tokens, 8), 1 / 8))
-    assert chosen(module.eval()(torch.randn(9, 6), RouteContext())) == [[0, 1]] * 9
-
-
-def test_noise_is_normal_with_the_learned_deviation():
-    module = make("noisy_topk", 3, training=True)
-    module.noise_weight.data = torch.diag(torch.tensor([-2.0, 0.0, 3.0]))
-    scores = module.score(torch.ones(20_000, 3), RouteContext(seed=2))
-    deviation = torch.tensor([-2.0, 0.0, 3.0]).exp().log1p()
-    torch.testing.assert_close(scores.noise, deviation.expand(20_000, 3))
-    noise = scores.rank - scores.logits
-    torch.testing.assert_close(noise.std(0), deviation, rtol=0.03, atol=0)
-    assert (noise.mean(0).abs() < 5 * deviation / 20_000**0.5).all()
-    correlation = torch.corrcoef(noise.T) - torch.eye(3)
-    assert correlation.abs().max() < 5 / 20_000**0.5
-
-
-def test_noise_sleeps_in_evaluation():
-    module = make("noisy_topk")
-    module.noise_weight.data.fill_(5.0)
-    scores = module.score(LOGITS, RouteContext())
-    assert scores.noise is None
-    assert scores.rank is scores.logits
-    assert chosen(module(LOGITS, RouteContext(seed=1))) == chosen(module(LOGITS, RouteContext(seed=2)))
-
-
-def test_noise_is_keyed_by_the_global_token():
-    module, x = make("noisy_topk", training=True), torch.zeros(40, 4)
-    whole = module(x, RouteContext(seed=1, step=2))
-    parts = [
-        module(x[a:b], RouteContext(seed=1, step=2, index_T=torch.arange(a, b))) for a, b in ((0, 7), (7, 8), (8, 40))
-    ]
-    assert torch.equal(torch.cat([part.weights_TK for part in parts]), whole.weights_TK)
-    assert torch.equal(torch.cat([part.ids_TK for part in parts]), whole.ids_TK)
-    assert torch.equal(module(x, RouteContext(seed=1, step=2)).weights_TK, whole.weights_TK)
-    for key in (
-        {"seed": 2, "step": 2},
-        {"seed": 1, "step": 3},
-        {"seed": 1, "step": 2, "index_T": torch.arange(40) + 1},
-    ):
-        assert not torch.equal(module(x, RouteContext(**key)).weights_TK, whole.weights_TK)
-    other = make("noisy_topk", training=True, layer=1)
-    assert not torch.equal(other(x, RouteContext(seed=1, step=2)).weights_TK, whole.weights_TK)
 
 
 @pytest.mark.parametrize("router", ROUTERS)
