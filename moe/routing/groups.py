@@ -13,8 +13,9 @@ from .router import top_k_lowest_index
 def within_best_groups(rank_TE: Tensor, groups: int, top_groups: int, best: int) -> Tensor:
     """`rank_TE`, −inf outside of each token's `top_groups` groups; ties to the lower group.
 
-    A group's score is the sum of its `best` highest ranks: 1 in DeepSeek-V2 (its maximum), 2 in DeepSeek-V3. −inf and
-    not the 0 of DeepSeek's published code: ranks may be negative, and no expert outside may ever beat one inside.
+    A group's score is the sum of its `best` highest ranks: 1 in DeepSeek-V2 (its maximum), 2 in DeepSeek-V3. Outside is
+    −inf. Code that fills in 0 (DeepSeek's first V3 release, Hugging Face's V2) lets an expert outside win over negative
+    biased scores, and tie with softmax scores that round to 0; nowhere else can the two be told apart.
     """
     if top_groups == groups:
         return rank_TE

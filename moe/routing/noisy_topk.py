@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.random import ROUTE_NOISE, normal
+from ...kernels import normal
+from ...kernels.random import ROUTE_NOISE
 from .record import RouteContext
 from .router import Router, Scores
 
