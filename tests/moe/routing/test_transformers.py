@@ -1,6 +1,6 @@
 """The routers against Hugging Face's own: same weights, same input, hence the same experts and weights.
 
-Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V2, DeepSeek-V3, GPT-OSS, Switch; whole sparse blocks where they match ours.
+Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V2 and -V3, GPT-OSS, Switch; and whole sparse blocks with gradients.
 """
 
 import pytest
@@ -15,12 +15,12 @@ from transformers import (
     Qwen3MoeConfig,
     SwitchTransformersConfig,
 )
-from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe, DeepseekV2TopkRouter
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE, DeepseekV3TopkRouter
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock, OlmoeTopKRouter
-from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock, Qwen2MoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock, Qwen3MoeTopKRouter
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
 
@@ -137,29 +137,68 @@ def test_switch_with_and_without_dropping(slots):
 
 
 def copied(block, cfg):
-    """Our layer with the block's router and experts; theirs is [gate; up] as ours, and their down projection [D, F]."""
+    """Our layer with the block's weights; its down projections are [D, F], its gate and up ours in one."""
     layer = MoE(cfg).eval()
     layer.router.weight.data = block.gate.weight.data
     layer.experts.w_in.data = block.experts.gate_up_proj.data
     layer.experts.w_out.data = block.experts.down_proj.data.transpose(1, 2).contiguous()
+    if cfg.shared_experts:
+        shared = block.shared_expert if cfg.shared_gate else block.shared_experts
+        layer.shared.w_in.weight.data = torch.cat([shared.gate_proj.weight.data, shared.up_proj.weight.data])
+        layer.shared.w_out.weight.data = shared.down_proj.weight.data
+    if cfg.shared_gate:
+        layer.shared_gate.weight.data = block.shared_expert_gate.weight.data
     return layer
 
 
-@pytest.mark.parametrize(
-    ("block", "renormalize"),
-    [
-        (lambda: MixtralSparseMoeBlock(
-            MixtralConfig(hidden_size=D, intermediate_size=F, num_local_experts=E, num_experts_per_tok=K)
-        ), True),
-        (lambda: Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(**SIZES, num_experts=E, norm_topk_prob=True)), True),
-        (lambda: OlmoeSparseMoeBlock(
-            OlmoeConfig(hidden_size=D, intermediate_size=F, num_experts=E, num_experts_per_tok=K, norm_topk_prob=False)
-        ), False),
-    ],
-    ids=["mixtral", "qwen3", "olmoe"],
-)  # fmt: skip
-def test_whole_block(block, renormalize):
-    theirs = fill(block())
-    layer = copied(theirs, ours("topk_softmax", renormalize=renormalize))
-    x_TD = draw(T, D, seed=9)
-    torch.testing.assert_close(layer(x_TD)[0], theirs(x_TD[None])[0])
+def same_block(block, cfg):
+    """The output and the gradients of input, router and experts."""
+    theirs = fill(block)
+    layer = copied(theirs, cfg)
+    if cfg.router == "deepseek_v3":
+        layer.router.balance_bias.copy_(theirs.gate.e_score_correction_bias)
+    ours_x, theirs_x = (draw(T, D, seed=9).requires_grad_() for _ in range(2))
+    ours_y, theirs_y = layer(ours_x)[0], theirs(theirs_x[None])[0]
+    torch.testing.assert_close(ours_y, theirs_y)
+    for y_TD in (ours_y, theirs_y):
+        (y_TD * draw(T, D, seed=8)).sum().backward()
+    torch.testing.assert_close(ours_x.grad, theirs_x.grad)
+    torch.testing.assert_close(layer.router.weight.grad, theirs.gate.weight.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.experts.w_in.grad, theirs.experts.gate_up_proj.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_mixtral_block():
+    config = MixtralConfig(hidden_size=D, intermediate_size=F, num_local_experts=E, num_experts_per_tok=K)
+    same_block(MixtralSparseMoeBlock(config), ours("topk_softmax"))
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_qwen2_block_with_its_gated_shared_expert(renormalize):
+    config = Qwen2MoeConfig(**SIZES, num_experts=E, shared_expert_intermediate_size=40, norm_topk_prob=renormalize)
+    cfg = ours("topk_softmax", renormalize=renormalize, shared_experts=1, shared_width=40, shared_gate=True)
+    same_block(Qwen2MoeSparseMoeBlock(config), cfg)
+
+
+def test_qwen3_block():
+    config = Qwen3MoeConfig(**SIZES, num_experts=E, norm_topk_prob=True)
+    same_block(Qwen3MoeSparseMoeBlock(config), ours("topk_softmax"))
+
+
+def test_olmoe_block():
+    config = OlmoeConfig(hidden_size=D, intermediate_size=F, num_experts=E, num_experts_per_tok=K)
+    assert not config.norm_topk_prob
+    same_block(OlmoeSparseMoeBlock(config), ours("topk_softmax", renormalize=False))
+
+
+DEEPSEEK = {**SIZES, "n_routed_experts": E, "n_group": 4, "topk_group": 2, "n_shared_experts": 2}
+GROUPED = {"expert_groups": 4, "top_groups": 2, "shared_experts": 2}
+
+
+def test_deepseek_v2_block():
+    config = DeepseekV2Config(**DEEPSEEK, topk_method="group_limited_greedy", routed_scaling_factor=16.0)
+    same_block(DeepseekV2Moe(config), ours("deepseek_v2", **GROUPED, route_scale=16.0))
+
+
+def test_deepseek_v3_block():
+    config = DeepseekV3Config(**DEEPSEEK, routed_scaling_factor=2.5)
+    same_block(DeepseekV3MoE(config), ours("deepseek_v3", **GROUPED, route_scale=2.5))
