@@ -33,12 +33,15 @@ from ..models.store import save_model
 from ..routing.bias import update_biases
 from ..routing.record import RouteContext
 from . import state
+from .alarm import CollapseAlarm
 from .config import RunConfig
 from .metrics import Metrics, Window, flops_per_token, peak_flops
 from .optim import set_rate
 from .schedule import progress, rate
 from .setup import CHECKPOINTS, prepare_run, resume
 from .trace import FOLDER, Replay, Trace, forget
+
+PATIENCE = 3  # rows in a row that a collapse takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,9 @@ class Trainer:
             forget(run / FOLDER, self.now.step)
         self.trace = Trace(run / FOLDER, config.model, mesh.dp_rank, mesh.dp_size) if config.trace else None
         self.replay = Replay(config.replay, config.model) if config.replay else None
-        self.biased = config.model.moe is not None and config.model.moe.bias_rate > 0
+        moe = config.model.moe
+        self.alarm = CollapseAlarm(config.log.alarm, PATIENCE, moe.top_k if moe else 1)
+        self.biased = moe is not None and moe.bias_rate > 0
         self.tally: dict[tuple[int, str], Tensor] = {}  # sums of this step's earlier micro-batches, for losses
         self.counts: dict[int, Tensor] = {}  # layer → this step's load of each expert, for biases
         self.window = Window(config.model.moe_layers, config.model.moe, mesh.device)
@@ -206,7 +211,10 @@ class Trainer:
         where = {"kind": "train", "step": self.now.step, "tokens": self.now.tokens, "seconds": round(seconds, 3)}
         done = progress(config.train, self.now.step, self.now.seconds)
         remaining = self.now.seconds * max(1 / done - 1, 0)
-        self.metrics.write({**where, **window, "grad_norm": grad_norm, "lr": lr}, remaining)
+        row = {**where, **window, "grad_norm": grad_norm, "lr": lr}
+        self.metrics.write(row, remaining)
+        for event in self.alarm.check(row):
+            self.metrics.alarm(event)
 
     def _evaluate(self, limit: int | None) -> None:
         """A row about held-out text, of which `limit` bytes (None: all) are read. Collective."""

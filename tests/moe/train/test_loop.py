@@ -17,11 +17,14 @@ from turnout.moe.train import loop
 from turnout.moe.train.config import RunConfig
 from turnout.moe.train.loop import Trainer, train
 from turnout.moe.train.setup import build_model, prepare_run, resume
+from turnout.moe.train.trace import read_trace
 from turnout.parallel import process
 from turnout.parallel.checkpoint import latest
 from turnout.parallel.mesh import build_mesh
 from turnout.tests.helpers.ranks import run_ranks
 from turnout.tests.helpers.runs import corpus, fingerprint, rows, tiny
+
+BIAS = "blocks.1.ffn.router.balance_bias"
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,7 @@ def test_a_run_twice_is_the_same_bits(data, tmp_path):
     assert fingerprint(tmp_path / "a", 6) != fingerprint(other, 6)
 
 
-@pytest.mark.parametrize("moe", ["switch", "gshard"])
+@pytest.mark.parametrize("moe", ["switch", "gshard", "deepseek_v3"])
 def test_a_run_stopped_at_two_ranks_resumes_to_the_same_bits(data, tmp_path, moe):
     words = tiny(data, f"moe={moe}", "train.save_every=null")
     assert two_ranks(tmp_path / "whole", words) == loop.Outcome(step=6, preempted=False)
@@ -73,9 +76,9 @@ def untimed(row):
     return {key: value for key, value in row.items() if key not in ("seconds", "tokens_per_second")}
 
 
-@pytest.mark.parametrize("forgotten", ["cursor", "optimizer", "nothing"])
+@pytest.mark.parametrize("forgotten", ["cursor", "optimizer", "bias", "nothing"])
 def test_leaving_any_part_of_the_state_out_of_a_checkpoint_would_be_seen(data, tmp_path, monkeypatch, forgotten):
-    words = tiny(data, "moe=gshard", "train.save_every=null", "optim=adamw")
+    words = tiny(data, "moe=deepseek_v3", "train.save_every=null", "optim=adamw")
     go(str(tmp_path / "whole"), words)
     go(str(tmp_path / "parts"), words, stop_after=3)
 
@@ -84,6 +87,8 @@ def test_leaving_any_part_of_the_state_out_of_a_checkpoint_would_be_seen(data, t
         if forgotten == "optimizer":
             for kept in setup.engine.optimizers[0].state.values():
                 kept["exp_avg"].zero_()
+        if forgotten == "bias":
+            setup.model.get_buffer(BIAS).zero_()
         return replace(now, cursor=Cursor()) if forgotten == "cursor" else now, path
 
     monkeypatch.setattr(loop, "resume", forgetful)
@@ -141,14 +146,14 @@ def test_two_ranks_follow_one_rank_s_losses(data, tmp_path):
     assert one[-1] < one[0]
 
 
-def poisoned(run: str, words: list[str]) -> tuple[str, bool]:
-    """Train with a NaN weight on the last rank alone; the error, and whether a parameter moved here."""
+def poisoned(run: str, words: list[str], name: str) -> tuple[str, bool]:
+    """Train with a NaN in one weight of the last rank alone; the error, and whether a parameter moved here."""
     config = compose(words, world=process.world()).config
     Path(run).mkdir(exist_ok=True)
     trainer = Trainer(config, Path(run), mesh_of(config), lambda: False)
     if process.rank() == process.world() - 1:
         with torch.no_grad():
-            trainer.setup.model.blocks[1].ffn.experts.w_out[0, 0, 0] = math.nan
+            trainer.setup.model.get_parameter(name).view(-1)[0] = math.nan
     before = [weight.detach().clone() for weight in trainer.setup.model.parameters()]
     try:
         trainer.run()
@@ -158,10 +163,12 @@ def poisoned(run: str, words: list[str]) -> tuple[str, bool]:
     return "", False
 
 
-def test_a_nan_on_one_rank_stops_all_and_moves_no_parameter(data, tmp_path):
-    results = run_ranks(poisoned, 2, str(tmp_path / "run"), tiny(data, "parallel.ep=2"))
+@pytest.mark.parametrize("name", ["blocks.1.ffn.experts.w_out", "blocks.1.ffn.router.weight"])
+def test_a_nan_on_one_rank_stops_all_and_moves_no_parameter(data, tmp_path, name):
+    results = run_ranks(poisoned, 2, str(tmp_path / "run"), tiny(data, "parallel.ep=2"), name)
     for message, unmoved in results:
         assert "of step 0 is not finite" in message
+        assert f"not finite before it: {name})" in message
         assert "no parameter moved" in message
         assert unmoved
     note = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
@@ -192,6 +199,51 @@ def test_a_run_by_time_ends_by_time_at_the_same_step_on_both_ranks(data, tmp_pat
     assert not outcomes[0].preempted
 
 
+def test_the_loss_free_bias_moves_by_the_load_of_the_global_batch_and_is_exported_in_float32(data, tmp_path):
+    words = tiny(data, "moe=deepseek_v3", "train.dtype=float32", "moe.trace=true", "train.steps=1")
+    go(str(tmp_path / "one"), [*words, "train.micro_batch=1"])
+    two_ranks(tmp_path / "two", words)
+    decided = read_trace(tmp_path / "one", 0)["layers"][1]
+    counts_E = decided["ids"][decided["wanted"]].bincount(minlength=16)
+    expected_E = 1e-3 * torch.sign(counts_E.float().mean() - counts_E)
+    expected_E -= expected_E.mean()
+    assert expected_E.std() > 0
+    for run in (tmp_path / "one", tmp_path / "two"):
+        exported = load_model(run, "bfloat16").state_dict()[BIAS]
+        assert exported.dtype == torch.float32
+        assert torch.equal(exported, latest(run / "checkpoints").read_all(f"model/{BIAS}"))
+        torch.testing.assert_close(exported, expected_E, rtol=0, atol=1e-8)
+
+
+def test_the_bias_is_part_of_the_weights_that_a_run_starts_from(data, tmp_path):
+    go(str(tmp_path / "run"), tiny(data, "moe=deepseek_v3", "train.steps=2"))
+    config = compose(tiny(data, "moe=deepseek_v3", f"train.init={tmp_path / 'run'}")).config
+    model, _ = build_model(config.model, config, mesh_of(config))
+    assert model.state_dict()[BIAS].abs().sum() > 0
+    assert torch.equal(model.state_dict()[BIAS], load_model(tmp_path / "run").state_dict()[BIAS])
+
+
+def test_a_step_that_is_not_finite_moves_no_bias(data, tmp_path):
+    config = compose(tiny(data, "moe=deepseek_v3")).config
+    trainer = Trainer(config, tmp_path, mesh_of(config), lambda: False)
+    with torch.no_grad():
+        trainer.setup.model.norm.weight[0] = math.nan
+    with pytest.raises(NonFiniteError):
+        trainer.run()
+    assert not trainer.setup.model.state_dict()[BIAS].any()
+
+
+def test_a_collapse_is_told_once_and_only_when_it_is_asked_for(data, tmp_path):
+    for name, word, alarms in (("asked", "log.alarm=0.999", [3]), ("off", "log.alarm=null", [])):
+        go(str(tmp_path / name), tiny(data, word))
+        assert [row["step"] for row in rows(tmp_path / name, "alarm")] == alarms
+
+
+def test_a_dense_model_trains_without_any_router(data, tmp_path):
+    assert go(str(tmp_path / "run"), tiny(data, "model.moe=null", "train.steps=2")).step == 2
+    assert [row["expert_load"] for row in rows(tmp_path / "run")] == [[], []]
+
+
 def deepspeed_three_times(root: str, words: list[str]) -> None:
     """A whole run, one stopped after three steps, and its second part."""
     words = [*words, "engine=deepspeed", "parallel.ep=2"]
@@ -200,8 +252,9 @@ def deepspeed_three_times(root: str, words: list[str]) -> None:
     go(f"{root}/parts", [*words, "train.resume=true"])
 
 
-def test_deepspeed_trains_saves_and_resumes_like_the_native_engine(data, tmp_path):
-    words = tiny(data, "optim=adamw", "optim.weight_decay=0", "train.dtype=float32")
+@pytest.mark.parametrize("moe", ["switch", pytest.param("deepseek_v3", marks=pytest.mark.full)])
+def test_deepspeed_trains_saves_and_resumes_like_the_native_engine(data, tmp_path, moe):
+    words = tiny(data, f"moe={moe}", "optim=adamw", "optim.weight_decay=0", "train.dtype=float32")
     two_ranks(tmp_path / "native", words)
     run_ranks(deepspeed_three_times, 2, str(tmp_path), words, fresh=True, env={"DS_ACCELERATOR": "cpu"})
     native, whole = ([row["loss"] for row in rows(tmp_path / name)] for name in ("native", "whole"))
