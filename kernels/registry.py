@@ -6,7 +6,6 @@ it. Without an override the first form of `DEFAULT` that fits runs.
 """
 
 import contextlib
-import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -38,6 +37,7 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "paged_attention": {"reference": "reference.attention", "torch": "torch_ops.attention"},
     }
 )
+_loaded: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., bool] | None]] = {}
 _forced: ContextVar[str | None] = ContextVar("forced", default=None)
 
 
@@ -67,6 +67,8 @@ def call(op: str, *args: Any, **kwargs: Any) -> Any:
 
 def choose(op: str, *args: Any, **kwargs: Any) -> str:
     """The name of the form of `op` that runs for these arguments."""
+    if len(FORMS[op]) == 1:
+        return "reference"
     for form in PREFERENCES[_forced.get() or "torch"]:
         if form in FORMS[op]:
             fits = _load(op, form)[1]
@@ -81,7 +83,8 @@ def table() -> dict[str, dict[str, str]]:
     return {op: {form: forms[form] for form in order if form in forms} for op, forms in FORMS.items()}
 
 
-@functools.cache
 def _load(op: str, form: str) -> tuple[Callable[..., Any], Callable[..., bool] | None]:
-    module = importlib.import_module(f".{FORMS[op][form]}", __package__)
-    return getattr(module, op), getattr(module, f"{op}_fits", None)
+    if (op, form) not in _loaded:  # a dictionary, because torch.compile does not read functools.cache
+        module = importlib.import_module(f".{FORMS[op][form]}", __package__)
+        _loaded[op, form] = getattr(module, op), getattr(module, f"{op}_fits", None)
+    return _loaded[op, form]

@@ -6,6 +6,7 @@
 T tokens, D width, K choices.
 """
 
+import torch
 from torch import Tensor, nn
 
 from ...parallel.dispatch.local import LocalDispatcher
@@ -50,14 +51,22 @@ class MoE(nn.Module):
             ConfigError: a configured loss has no gradient, or routing would be computed anew under checkpointing.
         """
         context = context or RouteContext()
-        routing = self.router(x_TD, context)
-        sent = self.dispatcher.dispatch(x_TD, routing.ids_TK, routing.kept_TK, self.cfg.num_experts)
-        drops = self.training and self.cfg.expert_dropout > 0
-        dropped_NF = dropped_units(self.cfg, self.router.layer, sent, self.dispatcher, context) if drops else None
-        y_ND = self.experts(sent.rows_ND, sent.ends_E, dropped_NF)
-        y_TD = self.dispatcher.combine(y_ND, routing.weights_TK, sent)
+        y_TD, routing = self.routed(x_TD, context)
         if self.shared is not None:
             shared_TD = self.shared(x_TD)
             y_TD = y_TD + (shared_TD if self.shared_gate is None else self.shared_gate(x_TD).sigmoid() * shared_TD)
         loss = weighted_sum(self.cfg.losses, routing.aux, y_TD.requires_grad) if routing.aux else None
         return y_TD if loss is None else attach_loss(y_TD, context.loss_scale * loss), routing
+
+    def routed(self, x_TD: Tensor, context: RouteContext) -> tuple[Tensor, Routing]:
+        """Σ_k w_k · E_{id_k}(x), and the routing."""
+        if torch.compiler.is_dynamo_compiling():
+            from .uncompiled import routed
+
+            return routed(self, x_TD, context)
+        routing = self.router(x_TD, context)
+        sent = self.dispatcher.dispatch(x_TD, routing.ids_TK, routing.kept_TK, self.cfg.num_experts)
+        drops = self.training and self.cfg.expert_dropout > 0
+        dropped_NF = dropped_units(self.cfg, self.router.layer, sent, self.dispatcher, context) if drops else None
+        y_ND = self.experts(sent.rows_ND, sent.ends_E, dropped_NF)
+        return self.dispatcher.combine(y_ND, routing.weights_TK, sent), routing

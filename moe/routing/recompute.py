@@ -70,7 +70,6 @@ def keep_routing() -> tuple[AbstractContextManager[None], AbstractContextManager
     return _Region(lambda: _Recording(tape)), _Region(lambda: _Playing(iter(tape)))
 
 
-@torch.compiler.disable
 def recall(router: "Router") -> Decision | None:
     """The decision that the forward pass being recomputed made here; None when nothing is being recomputed.
 
@@ -96,7 +95,6 @@ def recall(router: "Router") -> Decision | None:
     return decision
 
 
-@torch.compiler.disable
 def remember(router: "Router", decision: Decision) -> None:
     """Keep a decision for the recomputation of this forward pass, if there will be one."""
     for region in reversed(_regions.stack):

@@ -96,7 +96,7 @@ def test_rows_arrive_by_local_expert_then_source_rank_then_token():
 def carried() -> tuple[list[int], list[float]]:
     """Keys and rows of the same assignments."""
     mesh = build_mesh(ParallelConfig(ep=process.world()), num_experts=EXPERTS)
-    x_TD, ids_TK, _, kept_TK = tokens_of(mesh.rank, "uneven", 2, torch.float64)
+    _, ids_TK, _, kept_TK = tokens_of(mesh.rank, "uneven", 2, torch.float64)
     key_TK = torch.arange(ids_TK.numel()).view_as(ids_TK) + 1000 * mesh.rank
     rows_TD = key_TK[:, :1].double().expand(-1, WIDTH).contiguous()  # a row says which token it is of
     local = LocalDispatcher()
