@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from turnout.kernels.random import DROP_ORDER
 from turnout.moe.routing.capacity import Room, capacity, keep
 
+NEVER = float("-inf")
 ORDERS = ("token_major", "choice_major", "probability", "random")
 
 
@@ -135,6 +136,11 @@ def test_an_expert_whose_choice_was_not_drawn_is_not_asked_again():
     assert fill([[0, 1]] * 2, [1], gates=gates, experts=3, wanted=wanted, reroute=1) == ([[0, 1], [2, 1]], [[1, 0]] * 2)
 
 
+def test_an_expert_of_rank_minus_infinity_is_never_asked():
+    gates = [[0.9, NEVER, 0.1, NEVER]] * 4
+    assert fill([[0]] * 4, [1], gates=gates, reroute=3) == ([[0], [2], [0], [0]], [[1], [1], [0], [0]])
+
+
 def test_retries_are_served_in_the_same_order():
     gates = [[0.9, 0.3, 0.0, 0.0], [0.9, 0.5, 0.0, 0.0], [0.95, 0.4, 0.0, 0.0]]
     draws = [[0.6], [0.7], [0.1]]
@@ -167,6 +173,7 @@ def walk(ids, slots, order, *, wanted, groups, experts, gates, draws, reroute):
         for t, row in enumerate(ids):
             for k in range(len(row)):
                 fresh = sorted(set(range(experts)) - asked[t], key=lambda e: (-gates[t][e], e))
+                fresh = [e for e in fresh if gates[t][e] > NEVER]
                 if wanted[t][k] and not kept[t][k] and fresh:
                     asking[t, k] = fresh[0]
                     asked[t].add(fresh[0])
@@ -186,7 +193,7 @@ def cases(draw):
             st.lists(st.lists(cell, min_size=columns, max_size=columns), min_size=len(groups), max_size=len(groups))
         )
 
-    few = st.sampled_from([0.0, 0.25, 0.5, 0.75])  # many ties
+    few = st.sampled_from([0.0, 0.25, 0.5, 0.75, NEVER])  # many ties
     ids = [draw(st.permutations(range(experts)))[:top_k] for _ in groups]
     slots = draw(st.lists(st.integers(0, 4), min_size=len(lengths), max_size=len(lengths)))
     settings = {
