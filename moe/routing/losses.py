@@ -106,9 +106,9 @@ def measure(name: str, cfg: MoEConfig, scores: "Scores", weights_TK: Tensor, dec
         return router_z(scores.logits, span.valid_T, span.total)
     if name == "load":
         return spread(span.gather(name, smooth_load(scores, cfg.top_k)), span.total)
-    probs_TE, ids_TK = scores.probs, decision.ids_TK
+    probs_TE, ids_TK = scores.probs, decision.choice
     if name == "importance":
-        gates_TE = torch.zeros_like(probs_TE).scatter_add(1, ids_TK, weights_TK.to(probs_TE.dtype))
+        gates_TE = torch.zeros_like(probs_TE).scatter_add(1, decision.ids_TK, weights_TK.to(probs_TE.dtype))
         return spread(span.gather(name, gates_TE), span.total)
     chosen_TE = torch.zeros_like(probs_TE).scatter_add(1, ids_TK, torch.ones_like(ids_TK, dtype=probs_TE.dtype))
     if name == "device":

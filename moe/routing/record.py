@@ -23,13 +23,20 @@ class Decision:
         ids_TK: int64, chosen experts, best first.
         wanted_TK: bool, assignments that ask for a slot: not padding's, not a second choice that was not drawn.
         kept_TK: bool, wanted assignments that found one.
+        asked_TK: int64, the experts first asked, where a reroute changed some; None = ids_TK.
         sums: name → a statistic over more than this rank's tokens that a loss used; recomputation must not sum again.
     """
 
     ids_TK: Tensor
     wanted_TK: Tensor
     kept_TK: Tensor
+    asked_TK: Tensor | None = None
     sums: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def choice(self) -> Tensor:
+        """The experts that the router chose, before any drop: what load and balance are about."""
+        return self.ids_TK if self.asked_TK is None else self.asked_TK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +86,7 @@ class Routing:
         weights_TK: float32 gate values that multiply the experts' outputs; they carry the router's gradient.
         wanted_TK: bool, False where a token asked for nothing: padding, or a second choice that was not drawn.
         kept_TK: bool, wanted and within capacity.
-        counts_E: int64, wanted assignments of each expert, before drops.
+        counts_E: int64, wanted assignments of each expert, before drops and reroutes.
         probs_TE: float32 router probabilities (sigmoid routers: scores divided by their sum).
         logits_TE: float32 router logits.
         aux: name → this rank's part of each loss over the global batch, before its coefficient (`balance`, `z`, ...).

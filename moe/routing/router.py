@@ -121,7 +121,7 @@ class Router(nn.Module, ABC):
             recorded = recalled or (context.replay or {}).get(self.layer)
             decision = recorded or self.decide(scores, valid_T, context)
             weights_TK = self.weigh(scores, decision.ids_TK, decision.kept_TK)
-            counts_E = count(decision.ids_TK, decision.wanted_TK, self.cfg.num_experts)
+            counts_E = count(decision.choice, decision.wanted_TK, self.cfg.num_experts)
             aux, sums = self.losses(scores, weights_TK, decision, valid_T, context) if self.training else ({}, {})
         if recalled is None:
             remember(self, replace(decision, sums=sums))
@@ -139,12 +139,13 @@ class Router(nn.Module, ABC):
         if factor is None or self.dropless or context.dropless:
             return Decision(ids_TK=ids_TK, wanted_TK=wanted_TK, kept_TK=wanted_TK)
         room = self.room(valid_T, factor, context)
-        ids_TK, kept_TK = keep(
+        found_TK, kept_TK = keep(
             ids_TK, wanted_TK, room, order=self.cfg.drop_order if self.training else "token_major",
             gates_TE=scores.gates, rank_TE=scores.rank, reroute=self.cfg.reroute if self.training else 0,
             draw=lambda purpose: self.draw(ids_TK.shape[0], context, purpose, ids_TK.shape[1], ids_TK.device),
         )  # fmt: skip
-        return Decision(ids_TK=ids_TK, wanted_TK=wanted_TK, kept_TK=kept_TK)
+        asked_TK = None if found_TK is ids_TK else ids_TK
+        return Decision(ids_TK=found_TK, wanted_TK=wanted_TK, kept_TK=kept_TK, asked_TK=asked_TK)
 
     @property
     def causal_in_training(self) -> bool:

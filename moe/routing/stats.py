@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .record import Routing
-from .router import count
 
 # After a layer's E wanted assignments: dropped ones, valid tokens · K, summed entropy and logit norm, valid tokens.
 REST = 5
@@ -112,17 +111,14 @@ class RoutingStats:
 def _sums(routing: Routing, valid_T: Tensor | None) -> Tensor:
     """One layer's numbers of one forward pass, float64 [N]."""
     tokens, top_k = routing.ids_TK.shape
-    num_experts = routing.counts_E.shape[0]
     valid_T = routing.ids_TK.new_ones(tokens, dtype=torch.bool) if valid_T is None else valid_T
-    wanted_TK = routing.wanted_TK & valid_T[:, None]
     entropy_T = torch.special.entr(routing.probs_TE).sum(1)
     norm_T = torch.linalg.vector_norm(routing.logits_TE, dim=1)
     rest = (
-        (wanted_TK & ~routing.kept_TK).sum(),
+        (routing.wanted_TK & ~routing.kept_TK).sum(),
         valid_T.sum() * top_k,
         torch.where(valid_T, entropy_T, 0).double().sum(),
         torch.where(valid_T, norm_T, 0).double().sum(),
         valid_T.sum(),
     )
-    counts_E = count(routing.ids_TK, wanted_TK, num_experts)
-    return torch.cat([counts_E.double(), torch.stack([number.double() for number in rest])])
+    return torch.cat([routing.counts_E.double(), torch.stack([number.double() for number in rest])])

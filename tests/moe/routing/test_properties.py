@@ -161,6 +161,18 @@ def test_every_layout_draws_the_same_and_decides_the_same(router, order, batch, 
             assert torch.equal(getattr(alone, name), getattr(whole, name)[start:end]), name
 
 
+@pytest.mark.parametrize("router", ["switch", "gshard", "topk_softmax", "deepseek_v3"])
+@EXAMPLES
+@given(batch=batches(), chosen=drops)
+def test_load_and_balance_are_about_what_was_chosen_before_drops_and_reroutes(router, batch, chosen):
+    x, context, seed = batch
+    routing = make(router, seed, **chosen | {"reroute": 1})(x, context)
+    dropless = make(router, seed, **chosen | {"reroute": 0, "capacity_factor": None})(x, context)
+    assert torch.equal(routing.counts_E, dropless.counts_E)
+    for name, loss in dropless.aux.items():
+        torch.testing.assert_close(routing.aux[name], loss)
+
+
 def outputs(router, seed, x, context, training, **changes):
     module = make(router, seed, layer=3, **changes)
     layer = MoE(replace(module.cfg, noncausal=True), 3).train(training)

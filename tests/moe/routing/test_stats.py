@@ -74,6 +74,7 @@ def test_padding_counts_nowhere_whatever_it_holds():
     padded = routing(
         [[0, 1], [0, 2], [3, 3]], [[True, True], [False, True], [True, True]],
         [UNDECIDED, SURE, [math.nan] * 4], [[3.0, 4.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0], [math.inf] * 4],
+        wanted=[[True, True], [True, True], [False, False]],
     )  # fmt: skip
     bare, masked = RoutingStats((0,), 4, CPU), RoutingStats((0,), 4, CPU)
     bare.add({0: two_tokens()})
