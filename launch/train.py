@@ -56,15 +56,18 @@ def main(args: list[str]) -> int:
 
 
 def show(run: Path) -> None:
-    """Draw what the run measured, if it did."""
+    """Draw what the run measured, if it did. A picture that fails costs a line, never the run."""
     from rich.console import Console
 
     from . import plots
 
-    if (run / "metrics.jsonl").exists() and plots.read_rows(run, "train"):
-        plots.picture(run)
-        if sys.stdout.isatty():
-            plots.sketch(run, Console())
+    try:
+        if (run / "metrics.jsonl").exists() and plots.read_rows(run, "train"):
+            plots.picture(run)
+            if sys.stdout.isatty():
+                plots.sketch(run, Console())
+    except Exception as error:  # noqa: BLE001  (matplotlib, fonts, disk: the run itself is done)
+        print(f"turnout: {run / 'plots.png'} could not be drawn: {error}", file=sys.stderr)
 
 
 def take_json(args: Sequence[str]) -> tuple[list[str], str | None]:
@@ -128,6 +131,7 @@ def as_rank(args: list[str]) -> int:
         rundir.freeze(run, composed.config, words)
         rank.share(composed.config.parallel.timeout, {"run": str(run.resolve()), "config": to_dict(composed.config)})
         code = rank.main(run, composed.config, launched=False)
+        show(run)
         write_json(result, summary(run))
         return code
 

@@ -14,8 +14,9 @@ from turnout.launch.quickstart import FULL, PROMPTS, QUICK, QuickstartOptions, c
 ROOT = Path(__file__).parents[2]
 
 TRAIN_ROW = {
-    "kind", "step", "tokens", "seconds", "loss", "aux_loss", "aux/balance", "z_loss", "grad_norm", "lr",
-    "tokens_per_second", "mfu", "drop_fraction", "moe_layers", "expert_load", "router_entropy",
+    "kind", "step", "tokens", "seconds", "loss", "aux_loss", "aux/balance", "aux/z", "z_loss", "grad_norm", "lr",
+    "tokens_per_second", "mfu", "drop_fraction", "layer_drop_fraction", "moe_layers", "expert_load", "load_max_mean",
+    "load_cv", "router_entropy", "dead_experts", "router_logit_norm",
 }  # fmt: skip
 EVAL_ROW = {"kind", "step", "val_loss", "bits_per_byte"}
 

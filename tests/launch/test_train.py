@@ -24,8 +24,9 @@ from turnout.tests.helpers.runs import TIMEOUT, corpus, fingerprint, rows, run, 
 TURNOUT = ("-m", "turnout", "train")
 TORCHRUN = ("-m", "torch.distributed.run")
 TRAIN_KEYS = [
-    "kind", "step", "tokens", "seconds", "loss", "aux_loss", "aux/balance", "z_loss", "tokens_per_second", "mfu",
-    "drop_fraction", "moe_layers", "expert_load", "router_entropy", "grad_norm", "lr",
+    "kind", "step", "tokens", "seconds", "loss", "aux_loss", "aux/balance", "aux/z", "z_loss", "tokens_per_second",
+    "mfu", "drop_fraction", "layer_drop_fraction", "moe_layers", "expert_load", "load_max_mean", "load_cv",
+    "router_entropy", "dead_experts", "router_logit_norm", "grad_norm", "lr",
 ]  # fmt: skip
 EVAL_KEYS = ["kind", "step", "val_loss", "bits_per_byte"]
 

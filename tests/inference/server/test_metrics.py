@@ -124,7 +124,7 @@ def test_routing_has_the_names_and_the_places_of_training_s_rows(served: Running
     for family in text_string_to_metric_families(served.get("/metrics").text):
         places = {(sample.labels.get("layer"), sample.labels.get("expert")) for sample in family.samples}
         name = family.name.removeprefix("turnout:")
-        if name in row or places != {(None, None)}:
+        if name in row or places - {(None, None)}:
             found[name] = places
     by_layer = {(str(layer), None) for layer in layers}
     by_expert = {(str(layer), str(expert)) for layer in layers for expert in range(4)}
