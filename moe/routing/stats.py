@@ -94,7 +94,7 @@ class RoutingStats:
 
         Args:
             routings: layer id → its routing, every layer's.
-            valid_T: bool, False for padding, which counts nowhere; None = all valid.
+            valid_T: bool, False for padding, for which the routings want nothing; None = all valid.
         """
         for row_N, layer in zip(self.tensor, self.layers, strict=True):
             row_N += _sums(routings[layer], valid_T).to(row_N.device)

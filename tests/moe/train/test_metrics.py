@@ -36,9 +36,9 @@ FLAT = {
 EVENT = Event(step=9, layer=1, evenness=0.05, expert_load=(0.99, 0.01))
 
 
-def routing(ids, kept, balance=1.0):
+def routing(ids, kept, balance=1.0, valid=None):
     ids_TK = torch.tensor(ids)[:, None]
-    wanted_TK = torch.ones_like(ids_TK, dtype=torch.bool)
+    wanted_TK = torch.ones_like(ids_TK, dtype=torch.bool) if valid is None else valid[:, None]
     return Routing(
         ids_TK=ids_TK,
         weights_TK=torch.ones(len(ids), 1),
@@ -79,7 +79,7 @@ def test_a_window_is_the_mean_over_its_steps_tokens_and_layers():
 
 def test_a_row_says_of_routing_what_the_one_measure_says():
     window, stats, valid = Window((1,), MOE, CPU), RoutingStats((1,), 2, CPU), torch.tensor([True, True, True, False])
-    for routed in (routing([0, 1, 1, 0], [True] * 4), routing([0] * 4, [False] * 4)):
+    for routed in (routing([0, 1, 1, 0], [True] * 4, valid=valid), routing([0] * 4, [False] * 4, valid=valid)):
         window.add(torch.tensor(1.0), {1: routed}, valid)
         stats.add({1: routed}, valid)
     window.end_step(6)
