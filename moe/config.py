@@ -172,7 +172,8 @@ class MoEConfig:
         check(0 <= self.jitter < 1, "moe.jitter", self.jitter, "must lie in [0, 1)", "use 0.01 (Switch) or 0")
         rate = self.expert_dropout
         check(0 <= rate < 1, "moe.expert_dropout", rate, "must lie in [0, 1)", "use 0.4 (Switch, fine-tuning) or 0")
-        _not_negative("init_scale", self.init_scale)
+        scale = 0 <= self.init_scale < float("inf")
+        check(scale, "moe.init_scale", self.init_scale, "must be zero or positive", "use 0.1 (Switch) or 1.0")
         if self.shared_width is not None:
             _at_least("moe", "shared_width", self.shared_width, 1)
         for name in ("shared_width", "shared_gate"):
@@ -194,7 +195,8 @@ class MoEConfig:
         rule = f"gives every token the weight 1 under moe.router={self.router}, so the router would learn nothing"
         sums_to_one = self.renormalize or self.router in ("noisy_topk", "gpt_oss")
         learns = self.top_k > 1 or self.num_experts == 1 or not sums_to_one
-        check(learns, "moe.top_k", self.top_k, rule, "use moe.top_k=2, moe.renormalize=false or moe.router=switch")
+        other = ", moe.renormalize=false" if self.renormalize else ""
+        check(learns, "moe.top_k", self.top_k, rule, f"use moe.top_k=2{other} or moe.router=switch")
         self._check_groups()
         low, value = 0 < self.second_threshold <= 1, self.second_threshold
         check(low, "moe.second_threshold", value, "must lie in (0, 1]", "use 0.5 (GShard) or 0.2 (Mesh TensorFlow)")
@@ -227,6 +229,10 @@ class MoEConfig:
             check(not needs, f"moe.{name}", value, rule, "use 1.0")
         tokens, fix = self.capacity_tokens, "use the training row length"
         check(tokens is None or tokens >= 1, "moe.capacity_tokens", tokens, "must be at least 1", fix)
+        drops = self.capacity_factor is not None and self.router not in ("dense", "expert_choice")
+        given = "moe.capacity_factor=null" if self.capacity_factor is None else f"moe.router={self.router}"
+        rule = f"retries dropped assignments, and {given} drops none"
+        check(drops or self.reroute == 0, "moe.reroute", self.reroute, rule, "use moe.reroute=0")
         rule = f"can not exceed the {self.num_experts - self.top_k} experts that a token has not asked"
         most = self.num_experts - self.top_k
         check(self.reroute <= most, "moe.reroute", self.reroute, rule, f"use moe.reroute={most} or less")

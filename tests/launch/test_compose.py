@@ -9,7 +9,7 @@ from turnout import ConfigError
 from turnout.configs.typed import build, to_dict
 from turnout.launch import main as cli
 from turnout.launch.compose import compose
-from turnout.moe.train.config import RunConfig
+from turnout.moe.train.config import RunConfig, identity
 
 # What a user may type → what the answer must name. Each is added to `experiment=switch_pydocs`.
 BAD = [
@@ -23,7 +23,8 @@ BAD = [
     ("fast", "'fast' has no '='"),
     ("model.width=[", "does not read as key=value"),
     ("experiment=swich_pydocs", "did you mean experiment=switch_pydocs?"),
-    ("moe=hash", "moe (hash) is not one of its options: use one of gshard, switch"),
+    ("moe=swich", "moe (swich) is not one of its options: did you mean moe=switch?"),
+    ("moe=dropless", "moe (dropless) is not one of its options: use one of base, deepseek_v2, deepseek_v3, "),
     ("optim=sgd", "optim (sgd) is not one of its options"),
     ("model=null", "model (None) is not one of its options"),
     ("model.width=wide", "model.width ('wide') must be a whole number"),
@@ -38,11 +39,21 @@ BAD = [
     ("data.path=", "data.path ('') must not be empty"),
     ("moe.top_k=2", "moe.top_k (2) must be 1 for moe.router=switch"),
     ("moe.top_k=9", "moe.top_k (9) can not exceed moe.num_experts (8)"),
-    ("moe.router=expert_choice", "moe.router ('expert_choice') must be one of switch, gshard"),
+    ("moe.router=gshrad", "moe.router ('gshrad') must be one of dense, softmax, "),
+    ("moe.router=expert_choice", "moe.router (expert_choice) lets a token's experts depend on later tokens"),
+    ("moe=deepseek_v3 moe.top_k=9", "moe.top_k (9) can not exceed the 8 experts of the moe.top_groups (2) groups"),
+    ("moe=base moe.balance_loss=0.1", "moe.balance_loss (0.1) has no place beside moe.router=sinkhorn"),
+    ("moe.load_loss=0.1", "moe.load_loss (0.1) is not read by moe.router=switch"),
+    ("moe.trac=true", "moe.trac (true) is not a setting: did you mean moe.trace?"),
+    ("moe.trace=2", "moe.trace (2) must be true or false"),
+    ("trace=true", "trace (true) is not a setting: did you mean moe.trace?"),
+    ("moe.replay=", "moe.replay ('') must name a directory: use moe.replay=runs/NAME"),
+    ("model.moe=null moe.trace=true", "moe.trace (True) needs routers, which a dense model does not have"),
+    ("model.moe=null moe.replay=runs/a", "moe.replay (runs/a) needs routers, which a dense model does not have"),
     ("moe.capacity_factor=0", "moe.capacity_factor (0.0) must be positive"),
     ("moe.capacity_factor=.nan", "moe.capacity_factor"),
     ("moe.jitter=1.5", "moe.jitter (1.5) must lie in [0, 1)"),
-    ("moe.every=5", "moe.every (5) leaves no MoE block in model.layers (4)"),
+    ("moe.every=5", "moe.every (5) and moe.first_dense (0) leave no MoE block in model.layers (4)"),
     ("moe.width=64", "moe.width (64) must equal model.width (192)"),
     ("moe.capacity_tokens=64", "moe.capacity_tokens (64) must equal train.seq_len (256)"),
     ("moe.num_experts=7", "parallel.ep (2) must divide moe.num_experts (7): use 1 or 7"),
@@ -123,6 +134,15 @@ def test_a_dense_model_is_one_word():
 def test_the_frozen_form_of_a_run_is_the_run():
     config = compose(["experiment=gshard_pydocs"]).config
     assert build(RunConfig, to_dict(config)) == config
+
+
+def test_trace_and_replay_are_the_run_s_and_change_nothing_that_a_resumed_run_must_share():
+    plain = compose(["experiment=switch_pydocs"]).config
+    traced = compose(["experiment=switch_pydocs", "moe.trace=true", "moe.replay=runs/a"]).config
+    assert (plain.trace, plain.replay, traced.trace, traced.replay) == (False, None, True, "runs/a")
+    assert traced.model == plain.model
+    assert identity(to_dict(traced)) == identity(to_dict(plain))
+    assert build(RunConfig, to_dict(traced)) == traced
 
 
 def test_under_torchrun_the_world_decides():

@@ -1,9 +1,13 @@
 """Configurations are refused at birth, naming the field, the value, the rule and the fix."""
 
+from typing import get_args
+
 import pytest
 
 from turnout import ConfigError
+from turnout.configs.typed import build, to_dict
 from turnout.moe import ModelConfig, MoEConfig
+from turnout.moe.config import BASE, PAPER, RouterName
 
 MOE = {"width": 16, "expert_width": 8}
 MODEL = {
@@ -12,27 +16,224 @@ MODEL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"num_experts": 0}, r"moe\.num_experts \(0\) must be at least 1"),
-        ({"top_k": 2}, r"moe\.top_k \(2\) must be 1 for moe\.router=switch: use moe\.top_k=1"),
-        ({"router": "gshard"}, r"moe\.top_k \(1\) must be 2 for moe\.router=gshard: use moe\.top_k=2"),
-        ({"router": "gshard", "top_k": 2, "num_experts": 1}, r"moe\.top_k \(2\) can not exceed moe\.num_experts \(1\)"),
-        ({"capacity_factor": 0.0}, r"moe\.capacity_factor \(0\.0\) must be positive: .*null for dropless"),
-        ({"capacity_factor": float("nan")}, r"moe\.capacity_factor \(nan\)"),
-        ({"eval_capacity_factor": float("inf")}, r"moe\.eval_capacity_factor \(inf\)"),
-        ({"capacity_tokens": 0}, r"moe\.capacity_tokens \(0\)"),
-        ({"min_capacity": -1}, r"moe\.min_capacity \(-1\) must be at least 0"),
-        ({"balance_loss": -0.1}, r"moe\.balance_loss \(-0\.1\)"),
-        ({"z_loss": float("nan")}, r"moe\.z_loss \(nan\)"),
-        ({"jitter": 1.0}, r"moe\.jitter \(1\.0\) must lie in \[0, 1\)"),
-        ({"every": 0}, r"moe\.every \(0\)"),
-    ],
-)
-def test_a_moe_layer_that_can_not_work_is_refused(change, message):
-    with pytest.raises(ConfigError, match=message):
+REFUSED = [
+    ({"num_experts": 0}, "moe.num_experts (0) must be at least 1: use moe.num_experts=1 or more"),
+    ({"top_k": 0}, "moe.top_k (0) must be at least 1: use moe.top_k=1 or more"),
+    ({"top_k": 2}, "moe.top_k (2) must be 1 for moe.router=switch: use moe.top_k=1 or another router"),
+    (
+        {"router": "gshard", "top_k": 1},
+        "moe.top_k (1) must be 2 for moe.router=gshard: use moe.top_k=2 or another router",
+    ),
+    (
+        {"router": "gshard", "top_k": 2, "num_experts": 1},
+        "moe.top_k (2) can not exceed moe.num_experts (1): lower it or add experts",
+    ),
+    (
+        {"router": "dense", "top_k": 2},
+        "moe.top_k (2) must be 8 for moe.router=dense: use moe.top_k=8 or another router",
+    ),
+    ({"router": "hash", "top_k": 2}, "moe.top_k (2) must be 1 for moe.router=hash: use moe.top_k=1 or another router"),
+    ({"router": "softmax", "top_k": 9}, "moe.top_k (9) can not exceed moe.num_experts (8): lower it or add experts"),
+    (
+        {"router": "topk_softmax", "top_k": 1},
+        "moe.top_k (1) gives every token the weight 1 under moe.router=topk_softmax, so the router would learn "
+        "nothing: use moe.top_k=2, moe.renormalize=false or moe.router=switch",
+    ),
+    (
+        {"router": "noisy_topk", "top_k": 1},
+        "moe.top_k (1) gives every token the weight 1 under moe.router=noisy_topk, so the router would learn "
+        "nothing: use moe.top_k=2 or moe.router=switch",
+    ),
+    (
+        {"router": "gpt_oss", "top_k": 1},
+        "moe.top_k (1) gives every token the weight 1 under moe.router=gpt_oss, so the router would learn nothing:"
+        " use moe.top_k=2 or moe.router=switch",
+    ),
+    (
+        {"router": "deepseek_v3", "top_k": 1},
+        "moe.top_k (1) gives every token the weight 1 under moe.router=deepseek_v3, so the router would learn "
+        "nothing: use moe.top_k=2, moe.renormalize=false or moe.router=switch",
+    ),
+    (
+        {"router": "deepseek_v2", "top_k": 1, "renormalize": True},
+        "moe.top_k (1) gives every token the weight 1 under moe.router=deepseek_v2, so the router would learn "
+        "nothing: use moe.top_k=2, moe.renormalize=false or moe.router=switch",
+    ),
+    (
+        {"renormalize": True},
+        "moe.renormalize (True) is not read by moe.router=switch: leave it out, or use moe.router=topk_softmax",
+    ),
+    (
+        {"renormalize_kept": True},
+        "moe.renormalize_kept (True) is not read by moe.router=switch: leave it out, or use moe.router=gshard",
+    ),
+    (
+        {"second_policy": "all"},
+        "moe.second_policy (all) is not read by moe.router=switch: leave it out, or use moe.router=gshard",
+    ),
+    (
+        {"second_threshold": 0.2},
+        "moe.second_threshold (0.2) is not read by moe.router=switch: leave it out, or use moe.router=gshard",
+    ),
+    (
+        {"expert_groups": 2},
+        "moe.expert_groups (2) is not read by moe.router=switch: leave it out, or use moe.router=deepseek_v2",
+    ),
+    (
+        {"top_groups": 2},
+        "moe.top_groups (2) is not read by moe.router=switch: leave it out, or use moe.router=deepseek_v2",
+    ),
+    (
+        {"route_scale": 2.0},
+        "moe.route_scale (2.0) is not read by moe.router=switch: leave it out, or use moe.router=deepseek_v2",
+    ),
+    (
+        {"bias_rate": 0.1},
+        "moe.bias_rate (0.1) is not read by moe.router=switch: leave it out, or use moe.router=deepseek_v3",
+    ),
+    (
+        {"load_loss": 0.1},
+        "moe.load_loss (0.1) is not read by moe.router=switch: leave it out, or use moe.router=noisy_topk",
+    ),
+    (
+        {"router": "gshard", "second_threshold": 0.0},
+        "moe.second_threshold (0.0) must lie in (0, 1]: use 0.5 (GShard) or 0.2 (Mesh TensorFlow)",
+    ),
+    (
+        {"router": "gshard", "second_threshold": 1.5},
+        "moe.second_threshold (1.5) must lie in (0, 1]: use 0.5 (GShard) or 0.2 (Mesh TensorFlow)",
+    ),
+    (
+        {"router": "deepseek_v2", "route_scale": 0.0},
+        "moe.route_scale (0.0) must be positive: use 1.0, or 2.5 (DeepSeek-V3)",
+    ),
+    (
+        {"router": "deepseek_v2", "expert_groups": 3},
+        "moe.expert_groups (3) must divide moe.num_experts (8): use 1, 2, 4 or 8",
+    ),
+    (
+        {"router": "deepseek_v2", "expert_groups": 0},
+        "moe.expert_groups (0) must be at least 1: use moe.expert_groups=1 or more",
+    ),
+    (
+        {"router": "deepseek_v2", "expert_groups": 4, "top_groups": 5},
+        "moe.top_groups (5) must lie in 1 to moe.expert_groups (4): lower it",
+    ),
+    (
+        {"router": "deepseek_v2", "expert_groups": 4, "top_groups": 0},
+        "moe.top_groups (0) must lie in 1 to moe.expert_groups (4): lower it",
+    ),
+    (
+        {"router": "deepseek_v2", "expert_groups": 4, "top_groups": 1, "top_k": 3},
+        "moe.top_k (3) can not exceed the 2 experts of the moe.top_groups (1) groups that a token may use: raise "
+        "moe.top_groups or lower moe.top_k",
+    ),
+    (
+        {"router": "deepseek_v3", "expert_groups": 8, "top_groups": 4},
+        "moe.expert_groups (8) leaves groups of one expert, but moe.router=deepseek_v3 scores a group by its best "
+        "two: use fewer groups",
+    ),
+    ({"device_groups": 3}, "moe.device_groups (3) must divide moe.num_experts (8): use 1, 2, 4 or 8"),
+    (
+        {"device_loss": 0.1},
+        "moe.device_loss (0.1) needs moe.device_groups of at least 2: use moe.device_groups=4, or moe.device_loss=0",
+    ),
+    ({"capacity_factor": 0.0}, "moe.capacity_factor (0.0) must be positive: use 1.25, or null for dropless"),
+    ({"capacity_factor": float("nan")}, "moe.capacity_factor (nan) must be positive: use 1.25, or null for dropless"),
+    (
+        {"eval_capacity_factor": float("inf")},
+        "moe.eval_capacity_factor (inf) must be positive: use 1.25, or null for dropless",
+    ),
+    (
+        {"router": "expert_choice", "capacity_factor": None},
+        "moe.capacity_factor (None) must be set for moe.router=expert_choice: an expert takes moe.top_k · factor ·"
+        " tokens / experts: use 1.0",
+    ),
+    (
+        {"router": "expert_choice", "eval_capacity_factor": None},
+        "moe.eval_capacity_factor (None) must be set for moe.router=expert_choice: an expert takes moe.top_k · "
+        "factor · tokens / experts: use 1.0",
+    ),
+    ({"capacity_tokens": 0}, "moe.capacity_tokens (0) must be at least 1: use the training row length"),
+    ({"min_capacity": -1}, "moe.min_capacity (-1) must be at least 0: use moe.min_capacity=0 or more"),
+    ({"reroute": -1}, "moe.reroute (-1) must be at least 0: use moe.reroute=0 or more"),
+    (
+        {"reroute": 8},
+        "moe.reroute (8) can not exceed the 7 experts that a token has not asked: use moe.reroute=7 or less",
+    ),
+    (
+        {"reroute": 2, "capacity_factor": None},
+        "moe.reroute (2) retries dropped assignments, and moe.capacity_factor=null drops none: use moe.reroute=0",
+    ),
+    (
+        {"router": "expert_choice", "reroute": 2},
+        "moe.reroute (2) retries dropped assignments, and moe.router=expert_choice drops none: use moe.reroute=0",
+    ),
+    (
+        {"router": "dense", "reroute": 1},
+        "moe.reroute (1) retries dropped assignments, and moe.router=dense drops none: use moe.reroute=0",
+    ),
+    ({"balance_loss": -0.1}, "moe.balance_loss (-0.1) must be zero or positive: use 0 to switch it off"),
+    ({"sequence_loss": -1.0}, "moe.sequence_loss (-1.0) must be zero or positive: use 0 to switch it off"),
+    ({"z_loss": float("nan")}, "moe.z_loss (nan) must be zero or positive: use 0 to switch it off"),
+    (
+        {"router": "deepseek_v3", "bias_rate": -1.0},
+        "moe.bias_rate (-1.0) must be zero or positive: use 0 to switch it off",
+    ),
+    (
+        {"router": "dense", "balance_loss": 0.1},
+        "moe.balance_loss (0.1) has no place beside moe.router=dense: every expert takes every token: use "
+        "moe.balance_loss=0 or another router",
+    ),
+    (
+        {"router": "sinkhorn", "importance_loss": 0.1},
+        "moe.importance_loss (0.1) has no place beside moe.router=sinkhorn: its assignment is balanced by "
+        "construction: use moe.importance_loss=0 or another router",
+    ),
+    (
+        {"router": "expert_choice", "sequence_loss": 0.1},
+        "moe.sequence_loss (0.1) has no place beside moe.router=expert_choice: every expert takes its share of "
+        "tokens: use moe.sequence_loss=0 or another router",
+    ),
+    (
+        {"router": "hash", "global_batch_loss": 0.1},
+        "moe.global_batch_loss (0.1) has no place beside moe.router=hash: its assignment is fixed: use "
+        "moe.global_batch_loss=0 or another router",
+    ),
+    (
+        {"router": "hash", "z_loss": 0.1},
+        "moe.z_loss (0.1) needs router logits, which moe.router=hash does not have: use moe.z_loss=0",
+    ),
+    (
+        {"router": "hash", "jitter": 0.1},
+        "moe.jitter (0.1) scales the router's input, which moe.router=hash does not have: use moe.jitter=0",
+    ),
+    (
+        {"router": "noisy_topk", "top_k": 8},
+        "moe.load_loss (0.1) is undefined for moe.top_k = moe.num_experts (8): use moe.load_loss=0 or a smaller "
+        "moe.top_k",
+    ),
+    ({"jitter": 1.0}, "moe.jitter (1.0) must lie in [0, 1): use 0.01 (Switch) or 0"),
+    ({"jitter": -0.1}, "moe.jitter (-0.1) must lie in [0, 1): use 0.01 (Switch) or 0"),
+    ({"expert_dropout": 1.0}, "moe.expert_dropout (1.0) must lie in [0, 1): use 0.4 (Switch, fine-tuning) or 0"),
+    (
+        {"shared_width": 0, "shared_experts": 1},
+        "moe.shared_width (0) must be at least 1: use moe.shared_width=1 or more",
+    ),
+    ({"shared_width": 8}, "moe.shared_width (8) needs moe.shared_experts of at least 1: use moe.shared_experts=1"),
+    ({"shared_gate": True}, "moe.shared_gate (True) needs moe.shared_experts of at least 1: use moe.shared_experts=1"),
+    ({"shared_experts": -1}, "moe.shared_experts (-1) must be at least 0: use moe.shared_experts=0 or more"),
+    ({"init_scale": -1.0}, "moe.init_scale (-1.0) must be zero or positive: use 0.1 (Switch) or 1.0"),
+    ({"every": 0}, "moe.every (0) must be at least 1: use moe.every=1 or more"),
+    ({"first_dense": -1}, "moe.first_dense (-1) must be at least 0: use moe.first_dense=0 or more"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED)
+def test_a_moe_layer_that_can_not_work_is_refused_by_field_value_rule_and_fix(change, message):
+    with pytest.raises(ConfigError) as error:
         MoEConfig(**MOE | change)
+    assert str(error.value) == message
 
 
 @pytest.mark.parametrize(
@@ -45,12 +246,79 @@ def test_a_moe_layer_that_can_not_work_is_refused(change, message):
         ({"rope_theta": 0.0}, r"model\.rope_theta \(0\.0\)"),
         ({"norm_eps": 0.0}, r"model\.norm_eps \(0\.0\)"),
         ({"moe": MoEConfig(width=8, expert_width=8)}, r"moe\.width \(8\) must equal model\.width \(16\)"),
-        ({"moe": MoEConfig(**MOE, every=5)}, r"moe\.every \(5\) leaves no MoE block in model\.layers \(4\)"),
+        (
+            {"moe": MoEConfig(**MOE, router="expert_choice")},
+            r"moe\.router \(expert_choice\) lets a token's experts depend on later tokens.*moe\.noncausal=true",
+        ),
+        (
+            {"moe": MoEConfig(**MOE, every=2, first_dense=4)},
+            r"moe\.every \(2\) and moe\.first_dense \(4\) leave no MoE block in model\.layers \(4\): lower them",
+        ),
+        (
+            {"moe": MoEConfig(**MOE, every=5)},
+            r"moe\.every \(5\) and moe\.first_dense \(0\) leave no MoE block in model\.layers \(4\)",
+        ),
     ],
 )
 def test_a_model_that_can_not_work_is_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         ModelConfig(**MODEL | change)
+
+
+@pytest.mark.parametrize(
+    ("router", "expected"),
+    [
+        ("dense", {"top_k": 8, "balance_loss": 0.0, "z_loss": 0.0}),
+        ("softmax", {"top_k": 2, "balance_loss": 1e-2, "z_loss": 1e-3}),
+        ("noisy_topk", {"top_k": 2, "balance_loss": 0.0, "importance_loss": 0.1, "load_loss": 0.1, "z_loss": 0.0}),
+        ("gshard", {"top_k": 2, "balance_loss": 1e-2, "second_policy": "random"}),
+        ("switch", {"top_k": 1, "balance_loss": 1e-2, "renormalize": False}),
+        ("topk_softmax", {"top_k": 2, "renormalize": True}),
+        ("gpt_oss", {"top_k": 2}),
+        ("deepseek_v2", {"top_k": 2, "renormalize": False, "bias_rate": 0.0}),
+        (
+            "deepseek_v3",
+            {"top_k": 2, "renormalize": True, "balance_loss": 0.0, "sequence_loss": 1e-4, "bias_rate": 1e-3},
+        ),
+        ("expert_choice", {"top_k": 2, "balance_loss": 0.0}),
+        ("sinkhorn", {"top_k": 1, "balance_loss": 0.0, "z_loss": 0.0}),
+        ("hash", {"top_k": 1, "balance_loss": 0.0, "z_loss": 0.0}),
+    ],
+)
+def test_what_is_left_null_follows_the_router_s_paper(router, expected):
+    for nulls in ({}, dict.fromkeys(BASE)):
+        cfg = MoEConfig(**MOE, router=router, **nulls)
+        assert {name: getattr(cfg, name) for name in expected} == expected
+        assert None not in {getattr(cfg, name) for name in BASE}
+        assert build(MoEConfig, to_dict(cfg)) == cfg, "what was resolved is what is written"
+
+
+def test_every_router_has_its_paper_and_top_k_never_exceeds_the_experts():
+    assert set(PAPER) == set(get_args(RouterName))
+    assert MoEConfig(**MOE, router="topk_softmax", num_experts=1).top_k == 1
+
+
+def test_a_value_wins_over_the_paper_and_zero_is_a_value():
+    cfg = MoEConfig(**MOE, router="deepseek_v3", bias_rate=0.0, renormalize=False, sequence_loss=0.0, balance_loss=0.5)
+    assert (cfg.bias_rate, cfg.renormalize, cfg.sequence_loss, cfg.balance_loss) == (0.0, False, 0.0, 0.5)
+
+
+def test_the_losses_are_those_that_are_on_and_two_measures():
+    assert MoEConfig(**MOE).losses == {"balance": 1e-2, "z": 1e-3}
+    assert MoEConfig(**MOE, router="noisy_topk").losses == {"balance": 0, "importance": 0.1, "load": 0.1, "z": 0}
+    cfg = MoEConfig(**MOE, router="deepseek_v2", device_loss=0.05, device_groups=4, global_batch_loss=0.3, z_loss=0.0)
+    assert cfg.losses == {"balance": 1e-2, "global_batch": 0.3, "device": 0.05, "z": 0.0}
+    assert MoEConfig(**MOE, router="hash").losses == {}
+
+
+@pytest.mark.parametrize(("first_dense", "layers"), [(0, (1, 3)), (1, (1, 3)), (2, (3,))])
+def test_the_first_blocks_may_be_dense_in_any_case(first_dense, layers):
+    assert ModelConfig(**MODEL, moe=MoEConfig(**MOE, every=2, first_dense=first_dense)).moe_layers == layers
+
+
+def test_a_decoder_takes_expert_choice_when_it_is_forced():
+    moe = MoEConfig(**MOE, router="expert_choice", noncausal=True)
+    assert ModelConfig(**MODEL, moe=moe).moe_layers == (1, 3)
 
 
 @pytest.mark.parametrize(("every", "layers"), [(1, (0, 1, 2, 3)), (2, (1, 3)), (3, (2,)), (4, (3,))])
