@@ -125,6 +125,17 @@ def test_what_was_routed_in_inference_mode_is_counted_inside_and_outside_of_it()
     assert inside.fields() == stats.fields()
 
 
+def test_adding_never_waits_for_the_device():
+    """Tensors without data stand for those of a device that is still computing: reading one would raise."""
+    far = torch.device("meta")
+    routed, stats = two_tokens(), RoutingStats((0,), 4, far)
+    tensors = {name: value.to(far) for name, value in vars(routed).items() if isinstance(value, torch.Tensor)}
+    stats.add({0: Routing(**tensors)})
+    stats.add({0: Routing(**tensors)}, torch.ones(2, dtype=torch.bool, device=far))
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        stats.fields()
+
+
 def one_rank_s_share(parts):
     stats = RoutingStats((1, 3), 4, CPU)
     for part in range(process.rank(), parts, process.world()):
