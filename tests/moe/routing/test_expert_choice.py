@@ -82,4 +82,8 @@ def test_the_choice_carries_gradient_through_its_weights_only():
     routing = choose(logits, factor=1.5)
     (routing.weights_TK * routing.kept_TK).sum().backward()
     assert logits.grad[routing.kept_TK].abs().min() > 0
-    assert (ExpertChoiceRouter.causal, ExpertChoiceRouter.needs_loss) == (False, False)
+
+
+def test_it_declares_that_it_looks_ahead_drops_nothing_and_needs_no_loss():
+    router = ExpertChoiceRouter
+    assert (router.causal, router.dropless, router.needs_loss) == (False, True, False)
