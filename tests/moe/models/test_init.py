@@ -5,6 +5,7 @@ import torch
 
 from turnout.moe import Decoder
 from turnout.moe.models.init import init_weights
+from turnout.moe.routing.registry import ROUTERS
 
 
 def parameters(model):
@@ -53,3 +54,20 @@ def test_scale_is_that_of_the_switch_paper(make_model):
         assert weights[name].abs().max() <= 2 * sigma, name
         assert weights[name].std().item() == pytest.approx(0.88 * sigma, rel=0.15), name
     assert (weights["norm.weight"] == 1).all()
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_router_and_the_shared_gate_are_drawn(make_config, make_model, router):
+    changes = {"router": router, "top_k": None, "shared_experts": 1, "shared_gate": True, "noncausal": True}
+    model, blank = make_model(changes), Decoder(make_config(changes))
+    for tensor in [*blank.parameters(), *blank.buffers()]:
+        tensor.data.fill_(torch.nan)
+    init_weights(blank, 0)
+    for (name, weight), again in zip(model.state_dict().items(), blank.state_dict().values(), strict=True):
+        assert torch.equal(weight, again), name
+    gate = model.state_dict()["blocks.1.ffn.shared_gate.weight"]
+    assert gate.shape == (1, 24)
+    assert 0 < gate.abs().max() <= 2 * (model.cfg.moe.init_scale / 24) ** 0.5
+    for name, weight in model.blocks[1].ffn.router.named_parameters():
+        starts_at_zero = model.blocks[1].ffn.router.variance(name) == 0
+        assert starts_at_zero == (not weight.any()), name
