@@ -74,6 +74,8 @@ def busy(router):
     changes = {"expert_dropout": 0.25, "min_capacity": 0, "capacity_factor": 0.9}
     if router != "hash":
         changes |= {"jitter": 0.05}
+    if router in ("switch", "gshard"):
+        changes |= {"reroute": 1}
     if router not in ("hash", "dense", "expert_choice", "sinkhorn"):
         changes |= {"balance_loss": 0.5, "global_batch_loss": 0.5, "importance_loss": 0.5}
     return changes
