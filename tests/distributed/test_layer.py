@@ -4,6 +4,7 @@ T tokens, D width.
 """
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from turnout.moe import MoE, MoEConfig, RouteContext
+from turnout.parallel import ParallelConfig, build_mesh, parallelize, process
 from turnout.tests.helpers.ranks import run_ranks
 
 RANKS, STEPS, ROWS, LENGTH, WIDTH = 2, 3, 2, 12, 16
@@ -35,6 +37,9 @@ class Model(nn.Module):
         self.mixtures = nn.ModuleList(MoE(cfg, layer) for layer in range(2))
         self.head = nn.Linear(WIDTH, 32)
         self.keep = keep
+
+    def plan(self) -> dict[str, str]:
+        return {"mixtures.*.experts.*": "expert"}
 
     def forward(self, tokens_T: torch.Tensor, context: RouteContext) -> torch.Tensor:
         x_TD = self.embed(tokens_T)
@@ -117,8 +122,8 @@ def global_batch() -> dict[str, torch.Tensor]:
     model = Model("switch", balance_over="global_batch", balance_loss=0.5)
 
     def change(context: RouteContext) -> RouteContext:
-        whole = {"total_tokens": RANKS * TOKENS, "loss_scale": float(RANKS), "reducer": summed}
-        return RouteContext(cu_groups=context.cu_groups, index_T=context.index_T, step=context.step, seed=4, **whole)
+        tokens = RANKS * TOKENS
+        return dataclasses.replace(context, total_tokens=tokens, loss_scale=float(RANKS), reducer=summed)
 
     train(DistributedDataParallel(model), dist.get_rank(), 1, change)
     return model.state_dict()
@@ -148,3 +153,22 @@ def test_mixed_precision_of_fsdp_leaves_the_router_in_float32():
     for dtypes, logits_TE, alone_TE in run_ranks(mixed_precision, RANKS):
         assert dtypes == ["torch.bfloat16", "torch.float32", "torch.float32"]
         assert torch.equal(logits_TE, alone_TE)
+
+
+def spread(router: str, keep: bool) -> dict[str, torch.Tensor]:
+    """A step of the model whose experts lie on two ranks: this rank's logits and its experts' gradients."""
+    model = Model(router, keep)
+    if process.world() > 1:
+        parallelize(model, build_mesh(ParallelConfig(ep=RANKS), num_experts=4))
+    tokens_T, context, targets_T = batch(0, process.rank(), RANKS // process.world())
+    logits_TV = model(tokens_T, dataclasses.replace(context, total_tokens=RANKS * TOKENS))
+    nn.functional.cross_entropy(logits_TV, targets_T, reduction="sum").backward()
+    return {"logits": logits_TV.detach(), "w_in": model.mixtures[0].experts.w_in.grad}
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("router", ["gshard", "expert_choice"])
+def test_experts_on_two_ranks_drop_the_units_that_one_rank_drops(router, keep):
+    found, expected = run_ranks(spread, RANKS, router, keep), run_ranks(spread, 1, router, keep)[0]
+    for name, tensor in expected.items():
+        torch.testing.assert_close(torch.cat([part[name] for part in found]), tensor, rtol=1e-4, atol=1e-5, msg=name)
