@@ -90,6 +90,7 @@ class Routing:
         probs_TE: float32 router probabilities (sigmoid routers: scores divided by their sum).
         logits_TE: float32 router logits.
         aux: name → this rank's part of each loss over the global batch, before its coefficient (`balance`, `z`, ...).
+        asked_TK: int64, the experts first asked, where a reroute changed some; None = ids_TK.
     """
 
     ids_TK: Tensor
@@ -100,11 +101,12 @@ class Routing:
     probs_TE: Tensor
     logits_TE: Tensor
     aux: Mapping[str, Tensor] = field(default_factory=dict)
+    asked_TK: Tensor | None = None
 
     @property
     def decision(self) -> Decision:
         """What a replay needs."""
-        return Decision(ids_TK=self.ids_TK, wanted_TK=self.wanted_TK, kept_TK=self.kept_TK)
+        return Decision(ids_TK=self.ids_TK, wanted_TK=self.wanted_TK, kept_TK=self.kept_TK, asked_TK=self.asked_TK)
 
 
 def _flatten(routing: Routing) -> tuple[list[Any], None]:

@@ -127,7 +127,7 @@ class Router(nn.Module, ABC):
             remember(self, replace(decision, sums=sums))
         return Routing(
             ids_TK=decision.ids_TK, weights_TK=weights_TK, wanted_TK=decision.wanted_TK, kept_TK=decision.kept_TK,
-            counts_E=counts_E, probs_TE=scores.probs, logits_TE=scores.logits, aux=aux,
+            counts_E=counts_E, probs_TE=scores.probs, logits_TE=scores.logits, aux=aux, asked_TK=decision.asked_TK,
         )  # fmt: skip
 
     @torch.no_grad()

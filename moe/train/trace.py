@@ -3,7 +3,8 @@
     runs/x/routing/index.json                            layers, experts, k, router
     runs/x/routing/step-00000012/rank-00000.safetensors  what one rank decided in the step that began at 12 steps done
         index int64 [T], tokens int32 [T]                global token index, token id
-        layers.3.ids [T, K] in the smallest integers, .wanted bool, .kept bool, .weights float32
+        layers.3.ids [T, K] in the smallest integers, .wanted bool, .kept bool, .weights float32; under moe.reroute
+        also .asked, the experts before it
 
 Decisions are found by global token index, so ranks, expert parallelism and micro-batches may be others in the replay.
 
@@ -27,7 +28,7 @@ from ..config import ModelConfig
 from ..routing.record import Decision, RouteContext, Routing
 
 FOLDER, INDEX = "routing", "index.json"
-PARTS = ("ids", "wanted", "kept", "weights")
+IDS = ("ids", "asked")
 
 
 class Trace:
@@ -54,8 +55,11 @@ class Trace:
         assert context.token_ids_T is not None
         kept = {"index": context.index_T, "tokens": context.token_ids_T.int()}
         for layer, routing in routings.items():
-            parts = (routing.ids_TK.to(self._ids), routing.wanted_TK, routing.kept_TK, routing.weights_TK.float())
-            kept |= {f"layers.{layer}.{name}": part for name, part in zip(PARTS, parts, strict=True)}
+            parts = {"ids": routing.ids_TK.to(self._ids), "wanted": routing.wanted_TK, "kept": routing.kept_TK}
+            parts["weights"] = routing.weights_TK.float()
+            if routing.asked_TK is not None:
+                parts["asked"] = routing.asked_TK.to(self._ids)
+            kept |= {f"layers.{layer}.{name}": part for name, part in parts.items()}
         self._micro.append({name: tensor.detach().cpu() for name, tensor in kept.items()})
 
     def write(self, step: int) -> None:
@@ -88,7 +92,8 @@ def read_trace(directory: str | Path, step: int) -> dict[str, Any]:
         index: int64 [T], global token index.
         tokens: int64 [T], token ids.
         layers: layer id → {"ids": int64 [T, K], experts, best first; "wanted": bool [T, K], False for padding and for
-            second choices not drawn; "kept": bool [T, K], wanted and within capacity; "weights": float32 [T, K]}.
+            second choices not drawn; "kept": bool [T, K], wanted and within capacity; "weights": float32 [T, K];
+            under moe.reroute also "asked": int64 [T, K], the experts before it}.
 
     Raises:
         DataError: there is no trace, or not this step, or not of all ranks, or a file does not read.
@@ -114,7 +119,7 @@ def read_trace(directory: str | Path, step: int) -> dict[str, Any]:
     for name in sorted_:
         if name.startswith("layers."):
             _, layer, part = name.split(".")
-            layers.setdefault(int(layer), {})[part] = sorted_[name].long() if part == "ids" else sorted_[name]
+            layers.setdefault(int(layer), {})[part] = sorted_[name].long() if part in IDS else sorted_[name]
     return {"index": sorted_["index"], "tokens": sorted_["tokens"].long(), "layers": dict(sorted(layers.items()))}
 
 
@@ -173,6 +178,7 @@ class Replay:
                 ids_TK=parts["ids"][place_T].to(device),
                 wanted_TK=parts["wanted"][place_T].to(device),
                 kept_TK=parts["kept"][place_T].to(device),
+                asked_TK=parts["asked"][place_T].to(device) if "asked" in parts else None,
             )
             for layer, parts in self._held["layers"].items()
         }

@@ -243,7 +243,8 @@ def test_routing_is_immutable_and_a_pytree():
     leaves, spec = torch.utils._pytree.tree_flatten(routing)
     names = ("ids_TK", "weights_TK", "wanted_TK", "kept_TK", "counts_E", "probs_TE", "logits_TE")
     assert all(leaf is getattr(routing, name) for leaf, name in zip(leaves, names, strict=False))
-    assert len(leaves) == len(names) + len(routing.aux)
+    assert len(leaves) == len(names) + len(routing.aux) + 1
+    assert leaves[-1] is routing.asked_TK is None
     again = torch.utils._pytree.tree_unflatten(leaves, spec)
     assert torch.equal(again.kept_TK, routing.kept_TK)
     assert torch.equal(again.wanted_TK, routing.wanted_TK)

@@ -123,6 +123,17 @@ def test_a_replay_of_the_same_run_is_the_same_run(data, traced, tmp_path):
     assert [row["loss"] for row in rows(tmp_path / "run")] == [row["loss"] for row in rows(traced)]
 
 
+def test_a_replay_balances_by_the_experts_asked_before_a_reroute(data, tmp_path):
+    words = tiny(data, *WORDS, "moe=switch", "moe.reroute=3")
+    go(str(tmp_path / "run"), words)
+    decided = read_trace(tmp_path / "run", 0)["layers"][1]
+    moved_T1 = decided["ids"] != decided["asked"]
+    assert moved_T1.any()
+    assert decided["kept"][moved_T1].all()
+    go(str(tmp_path / "replay"), [*words, "moe.jitter=0.5", "moe.init_scale=2.0", f"moe.replay={tmp_path / 'run'}"])
+    assert same(tmp_path / "run", tmp_path / "replay", "ids", "asked", "wanted", "kept")
+
+
 def test_traces_travel_between_one_rank_and_two(data, traced, tmp_path):
     two = tmp_path / "two"
     run_ranks(go, 2, str(two), tiny(data, *WORDS, *OTHER, "parallel.ep=2", f"moe.replay={traced}"))
