@@ -13,6 +13,7 @@ from turnout.inference.core.sampling import SamplingParams
 from turnout.inference.engine import Engine, FailedOutput
 from turnout.inference.errors import QueueTimeoutError
 from turnout.inference.outputs import RequestOutput
+from turnout.moe import MoEConfig, RouteContext, VarlenContext
 
 Work = list[tuple[list[int], SamplingParams]]
 
@@ -276,6 +277,34 @@ def test_an_id_is_unique_while_it_lives_and_the_queue_is_bounded(make_engine):
     run(engine)
     engine.add_request("x", [1], SamplingParams(max_tokens=1))
     run(engine)
+
+
+def test_a_router_that_looks_at_later_tokens_is_never_served(make_model, make_engine):
+    moe = MoEConfig(width=32, expert_width=32, num_experts=4, router="expert_choice", noncausal=True)
+    rule = r"moe\.router \(expert_choice\) chooses among tokens that serving has not seen yet.*evaluate this model"
+    with pytest.raises(ConfigError, match=rule):
+        make_engine(make_model(moe=moe))
+
+
+def test_a_router_of_nan_fails_requests_and_not_the_engine(make_model, make_engine):
+    model = make_model()
+    with torch.no_grad():
+        model.blocks[1].ffn.router.weight[0, 0] = torch.nan
+    (output,) = complete(make_engine(model), [([1, 2], SamplingParams(max_tokens=2))])
+    assert isinstance(output, FailedOutput)
+    assert isinstance(output.error, NonFiniteError)
+
+
+@pytest.mark.parametrize("chunk", [1, 64])
+def test_hash_routing_is_served_by_the_token_s_id_however_it_is_cut(make_model, make_engine, chunk):
+    moe = MoEConfig(width=32, expert_width=32, num_experts=4, router="hash", init_scale=3.0)
+    model, prompt = make_model(moe=moe), list(range(3, 30))
+    engine = make_engine(model, max_num_batched_tokens=chunk, max_num_seqs=1)
+    (output,) = complete(engine, [(prompt, SamplingParams(temperature=0, max_tokens=3))])
+    ids = [*prompt, *tokens(output)[0][:-1]]
+    ctx = VarlenContext(torch.tensor([0, len(ids)]), route=RouteContext(token_ids_T=torch.tensor(ids), dropless=True))
+    logits_TV = model(torch.tensor(ids), torch.arange(len(ids)), ctx)
+    assert logits_TV[len(prompt) - 1 :].argmax(-1).tolist() == list(tokens(output)[0])
 
 
 def test_settings_that_do_not_fit_the_model_are_refused(model, byte_level, make_engine):

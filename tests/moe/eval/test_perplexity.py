@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from turnout import ConfigError, DataError
+from turnout import ConfigError, DataError, NonFiniteError
 from turnout.moe.config import ModelConfig, MoEConfig
 from turnout.moe.data.corpus import read_documents
 from turnout.moe.data.tokenizer import train_tokenizer
@@ -48,6 +48,15 @@ def build(vocab_size, router="switch", **moe):
     model = Decoder(cfg)
     init_weights(model, 0)
     return model
+
+
+def test_a_router_of_nan_raises_alone_and_is_summed_among_several_ranks(tokenizer):
+    model = build(tokenizer.vocab_size)
+    with torch.no_grad():
+        model.blocks[1].ffn.router.weight[0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match="layer 1"):
+        evaluate(model, tokenizer, TEXTS[:1], seq_len=8)
+    assert math.isnan(evaluate(model, tokenizer, TEXTS[:1], seq_len=8, size=2, reduce=lambda sums: sums).val_loss)
 
 
 @pytest.mark.parametrize(("seq_len", "stride"), [(1, 1), (2, 1), (5, 5), (5, 2), (5, 4), (100, 30)])
