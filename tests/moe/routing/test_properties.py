@@ -71,8 +71,9 @@ drops = st.fixed_dictionaries(
 
 
 def options(router, chosen):
-    """`reroute` needs experts that a token has not asked."""
-    return chosen | ({"reroute": 0} if router in ("dense",) else {})
+    """`reroute` needs experts that a token has not asked, and drops."""
+    drops = router not in ("dense", "expert_choice") and chosen.get("capacity_factor") is not None
+    return chosen if drops else chosen | {"reroute": 0}
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -166,6 +167,7 @@ def test_every_layout_draws_the_same_and_decides_the_same(router, order, batch, 
 @given(batch=batches(), chosen=drops)
 def test_load_and_balance_are_about_what_was_chosen_before_drops_and_reroutes(router, batch, chosen):
     x, context, seed = batch
+    chosen = chosen | {"capacity_factor": 0.7}
     routing = make(router, seed, **chosen | {"reroute": 1})(x, context)
     dropless = make(router, seed, **chosen | {"reroute": 0, "capacity_factor": None})(x, context)
     assert torch.equal(routing.counts_E, dropless.counts_E)
@@ -210,7 +212,6 @@ def test_in_evaluation_a_causal_router_never_looks_ahead_and_another_does(router
 @pytest.mark.parametrize("reroute", [0, 2])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_in_training_a_policy_looks_ahead_exactly_when_it_says_so(router, order, reroute):
-    tight = {"capacity_factor": 0.5, "min_capacity": 1, "drop_order": order}
-    tight |= {"reroute": 0 if router == "dense" else reroute}
+    tight = options(router, {"capacity_factor": 0.5, "min_capacity": 1, "drop_order": order, "reroute": reroute})
     found = [looks_ahead(router, True, seed, **tight) for seed in range(24)]
     assert any(found) == (not make(router, 0, **tight).causal_in_training)
