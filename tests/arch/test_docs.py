@@ -7,7 +7,10 @@ import pytest
 
 from turnout.launch.main import VERBS
 
-DOCS = ("README.md", *(f"docs/{name}.md" for name in ("architecture", "routing", "moe_layer", "adaptive", "training", "serving")))
+DOCS = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("architecture", "routing", "moe_layer", "adaptive", "training", "serving")),
+)
 
 
 def test_the_architecture_page_gives_every_source_file_its_sentence(root, sources):
