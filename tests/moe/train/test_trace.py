@@ -1,6 +1,7 @@
 """What the routers decided is on disk, whole; a replay takes exactly that at any layout, or says what differs."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -188,6 +189,15 @@ def test_another_text_is_refused(data, traced, tmp_path):
 )
 def test_another_model_or_run_is_refused_by_what_differs(data, traced, tmp_path, words, message):
     assert message in complaint(str(tmp_path), tiny(data, *WORDS, *words, f"moe.replay={traced}"))
+
+
+def test_the_documented_example_tells_where_tokens_of_one_kind_go(traced, capsys):
+    page = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(example.replace("runs/traced", str(traced)).replace("step=99", "step=2"), {})  # noqa: S102
+    layer, counts = capsys.readouterr().out.split(" ", 1)
+    assert layer == "1"
+    assert 0 < sum(json.loads(counts)) < 128
 
 
 def test_a_place_without_a_whole_trace_is_refused(data, traced, tmp_path):
