@@ -137,13 +137,16 @@ def test_a_checkpoint_of_two_ranks_gives_equal_logits_on_one_and_in_the_exported
     assert alone.std() > 0.01, "the logits must say something"
 
 
-def test_two_ranks_follow_one_rank_s_losses(data, tmp_path):
-    words = tiny(data, "train.dtype=float32", "optim=adamw")
+@pytest.mark.parametrize("moe", ["switch", "qwen3_moe"])
+def test_two_ranks_follow_one_rank_s_losses(data, tmp_path, moe):
+    words = tiny(data, f"moe={moe}", "train.dtype=float32", "optim=adamw")
     go(str(tmp_path / "one"), words)
     two_ranks(tmp_path / "two", words)
-    one, two = ([row["loss"] for row in rows(tmp_path / name)] for name in ("one", "two"))
-    assert one == pytest.approx(two, rel=1e-4)
-    assert one[-1] < one[0]
+    for name in ("loss", "aux_loss", "aux/balance"):
+        one, two = ([row[name] for row in rows(tmp_path / run)] for run in ("one", "two"))
+        assert one == pytest.approx(two, rel=1e-4), name
+    losses = [row["loss"] for row in rows(tmp_path / "one")]
+    assert losses[-1] < losses[0]
 
 
 def poisoned(run: str, words: list[str], name: str) -> tuple[str, bool]:

@@ -1,7 +1,6 @@
 """Every preset of `configs/moe/` trains in a decoder, evaluates, and is exported with its router in float32."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from turnout.moe.train.loop import train
 from turnout.parallel.mesh import build_mesh
 from turnout.tests.helpers.runs import corpus, rows, tiny
 
-QUICK = ("deepseek_v3", "shazeer", "expert_choice", "hash")
 PRESETS = sorted(path.stem for path in (CONFIGS / "moe").glob("*.yaml"))
 
 
@@ -21,28 +19,17 @@ def data(tmp_path_factory):
     return corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def trains_and_evaluates(data: Path, run: Path, preset: str) -> None:
-    run.mkdir()
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_trains_and_evaluates(data, tmp_path, preset):
     words = tiny(data, f"moe={preset}", "moe.noncausal=true", "train.steps=2", "train.micro_batch=2")
     config = compose(words).config
     experts = config.model.moe.num_experts
-    train(config, run, build_mesh(config.parallel, "cpu", experts), lambda: False)
-    trained, (evaluated,) = rows(run), rows(run, "eval")
+    train(config, tmp_path, build_mesh(config.parallel, "cpu", experts), lambda: False)
+    trained, (evaluated,) = rows(tmp_path), rows(tmp_path, "eval")
     assert len(trained) == 2
     assert all(row["loss"] < math.log(400) + 1 and math.isfinite(row["aux_loss"]) for row in trained)
     assert all(math.isclose(sum(load), 1, rel_tol=1e-6) and len(load) == experts for load in trained[1]["expert_load"])
     assert evaluated["val_loss"] < math.log(400) + 1
-    exported = load_model(run, "bfloat16").state_dict()
+    exported = load_model(tmp_path, "bfloat16").state_dict()
     assert {tensor.dtype for name, tensor in exported.items() if ".router." in name} <= {torch.float32}
     assert {tensor.dtype for name, tensor in exported.items() if ".router." not in name} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("preset", QUICK)
-def test_a_preset_of_each_kind_trains_and_evaluates(data, tmp_path, preset):
-    trains_and_evaluates(data, tmp_path / "run", preset)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("preset", sorted(set(PRESETS) - set(QUICK)))
-def test_every_preset_trains_and_evaluates(data, tmp_path, preset):
-    trains_and_evaluates(data, tmp_path / "run", preset)
