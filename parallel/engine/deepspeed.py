@@ -110,6 +110,7 @@ class DeepSpeedEngine:
         state = self.optimizers[0].state
         for optimizer in self._expert_optimizers:
             state.update({parameter: dict(optimizer.state[parameter]) for parameter in self._experts})
+        self._link_states()
         flat, pieces = next(iter(self._dense_optimizer.state.items()))
         with naming("gathering of ZeRO's states"):
             for parameter in self._dense:
@@ -130,13 +131,17 @@ class DeepSpeedEngine:
                 key: torch.zeros_like(flat) if value.shape == self._dense[0].shape else value.clone()
                 for key, value in example.items()
             }
-        self._zero._hp_optimizer_states_linked = False
-        self._zero._lazy_init_hp_params_optimizer_state()
+        self._link_states()
         for parameter in self._dense:
             for key, value in state[parameter].items():
                 if value.shape == parameter.shape:
                     put(parameter, value, key)
         self._zero.refresh_fp32_params()
+
+    def _link_states(self) -> None:
+        """Let DeepSpeed find each parameter's states: it looks once, when only its first group may have stepped."""
+        self._zero._hp_optimizer_states_linked = False
+        self._zero._lazy_init_hp_params_optimizer_state()
 
     def _owned_gradients(self) -> Iterator[tuple[Tensor, int]]:
         """The reduced gradients that this rank updates, with their number of replicas: ZeRO's pieces have none."""

@@ -40,6 +40,7 @@ class Case:
     ep: int = 1
     engine: str = "native"
     clip: float = 0.05
+    decay: float = 0.0
     steps: int = 3
 
 
@@ -129,11 +130,15 @@ def train(case: Case) -> dict:
 def build_engine(case: Case, model, mesh, shards):
     kinds = {"sgd": (torch.optim.SGD, 0.5), "adamw": (torch.optim.AdamW, 1e-2)}
     kind, lr = kinds[case.optimizer]
+    by_decay: dict[float, list] = {}
+    for parameter in model.parameters():
+        by_decay.setdefault(case.decay if parameter.dim() > 1 else 0.0, []).append(parameter)
+    groups = [{"params": some, "weight_decay": decay} for decay, some in by_decay.items()]
     if case.engine == "deepspeed":
         from turnout.parallel.engine.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(model, [kind(model.parameters(), lr=lr)], mesh, shards, clip=case.clip)
-    return NativeEngine(model, [kind(model.parameters(), lr=lr)], mesh, shards, clip=case.clip)
+        return DeepSpeedEngine(model, [kind(groups, lr=lr)], mesh, shards, clip=case.clip)
+    return NativeEngine(model, [kind(groups, lr=lr)], mesh, shards, clip=case.clip)
 
 
 def whole(views: list[dict], what: str) -> dict[str, Tensor]:
