@@ -1,6 +1,7 @@
 """How many ranks do what: the sizes of the parallel dimensions, and their check against the world. No torch here."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..configs.typed import check
 
@@ -26,6 +27,7 @@ class ParallelConfig:
         dp: data-parallel ranks; None = what the other dimensions leave of the world.
         ep: ranks over which the experts of one layer are spread, carved out of the data-parallel ones.
         tp, pp, cp: tensor, pipeline and context parallelism; only 1 is built.
+        zero: ZeRO stage of engine=deepspeed: 1 spreads the optimizer's states over the ranks, 2 the gradients too.
         timeout: seconds until a collective gives up on a lost peer.
     """
 
@@ -34,6 +36,7 @@ class ParallelConfig:
     tp: int = 1
     pp: int = 1
     cp: int = 1
+    zero: Literal[1, 2] = 1
     timeout: float = 120.0
 
     def __post_init__(self) -> None:

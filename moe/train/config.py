@@ -166,6 +166,9 @@ class RunConfig:
             value, rule = getattr(self, name), "needs routers, which a dense model does not have"
             check(model.moe is not None or not value, f"moe.{name}", value, rule, "leave it out")
         check(self.replay != "", "moe.replay", repr(self.replay), "must name a directory", "use moe.replay=runs/NAME")
+        rule = "is read by engine=deepspeed only"
+        stage, fits = self.parallel.zero, self.engine == "deepspeed" or self.parallel.zero == 1
+        check(fits, "parallel.zero", stage, rule, "use engine=deepspeed, or leave it out")
         if self.engine == "deepspeed":
             rule = "is not built for engine=deepspeed (ZeRO shards flat AdamW states)"
             check(self.optim.name == "adamw", "optim.name", self.optim.name, rule, "use optim=adamw")

@@ -1,10 +1,14 @@
-"""The DeepSpeed engine: ZeRO-1 (Rajbhandari et al. 1910.02054) for the dense parameters, same surface as `native`.
+"""The DeepSpeed engine: ZeRO (Rajbhandari et al. 1910.02054) for the dense parameters, same surface as `native`.
 
-DeepSpeed cuts the optimizer states of the dense parameters into one piece a rank. The experts are spread over ranks
+DeepSpeed cuts the optimizer states of the dense parameters (ZeRO-1), or their gradients too (ZeRO-2), into one piece a
+rank. The experts are spread over ranks
 already; their gradients are summed over the replicas and stepped here, as in the native engine. What DeepSpeed would
 do to the numbers is switched off: it sums and does not average, its clip is off, and ours sees every parameter once.
 
-Float32 only. One elementwise optimizer (AdamW, Adam, SGD): ZeRO-1 updates flat pieces, so it can not hold matrices.
+ZeRO-2 sums gradients in the order in which the backward pass makes them, so every rank must have tokens: without any, a
+rank makes them in another order. `turnout train` deals rows out evenly.
+
+Float32 only. One elementwise optimizer (AdamW, Adam, SGD): ZeRO updates flat pieces, so it can not hold matrices.
 """
 
 import importlib
@@ -27,21 +31,21 @@ from .native import StepResult, sum_expert_gradients
 ELEMENTWISE = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 
 
-def settings() -> dict[str, Any]:
-    """DeepSpeed's JSON configuration: ZeRO-1, plain sums, no clip, no loss scaling."""
+def settings(stage: int) -> dict[str, Any]:
+    """DeepSpeed's JSON configuration: ZeRO, plain sums, no clip, no loss scaling."""
     return {
         "train_micro_batch_size_per_gpu": 1,  # only scales DeepSpeed's own counters
         "gradient_accumulation_steps": 1,
         "gradient_allreduce_op": "sum",
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": 1, "overlap_comm": False, "compute_grad_norm": False},
+        "zero_optimization": {"stage": stage, "overlap_comm": False, "compute_grad_norm": False},
         "steps_per_print": None,
     }
 
 
 class DeepSpeedEngine:
-    """Trains `model` with ZeRO-1; arguments and methods as `NativeEngine`'s. Needs at least 2 ranks.
+    """Trains `model` with ZeRO-1 or ZeRO-2 (`stage`); else as `NativeEngine`. Needs at least 2 ranks.
 
     The learning rates are read from `optimizers[0].param_groups` at every step; its states live elsewhere.
 
@@ -57,6 +61,7 @@ class DeepSpeedEngine:
         shards: Mapping[str, ShardSpec],
         *,
         clip: float | None = None,
+        stage: int = 1,
     ) -> None:
         _check(model, optimizers, mesh)
         self.model, self.optimizers, self.mesh, self.clip = model, list(optimizers), mesh, clip
@@ -65,7 +70,7 @@ class DeepSpeedEngine:
         self._dense = [p for name, p in model.named_parameters() if name not in self.sharded and p.requires_grad]
         self._dense_optimizer = _part_of(self.optimizers[0], self._dense)
         self._expert_optimizers = [_part_of(self.optimizers[0], self._experts)] if self._experts else []
-        self._engine = _initialize(model, self._dense_optimizer, mesh, self._experts)
+        self._engine = _initialize(model, self._dense_optimizer, mesh, self._experts, stage)
         self._zero = self._engine.optimizer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +100,7 @@ class DeepSpeedEngine:
                 for grad, _ in grads:
                     grad.mul_(coefficient)
             _follow(self.optimizers[0], self._dense_optimizer, *self._expert_optimizers)
-            with naming("step of ZeRO-1"):
+            with naming("step of ZeRO"):
                 self._engine.step()
             for optimizer in self._expert_optimizers:
                 optimizer.step()
@@ -177,12 +182,14 @@ def _check(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], mesh: 
         raise ConfigError("engine (deepspeed) needs at least 2 ranks: use engine=native on one rank")
     if len(optimizers) != 1 or not isinstance(optimizers[0], ELEMENTWISE):
         names = "+".join(type(optimizer).__name__ for optimizer in optimizers)
-        raise ConfigError(f"optim ({names}) can not run in ZeRO-1's flat pieces: use optim.name=adamw or engine=native")
+        raise ConfigError(f"optim ({names}) can not run in ZeRO's flat pieces: use optim.name=adamw or engine=native")
     if any(p.dtype != torch.float32 for p in model.parameters()):
         raise ConfigError("the parameters' dtype must be float32 for engine=deepspeed: use engine=native")
 
 
-def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, experts: Sequence[Any]) -> Any:
+def _initialize(
+    model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, experts: Sequence[Any], stage: int
+) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
         deepspeed = importlib.import_module("deepspeed")
@@ -203,7 +210,7 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, 
             parameter.allreduce, parameter.group_name = False, f"ep_size_{mesh.ep_size}"
     with naming("start of DeepSpeed"):
         engine = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings(), mpu=_Topology(mesh), dist_init_required=False
+            model=model, optimizer=optimizer, config=settings(stage), mpu=_Topology(mesh), dist_init_required=False
         )[0]
     if engine.gradient_average:  # an older release ignores the setting and would divide by the ranks
         raise ConfigError(f"deepspeed ({deepspeed.__version__}) can not sum gradients: install deepspeed>=0.19.8")

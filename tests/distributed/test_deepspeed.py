@@ -1,4 +1,4 @@
-"""The DeepSpeed engine trains what the native one trains: 2 ranks, ep = 2, ZeRO-1, on gloo.
+"""The DeepSpeed engine trains what the native one trains: 2 ranks, ep = 2, ZeRO-1 and ZeRO-2, on gloo.
 
 Bound, in float32 after 5 steps: 1e-5 relative for losses, norms, clips and parameters (measured: the same bits).
 The engines run in processes of their own, because DeepSpeed keeps process-wide state.
@@ -31,14 +31,16 @@ CPU = {"DS_ACCELERATOR": "cpu"}
 
 
 QUICK = Case(dtype=torch.float32, ep=2, steps=5, router="gshard", micro_batches=2, decay=0.1)
+SITUATIONS = [{"optimizer": "sgd"}, {"decay": 0.0}, {"ep": 1}, {"split": (ROWS, 0)}, {"hot": True}]
 
 
-def both_engines(case: Case) -> tuple[dict, dict]:
-    return train(case), train(dataclasses.replace(case, engine="deepspeed"))
+def engines(case: Case, stages: tuple[int, ...] = (1, 2)) -> tuple[dict, ...]:
+    """Trained by the native engine and by ZeRO's stages."""
+    return train(case), *(train(dataclasses.replace(case, engine="deepspeed", zero=stage)) for stage in stages)
 
 
-def quick() -> tuple[tuple[dict, dict], dict]:
-    return both_engines(QUICK), resume_and_poison()
+def quick() -> tuple[tuple[dict, ...], dict, dict]:
+    return engines(QUICK), resume_and_poison(1), resume_and_poison(2)
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +59,24 @@ def assert_same_training(native: list[dict], deepspeed: list[dict]) -> None:
         assert float((tensor - expected[name]).norm()) <= BOUND * float(expected[name].norm()), name
 
 
-def test_zero1_with_spread_experts_trains_as_the_native_engine(seen):
-    assert_same_training([both[0] for both, _ in seen], [both[1] for both, _ in seen])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_with_spread_experts_trains_as_the_native_engine(seen, stage):
+    assert_same_training([all_three[0] for all_three, *_ in seen], [all_three[stage] for all_three, *_ in seen])
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("changes", [{"optimizer": "sgd"}, {"decay": 0.0}, {"ep": 1}, {"split": (ROWS, 0)}, {"hot": True}], ids=str)
-def test_zero1_trains_as_the_native_engine_in_every_situation(changes):
+@pytest.mark.parametrize("changes", SITUATIONS, ids=str)
+def test_zero_trains_as_the_native_engine_in_every_situation(changes):
     case = dataclasses.replace(QUICK, router="switch", micro_batches=1, **changes)
-    views = run_ranks(both_engines, 2, case, fresh=True, timeout=200, env=CPU)
-    assert_same_training([native for native, _ in views], [deepspeed for _, deepspeed in views])
+    stages = (1,) if case.split else (1, 2)  # ZeRO-2 wants tokens on every rank, as the engine says
+    views = run_ranks(engines, 2, case, stages, fresh=True, timeout=200, env=CPU)
+    for stage in stages:
+        assert_same_training([view[0] for view in views], [view[stage] for view in views])
 
 
-def resume_and_poison() -> dict:
+def resume_and_poison(stage: int) -> dict:
     """Steps 0 to 3 in one engine; steps 2 and 3 again in a new one that took over the states after step 1."""
-    case = Case(dtype=torch.float32, ep=2, engine="deepspeed", decay=0.1)
+    case = Case(dtype=torch.float32, ep=2, engine="deepspeed", decay=0.1, zero=stage)
     mesh = build_mesh(ParallelConfig(ep=2), "cpu")
     rows = rows_of(case, mesh.rank, mesh.world)
     model = build_model(case)
@@ -115,23 +120,25 @@ def fork(model, optimizer, other, engine: DeepSpeedEngine) -> None:
     engine.scatter_state()
 
 
-def test_states_travel_to_a_new_engine(seen):
-    assert [rest["resumed"] for _, rest in seen] == [True, True]
+@pytest.mark.parametrize("stage", [1, 2])
+def test_states_travel_to_a_new_engine(seen, stage):
+    assert [view[stage]["resumed"] for view in seen] == [True, True]
 
 
-def test_a_nan_on_one_rank_moves_nothing_under_zero1(seen):
-    for _, rest in seen:
-        assert rest["still"]
-        assert rest["finite"] == [False, True]
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_nan_on_one_rank_moves_nothing_under_zero(seen, stage):
+    for view in seen:
+        assert view[stage]["still"]
+        assert view[stage]["finite"] == [False, True]
 
 
-def test_what_zero1_can_not_train_is_refused():
+def test_what_zero_can_not_train_is_refused():
     mesh = build_mesh(ParallelConfig())
     model = torch.nn.Linear(2, 2)
     with pytest.raises(ConfigError, match=r"engine \(deepspeed\) needs at least 2 ranks"):
         DeepSpeedEngine(model, [torch.optim.SGD(model.parameters())], mesh, {})
     two = dataclasses.replace(mesh, world=2)
-    with pytest.raises(ConfigError, match=r"optim \(LBFGS\) can not run in ZeRO-1's flat pieces"):
+    with pytest.raises(ConfigError, match=r"optim \(LBFGS\) can not run in ZeRO's flat pieces"):
         DeepSpeedEngine(model, [torch.optim.LBFGS(model.parameters())], two, {})
     with pytest.raises(ConfigError, match="must be float32"):
         DeepSpeedEngine(model.double(), [torch.optim.SGD(model.parameters())], two, {})

@@ -41,6 +41,7 @@ class Case:
     engine: str = "native"
     clip: float = 0.05
     decay: float = 0.0
+    zero: int = 1
     steps: int = 3
 
 
@@ -137,7 +138,7 @@ def build_engine(case: Case, model, mesh, shards):
     if case.engine == "deepspeed":
         from turnout.parallel.engine.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(model, [kind(groups, lr=lr)], mesh, shards, clip=case.clip)
+        return DeepSpeedEngine(model, [kind(groups, lr=lr)], mesh, shards, clip=case.clip, stage=case.zero)
     return NativeEngine(model, [kind(groups, lr=lr)], mesh, shards, clip=case.clip)
 
 

@@ -84,6 +84,7 @@ BAD = [
     ("optim.clip=-1", "optim.clip (-1.0) must be positive"),
     ("engine=fsdp", "engine ('fsdp') must be one of native, deepspeed"),
     ("engine=deepspeed", "optim.name (muon) is not built for engine=deepspeed"),
+    ("parallel.zero=2", "parallel.zero (2) is read by engine=deepspeed only: use engine=deepspeed"),
     ("engine=deepspeed optim=adamw", "train.dtype (bfloat16) is not built for engine=deepspeed"),
     (
         "engine=deepspeed optim=adamw train.dtype=float32 parallel.ep=1 nproc=1",
