@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..routing.record import Routing
 from .attention import Attention
 from .context import Context
 from .ffn import FeedForward
@@ -23,13 +24,18 @@ class Block(nn.Module):
         self.ffn: nn.Module = MoE(cfg.moe, layer) if sparse and cfg.moe else FeedForward(cfg.width, cfg.ffn_width)
 
     def forward(self, x_TD: Tensor, positions_T: Tensor, ctx: Context) -> Tensor:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), positions_T, ctx)
-        return x_TD + self.feed(self.ffn_norm(x_TD), ctx)
+        """The block; a sparse one shows its routing to the context."""
+        x_TD, routing = self.compute(x_TD, positions_T, ctx)
+        if routing is not None:
+            ctx.observe(self.layer, routing)
+        return x_TD
 
-    def feed(self, x_TD: Tensor, ctx: Context) -> Tensor:
-        """The feed-forward slot; a sparse one shows its routing to the context."""
-        if not isinstance(self.ffn, MoE):
-            return self.ffn(x_TD)
-        y_TD, routing = self.ffn(x_TD, ctx.route)
-        ctx.observe(self.layer, routing)
-        return y_TD
+    def compute(self, x_TD: Tensor, positions_T: Tensor, ctx: Context) -> tuple[Tensor, Routing | None]:
+        """The block and its routing, which nobody has been shown: what may be computed again."""
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), positions_T, ctx)
+        y_TD, routing = self.feed(self.ffn_norm(x_TD), ctx)
+        return x_TD + y_TD, routing
+
+    def feed(self, x_TD: Tensor, ctx: Context) -> tuple[Tensor, Routing | None]:
+        """The feed-forward slot, and the routing of a sparse one."""
+        return self.ffn(x_TD, ctx.route) if isinstance(self.ffn, MoE) else (self.ffn(x_TD), None)

@@ -19,7 +19,7 @@ class VarlenContext:
         logit_rows: int64 rows whose logits are wanted; None = all.
 
     Attributes:
-        routings: layer id → Routing of this forward pass.
+        routings: layer id → Routing of this forward pass, without gradients: what is noted keeps no graph alive.
     """
 
     def __init__(
@@ -36,4 +36,4 @@ class VarlenContext:
         )
 
     def observe(self, layer: int, routing: Routing) -> None:
-        self.routings[layer] = routing
+        self.routings[layer] = routing.detach()

@@ -108,6 +108,10 @@ class Routing:
         """What a replay needs."""
         return Decision(ids_TK=self.ids_TK, wanted_TK=self.wanted_TK, kept_TK=self.kept_TK, asked_TK=self.asked_TK)
 
+    def detach(self) -> "Routing":
+        """The same numbers without gradients."""
+        return pytree.tree_map_only(Tensor, Tensor.detach, self)
+
 
 def _flatten(routing: Routing) -> tuple[list[Any], None]:
     return [getattr(routing, f.name) for f in fields(Routing)], None

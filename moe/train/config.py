@@ -70,6 +70,8 @@ class TrainConfig:
         save_every: steps between checkpoints; null = only at the end.
         keep: newest checkpoints kept.
         dtype: of the forward pass under autocast (parameters and optimizer stay float32, the router too).
+        recompute: activations that the backward pass computes again instead of keeping them: `none`; `selective`, the
+            inside of feed-forward networks and experts; `full`, all of every block but its input.
         init: a run or model directory whose weights the run starts from.
         resume: true = go on from the run's newest checkpoint if there is one; or a run or checkpoint directory.
     """
@@ -84,6 +86,7 @@ class TrainConfig:
     save_every: int | None = 500
     keep: int = 2
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    recompute: Literal["none", "selective", "full"] = "none"
     init: str | None = None
     resume: bool | str = False
 

@@ -25,6 +25,7 @@ from ..models.store import load_model
 from . import state
 from .config import RunConfig, flatten, identity
 from .optim import build_optimizers
+from .recompute import recompute
 
 CHECKPOINTS = "checkpoints"
 Engine = NativeEngine | DeepSpeedEngine
@@ -52,6 +53,7 @@ def prepare_run(config: RunConfig, run: Path, mesh: Mesh) -> Setup:
     agree({"tokenizer": tokenizer.digest, "tokens of the training stream": len(stream)})
     rows = Rows(stream, config.train.seq_len, config.seed)
     model, shards = build_model(dataclasses.replace(config.model, eos_token_id=tokenizer.eos_id), config, mesh)
+    recompute(model, config.train.recompute)
     return Setup(
         tokenizer=tokenizer,
         rows=rows,

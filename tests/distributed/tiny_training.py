@@ -15,6 +15,7 @@ from turnout.moe.models.context import VarlenContext
 from turnout.moe.models.decoder import Decoder
 from turnout.moe.models.init import init_weights
 from turnout.moe.routing.record import RouteContext
+from turnout.moe.train.recompute import recompute
 from turnout.parallel import process
 from turnout.parallel.apply import parallelize
 from turnout.parallel.config import ParallelConfig
@@ -43,6 +44,7 @@ class Case:
     decay: float = 0.0
     zero: int = 1
     steps: int = 3
+    recompute: str = "none"
 
 
 def model_config(case: Case) -> ModelConfig:
@@ -111,6 +113,7 @@ def train(case: Case) -> dict:
     mesh = build_mesh(ParallelConfig(ep=case.ep), "cpu", EXPERTS)
     model = build_model(case)
     shards = parallelize(model, mesh)
+    recompute(model, case.recompute)
     engine = build_engine(case, model, mesh, shards)
     rows = rows_of(case, mesh.rank, mesh.world)
     seen: dict = {"first": [block.ffn.experts.first for block in model.blocks], "curve": [], "steps": []}
