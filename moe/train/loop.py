@@ -28,6 +28,7 @@ from ...parallel.mesh import Mesh
 from ..data.rows import Batch
 from ..data.stream import validation_documents
 from ..eval.perplexity import evaluate, limit_bytes
+from ..flops import flops_per_token
 from ..models.context import VarlenContext
 from ..models.store import save_model
 from ..routing.bias import update_biases
@@ -35,7 +36,7 @@ from ..routing.record import RouteContext
 from . import state
 from .alarm import CollapseAlarm
 from .config import RunConfig
-from .metrics import Metrics, Window, flops_per_token, peak_flops
+from .metrics import Metrics, Window, peak_flops
 from .optim import set_rate
 from .schedule import progress, rate
 from .setup import CHECKPOINTS, prepare_run, resume

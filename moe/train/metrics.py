@@ -16,7 +16,8 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig, MoEConfig
+from ...configs.hardware import ACCELERATORS
+from ..config import MoEConfig
 from ..routing.record import Routing
 from ..routing.stats import RoutingStats
 from .alarm import Event
@@ -24,9 +25,6 @@ from .config import LogConfig
 from .sinks import Sinks
 
 Reduce = Callable[[Tensor], Tensor]
-
-# Peak dense bfloat16 FLOP/s by device name, for model FLOP utilisation (makers' data sheets).
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 
 
 class Window:
@@ -154,37 +152,12 @@ class Metrics:
             self.stream.flush()
 
 
-def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
-    """Forward and backward: 6 per active matrix weight, 6 per head, head size and position that causal attention sees.
-
-    (Kaplan et al. 2001.08361 §2.1; PaLM 2204.02311 appendix B, halved for the causal mask.)
-    """
-    attention = cfg.width * cfg.head_dim * (2 * cfg.heads + 2 * cfg.kv_heads)
-    sparse = len(cfg.moe_layers)
-    dense = 3 * cfg.width * cfg.ffn_width
-    routed = _sparse_weights(cfg.moe) if cfg.moe else 0.0
-    weights = cfg.layers * attention + (cfg.layers - sparse) * dense + sparse * routed + cfg.vocab_size * cfg.width
-    return 6.0 * (weights + cfg.layers * cfg.heads * cfg.head_dim * seq_len)
-
-
-def _sparse_weights(moe: MoEConfig) -> float:
-    """Matrix weights of a MoE layer that a token meets: its experts', the shared ones', the gate's and the router's."""
-    chosen: float = moe.top_k
-    if moe.router == "expert_choice":  # top_k · factor experts take a token, in the mean
-        chosen = min(moe.top_k * (moe.capacity_factor or 1.0), moe.num_experts)
-    hidden = chosen * moe.expert_width
-    if moe.shared_experts:
-        hidden += moe.shared_width or moe.shared_experts * moe.expert_width
-    router = {"hash": 0, "noisy_topk": 2}.get(moe.router, 1) * moe.num_experts
-    return moe.width * ((3 if moe.activation == "swiglu" else 2) * hidden + moe.shared_gate + router)
-
-
 def peak_flops(device: torch.device, world: int) -> float | None:
     """Peak FLOP/s of all ranks' devices; None where it is not known (CPUs)."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak * world for model, peak in PEAKS.items() if model in name), None)
+    return next((chip.bfloat16 * world for model, chip in ACCELERATORS.items() if model in name), None)
 
 
 def progress_line(row: Mapping[str, Any], remaining: float | None) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from ..shapes import is_hidden_matrix, is_router
 from .config import OptimConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -23,12 +24,12 @@ ITERATIONS = 5
 def build_optimizers(model: nn.Module, cfg: OptimConfig) -> list[Optimizer]:
     """The optimizers of a model's parameters, each parameter in exactly one; `peak` of a group is its highest rate."""
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    hidden = [(n, w) for n, w in named if cfg.name == "muon" and _is_hidden_matrix(n, w)]
+    hidden = [(n, w) for n, w in named if cfg.name == "muon" and is_hidden_matrix(n, w.ndim)]
     taken = {name for name, _ in hidden}
     by_decay: dict[float, list[nn.Parameter]] = {}
     for name, weight in named:
         if name not in taken:
-            decays = weight.ndim >= 2 and not _is_router(name)
+            decays = weight.ndim >= 2 and not is_router(name)
             by_decay.setdefault(cfg.weight_decay if decays else 0.0, []).append(weight)
     groups = [{"params": w, "lr": cfg.lr, "peak": cfg.lr, "weight_decay": decay} for decay, w in by_decay.items()]
     adamw = AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
@@ -106,11 +107,3 @@ def orthogonalize(g_BRC: Tensor) -> Tensor:
         gram_BRR = x_BRC @ x_BRC.mT
         x_BRC = torch.baddbmm(x_BRC, torch.baddbmm(gram_BRR, gram_BRR, gram_BRR, beta=b, alpha=c), x_BRC, beta=a)
     return x_BRC.mT if tall else x_BRC
-
-
-def _is_router(name: str) -> bool:
-    return ".router." in name
-
-
-def _is_hidden_matrix(name: str, weight: Tensor) -> bool:
-    return weight.ndim >= 2 and not _is_router(name) and not name.startswith(("embed.", "head."))

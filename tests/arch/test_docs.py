@@ -9,7 +9,10 @@ from turnout.launch.main import VERBS
 
 DOCS = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("architecture", "routing", "moe_layer", "adaptive", "training", "serving")),
+    *(
+        f"docs/{name}.md"
+        for name in ("architecture", "routing", "moe_layer", "adaptive", "training", "serving", "planning")
+    ),
 )
 
 

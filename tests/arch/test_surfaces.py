@@ -13,10 +13,12 @@ from turnout.launch import compose, main
 from turnout.launch.cli import Options
 from turnout.launch.evaluate import EvaluateOptions
 from turnout.launch.generate import GenerateOptions
+from turnout.launch.plan import PlanOptions
 from turnout.launch.quickstart import QuickstartOptions
 from turnout.launch.serve import ServeOptions
 
 OPTIONS = {
+    "plan": PlanOptions,
     "quickstart": QuickstartOptions,
     "generate": GenerateOptions,
     "serve": ServeOptions,

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from turnout import ConfigError
 from turnout.moe.config import ModelConfig, MoEConfig
+from turnout.moe.flops import flops_per_token
 from turnout.moe.models.decoder import Decoder
 from turnout.moe.routing.record import RouteContext, Routing
 from turnout.moe.routing.registry import ROUTERS, build_router
@@ -20,7 +21,7 @@ from turnout.moe.routing.router import count
 from turnout.moe.routing.stats import RoutingStats
 from turnout.moe.train.alarm import Event
 from turnout.moe.train.config import LogConfig
-from turnout.moe.train.metrics import Metrics, Window, flops_per_token, peak_flops, progress_line
+from turnout.moe.train.metrics import Metrics, Window, peak_flops, progress_line
 from turnout.moe.train.sinks import flat
 
 CPU = torch.device("cpu")
