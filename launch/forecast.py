@@ -3,14 +3,15 @@
     step      = max(compute, memory) + exchange + expert sum + max(0, dense sum - 2/3 · max(compute, memory) / m)
     compute   = FLOPs of a rank / peak in train.dtype
     memory    = [m (3 b n + 2 (activations + logits)) + 2 weights + gradients + 2 optimizer] / memory bandwidth
-    sum       = 2 (P - 1) / P · bytes / bandwidth                 a ring over P ranks
-    exchange  = (ep - 1) / ep · rows · D · (4 + b) · 2 / bandwidth
+    sum       = 2 (P - 1) / P · bytes / ring                      over P ranks
+    ring      = link within a node, else min(link, network · ranks of the group in a node)
+    exchange  = 2 rows D (4 + b) · max((near - 1) / ep / link, (ep - near) / ep / network)      near: ranks in the node
 
 over m micro-batches and n parameters of a rank, b bytes a number. Rows go to their experts in float32 and come back in
 train.dtype; their gradients return the same ways. The exchange and the sum of the expert gradients wait for nothing and
 everything waits for them; the sum of the dense gradients runs beside the last backward pass (2/3 of a micro-batch). A
-group of ranks within one node has the accelerator's link, any other one rank's share of the network. Load is even,
-nothing else takes time: this is a bound, which no run beats.
+ring that leaves a node does so through every port of its ranks there. Load is even, nothing else takes time: a run gets
+near this at best.
 """
 
 from collections.abc import Iterator
@@ -101,10 +102,18 @@ class Forecast:
     def exposed_seconds(self) -> float:
         """Communication that nothing hides."""
         layout, busy = self.layout, max(self.compute_seconds, self.memory_seconds) / self.micro_batches
-        dense = self.dense_bytes / self._bandwidth(layout.dp)
-        experts = self.expert_bytes / self._bandwidth(layout.edp, layout.ep)
-        exchange = 2 * self.exchange_bytes / self._bandwidth(layout.ep)
-        return exchange + experts + max(0.0, dense - busy * 2 / 3)
+        dense = self.dense_bytes / self._ring_bandwidth(layout.dp, 1)
+        experts = self.expert_bytes / self._ring_bandwidth(layout.edp, layout.ep)
+        return self.exchange_seconds + experts + max(0.0, dense - busy * 2 / 3)
+
+    @property
+    def exchange_seconds(self) -> float:
+        """Rows to their experts and back, gradients the same ways; a node's own rows beside those for others."""
+        ep, near = self.layout.ep, min(self.layout.ep, self.accelerator.node)
+        if ep == 1:
+            return 0.0
+        peer = 2 * self.exchange_bytes / (ep - 1)
+        return max(peer * (near - 1) / self.accelerator.link, peer * (ep - near) / self.network.bandwidth)
 
     @property
     def seconds(self) -> float:
@@ -121,11 +130,12 @@ class Forecast:
         """Of all ranks, at most."""
         return self.config.train.global_batch * self.config.train.seq_len / self.seconds
 
-    def _bandwidth(self, size: int, stride: int = 1) -> float:
-        """Of a group of `size` ranks, every `stride`-th: the link's when it stays within a node."""
-        node, span = self.accelerator.node, size * stride
-        inside = self.layout.dp <= node or (span <= node and node % span == 0)
-        return self.accelerator.link if inside else self.network.bandwidth
+    def _ring_bandwidth(self, size: int, stride: int) -> float:
+        """Of `size` ranks, every `stride`-th of all."""
+        machine = self.accelerator
+        if size * stride <= machine.node:
+            return machine.link
+        return min(machine.link, self.network.bandwidth * max(machine.node // stride, 1))
 
 
 def layouts(config: RunConfig, world: int, accelerator: Accelerator, network: Network) -> Iterator[Forecast]:

@@ -93,7 +93,20 @@ def test_two_ranks_by_hand():
     assert found.mfu == pytest.approx(0.034656 / found.seconds)
     assert found.fits
     assert not replace(found, accelerator=replace(MACHINE, memory=3e4)).fits
-    assert replace(found, accelerator=replace(MACHINE, node=1)).exposed_seconds > 5000
+
+
+def test_traffic_between_nodes_by_hand():
+    config = replace(SPREAD, train=replace(SPREAD.train, global_batch=8))
+    found = forecast.Forecast(config, Layout(dp=8, ep=2, edp=4), MACHINE, Network(bandwidth=100.0))
+    assert found.expert_bytes == 4 * 36 * 2 * 3 / 4
+    assert found.exchange_seconds == pytest.approx(64 * 2 / 1e3)  # both ranks in one node
+    dense = 4 * 1396 * 2 * 7 / 8 / 200  # two ports a node
+    busy = max(found.compute_seconds, found.memory_seconds)
+    assert found.exposed_seconds == pytest.approx(0.128 + 216 / 100 + dense - busy * 2 / 3)
+    apart = replace(found, accelerator=replace(MACHINE, node=1))
+    assert apart.exchange_seconds == pytest.approx(64 * 2 / 100)
+    near = replace(found, accelerator=replace(MACHINE, node=8))
+    assert near.exposed_seconds == pytest.approx(0.128 + 216 / 1e3 + 4 * 1396 * 2 * 7 / 8 / 1e3 - busy * 2 / 3)
 
 
 @pytest.mark.parametrize("tied", [True, False])
