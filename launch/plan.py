@@ -55,6 +55,8 @@ def main(args: list[str]) -> int:
     config, world = composed.config, composed.world
     rule = "is not planned: ZeRO shards the optimizer's state its own way"
     check(config.engine == "native", "engine", config.engine, rule, "use engine=native")
+    rule, fix = "is not planned: what it keeps is not in the formulas", "use train.recompute=none"
+    check(config.train.recompute == "none", "train.recompute", config.train.recompute, rule, fix)
     chosen = Forecast(config, config.layout(world), chip, net)
     table = list(layouts(config, world, chip, net))
     show(chosen, table, options)

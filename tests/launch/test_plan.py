@@ -274,6 +274,7 @@ def test_layouts_that_do_not_fit_are_marked(tmp_path, capsys):
             ["engine=deepspeed", "world=2", "optim=adamw", "optim.weight_decay=0", "train.dtype=float32"],
             "engine (deepspeed) is not planned",
         ),
+        (["train.recompute=full"], "train.recompute (full) is not planned"),
         (["switch"], "has no '='"),
     ],
     ids=str,
