@@ -17,8 +17,8 @@ class OptimConfig:
     """The optimizer and its learning-rate schedule.
 
     Args:
-        name: `adamw` for everything, or `muon` for hidden matrices with AdamW for the rest.
-        lr: AdamW's peak learning rate.
+        name: `adamw` or `adafactor` for everything, or `muon` for hidden matrices with AdamW for the rest.
+        lr: AdamW's or Adafactor's peak learning rate.
         muon_lr: Muon's peak learning rate, for matrices.
         momentum: Muon's Nesterov momentum.
         beta1: AdamW's decay of the mean.
@@ -30,7 +30,7 @@ class OptimConfig:
         clip: global gradient norm above which gradients are scaled down; null = never.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon", "adafactor"] = "adamw"
     lr: float = 1e-3
     muon_lr: float = 0.02
     momentum: float = 0.95

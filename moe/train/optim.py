@@ -1,4 +1,4 @@
-"""The optimizers: AdamW for everything, or Muon for hidden matrices with AdamW for the rest.
+"""The optimizers: AdamW or Adafactor for everything, or Muon for hidden matrices with AdamW for the rest.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): the update of a matrix is its Nesterov momentum, brought
 near the closest orthogonal matrix by five Newton-Schulz iterations. Experts are a batch of matrices, and matrices of
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ..shapes import is_hidden_matrix, is_router
+from .adafactor import Adafactor
 from .config import OptimConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -32,6 +33,8 @@ def build_optimizers(model: nn.Module, cfg: OptimConfig) -> list[Optimizer]:
             decays = weight.ndim >= 2 and not is_router(name)
             by_decay.setdefault(cfg.weight_decay if decays else 0.0, []).append(weight)
     groups = [{"params": w, "lr": cfg.lr, "peak": cfg.lr, "weight_decay": decay} for decay, w in by_decay.items()]
+    if cfg.name == "adafactor":
+        return [Adafactor(groups, lr=cfg.lr)]
     adamw = AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
     if not hidden:
         return [adamw]

@@ -20,6 +20,7 @@ from ...parallel.checkpoint import Checkpoint
 from ...parallel.checkpoint import restore as fill
 from ...parallel.shard import ShardSpec
 from ..data.rows import Cursor
+from .adafactor import Adafactor, state_shapes
 from .optim import Muon
 
 STATE_KEYS: Mapping[type, tuple[str, ...]] = {AdamW: ("exp_avg", "exp_avg_sq"), Muon: ("momentum",)}
@@ -49,8 +50,11 @@ def tensors(model: nn.Module, optimizers: Sequence[Optimizer], shards: Mapping[s
     """Every tensor of the run under its name, with its place in the global one. The optimizers must have stepped."""
     named: Named = {f"model/{name}": (tensor, shards[name]) for name, tensor in model.state_dict().items()}
     for name, weight, optimizer in _owned(model, optimizers):
-        for key in STATE_KEYS[type(optimizer)]:
-            named[f"optim/{name}/{key}"] = (optimizer.state[weight][key], shards[name])
+        if isinstance(optimizer, Adafactor):
+            assert shards[name].global_shape[-2:] == weight.shape[-2:], "means over a part of a matrix"
+        whole, begin = (_shapes(optimizer, place) for place in (shards[name].global_shape, shards[name].offset))
+        for key in whole:
+            named[f"optim/{name}/{key}"] = (optimizer.state[weight][key], ShardSpec(whole[key], begin[key]))
     return named
 
 
@@ -63,9 +67,12 @@ def restore(
         CheckpointError: the checkpoint has other tensors than the run, or other shapes.
     """
     for _, weight, optimizer in _owned(model, optimizers):
-        state = {key: torch.zeros_like(weight, dtype=torch.float32) for key in STATE_KEYS[type(optimizer)]}
+        shapes = _shapes(optimizer, tuple(weight.shape))
+        state: dict[str, Any] = {key: torch.zeros(shape, device=weight.device) for key, shape in shapes.items()}
         if isinstance(optimizer, AdamW):
             state["step"] = torch.tensor(float(checkpoint.step), device=weight.device)
+        if isinstance(optimizer, Adafactor):
+            state["step"] = checkpoint.step
         optimizer.state[weight] = state
     fill(checkpoint, tensors(model, optimizers, shards))
 
@@ -91,6 +98,13 @@ def from_meta(meta: Mapping[str, Any], identity: Mapping[str, Any], tokenizer: s
             )
     known = {key: meta[key] for key in Progress.__dataclass_fields__}
     return build(Progress, known)
+
+
+def _shapes(optimizer: Optimizer, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """State key → shape (or offset) of that tensor, from the parameter's."""
+    if isinstance(optimizer, Adafactor):
+        return state_shapes(shape)
+    return dict.fromkeys(STATE_KEYS[type(optimizer)], shape)
 
 
 def _owned(model: nn.Module, optimizers: Sequence[Optimizer]) -> Any:

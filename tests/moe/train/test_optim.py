@@ -7,6 +7,7 @@ from torch.optim import AdamW
 
 from turnout.launch.compose import compose
 from turnout.moe.models.decoder import Decoder
+from turnout.moe.train.adafactor import Adafactor
 from turnout.moe.train.config import OptimConfig
 from turnout.moe.train.optim import Muon, build_optimizers, orthogonalize, set_rate
 
@@ -37,8 +38,10 @@ def test_muon_takes_hidden_matrices_and_experts_and_adamw_the_rest(model):
     assert any("experts" in name for name in found)
 
 
-def test_adamw_takes_everything(model):
-    assert {kind for kind, _ in owners(model, OptimConfig(name="adamw")).values()} == {AdamW}
+@pytest.mark.parametrize(("name", "kind"), [("adamw", AdamW), ("adafactor", Adafactor)])
+def test_adamw_and_adafactor_take_everything(model, name, kind):
+    found = owners(model, OptimConfig(name=name, weight_decay=0.1))
+    assert set(found.values()) == {(kind, 0.1), (kind, 0.0)}
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 64), (2, 64, 16)], ids=str)
