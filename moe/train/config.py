@@ -28,6 +28,7 @@ class OptimConfig:
         warmup: share of the run, in [0, 1), over which the rate rises linearly.
         final: share of the peak at which the cosine ends.
         clip: global gradient norm above which gradients are scaled down; null = never.
+        state_dtype: in which AdamW's and Muon's moments are held, on the device and in checkpoints.
     """
 
     name: Literal["adamw", "muon", "adafactor"] = "adamw"
@@ -41,6 +42,7 @@ class OptimConfig:
     warmup: float = 0.02
     final: float = 0.0
     clip: float | None = 1.0
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         for name in ("lr", "muon_lr", "eps"):
@@ -53,6 +55,9 @@ class OptimConfig:
         check(0 <= value < 1, "optim.weight_decay", value, "must lie in [0, 1)", "use 0.1, or 0 for none")
         if self.clip is not None:
             _positive("optim.clip", self.clip, "use 1.0, or null to never clip")
+        rule = "is not built for optim.name=adafactor, whose states are a row and a column a matrix"
+        fits = self.name != "adafactor" or self.state_dtype == "float32"
+        check(fits, "optim.state_dtype", self.state_dtype, rule, "leave it at float32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +180,9 @@ class RunConfig:
         if self.engine == "deepspeed":
             rule = "is not built for engine=deepspeed (ZeRO shards flat AdamW states)"
             check(self.optim.name == "adamw", "optim.name", self.optim.name, rule, "use optim=adamw")
+            rule = "is not built for engine=deepspeed (ZeRO holds its states in float32)"
+            dtype = self.optim.state_dtype
+            check(dtype == "float32", "optim.state_dtype", dtype, rule, "use optim.state_dtype=float32")
             rule = "is not built for engine=deepspeed (it manages autocast itself)"
             check(self.train.dtype == "float32", "train.dtype", self.train.dtype, rule, "use train.dtype=float32")
 

@@ -72,8 +72,8 @@ class Footprint:
 
     @cached_property
     def optimizer(self) -> int:
-        """AdamW: mean, square and a float32 counter for each tensor; Muon: one momentum."""
-        return sum(WIDE * prod(s) if self._muon(n, s) else 2 * WIDE * prod(s) + WIDE for n, s in self.shapes.items())
+        """AdamW: mean, square and (float32) a counter for each tensor; Muon: a momentum; Adafactor: a row, a column."""
+        return sum(self._state(name, shape) for name, shape in self.shapes.items())
 
     # What a micro-batch keeps -----------------------------------------------------------------------------------------
 
@@ -178,13 +178,19 @@ class Footprint:
 
     @property
     def workspace(self) -> int:
-        """Muon's step: about three bfloat16 copies of all matrices of its most common shape. AdamW works in place."""
+        """Muon's step: about three bfloat16 copies of all matrices of its most common shape. AdamW works in place.
+
+        Adafactor and AdamW in bfloat16 take about three and five float32 copies of the largest tensor.
+        """
+        optim = self.config.optim
+        copies = 3 if optim.name == "adafactor" else 5 if optim.state_dtype == "bfloat16" else 0
+        largest = max(prod(shape) for name, shape in self.shapes.items() if not self._muon(name, shape))
         groups: dict[tuple[int, ...], int] = {}
         for name, shape in self.shapes.items():
             if self._muon(name, shape):
                 key = (*shape[-2:], name.endswith("w_out"))
                 groups[key] = groups.get(key, 0) + prod(shape)
-        return 3 * 2 * max(groups.values(), default=0)
+        return max(3 * 2 * max(groups.values(), default=0), copies * WIDE * largest)
 
     @property
     def total(self) -> int:
@@ -197,6 +203,16 @@ class Footprint:
         """Keys and values of one token in serving, in `train.dtype`: 2 · layers · G · d · b."""
         model = self.config.model
         return 2 * model.layers * model.kv_heads * model.head_dim * self.width
+
+    def _state(self, name: str, shape: tuple[int, ...]) -> int:
+        """Bytes of a parameter's optimizer state."""
+        optim = self.config.optim
+        if optim.name == "adafactor" and len(shape) > 1:
+            return WIDE * (prod(shape[:-1]) + prod(shape[:-2]) * shape[-1])
+        if optim.name == "adafactor":
+            return WIDE * prod(shape)
+        number, counter = (2, 0) if optim.state_dtype == "bfloat16" else (WIDE, WIDE)
+        return number * prod(shape) if self._muon(name, shape) else 2 * number * prod(shape) + counter
 
     def _muon(self, name: str, shape: tuple[int, ...]) -> bool:
         return self.config.optim.name == "muon" and shapes.is_hidden_matrix(name, len(shape))

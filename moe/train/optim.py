@@ -3,27 +3,34 @@
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): the update of a matrix is its Nesterov momentum, brought
 near the closest orthogonal matrix by five Newton-Schulz iterations. Experts are a batch of matrices, and matrices of
 one shape are iterated together, in bfloat16 (which the iteration tolerates, four times faster on a CPU); the state is
-float32.
+float32, or bfloat16 stochastically rounded (moments.py), as AdamW's then is.
 
 B matrices, R rows, C columns.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from ...parallel.shard import ShardSpec
 from ..shapes import is_hidden_matrix, is_router
 from .adafactor import Adafactor
 from .config import OptimConfig
+from .moments import CompactAdamW, Rounding
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
 
-def build_optimizers(model: nn.Module, cfg: OptimConfig) -> list[Optimizer]:
-    """The optimizers of a model's parameters, each parameter in exactly one; `peak` of a group is its highest rate."""
+def build_optimizers(
+    model: nn.Module, cfg: OptimConfig, shards: Mapping[str, ShardSpec] | None = None, seed: int = 0
+) -> list[Optimizer]:
+    """The optimizers of a model's parameters, each parameter in exactly one; `peak` of a group is its highest rate.
+
+    `shards` (None: all parameters are whole) and `seed` key how bfloat16 states are rounded.
+    """
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     hidden = [(n, w) for n, w in named if cfg.name == "muon" and is_hidden_matrix(n, w.ndim)]
     taken = {name for name, _ in hidden}
@@ -35,10 +42,16 @@ def build_optimizers(model: nn.Module, cfg: OptimConfig) -> list[Optimizer]:
     groups = [{"params": w, "lr": cfg.lr, "peak": cfg.lr, "weight_decay": decay} for decay, w in by_decay.items()]
     if cfg.name == "adafactor":
         return [Adafactor(groups, lr=cfg.lr)]
-    adamw = AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    betas, rounding = (cfg.beta1, cfg.beta2), None
+    adamw: Optimizer
+    if cfg.state_dtype == "bfloat16":
+        rounding = Rounding(model, shards, seed)
+        adamw = CompactAdamW(groups, betas=betas, eps=cfg.eps, rounding=rounding)
+    else:
+        adamw = AdamW(groups, betas=betas, eps=cfg.eps, fused=True)
     if not hidden:
         return [adamw]
-    return [adamw, Muon(hidden, lr=cfg.muon_lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)]
+    return [adamw, Muon(hidden, cfg.muon_lr, cfg.momentum, cfg.weight_decay, rounding)]
 
 
 def set_rate(optimizers: Sequence[Optimizer], factor: float) -> None:
@@ -58,10 +71,16 @@ class Muon(Optimizer):
         lr: peak learning rate.
         momentum: Nesterov momentum in [0, 1).
         weight_decay: decoupled decay, times the learning rate.
+        rounding: holds the momentum in bfloat16; None = float32.
     """
 
     def __init__(
-        self, named: Iterable[tuple[str, nn.Parameter]], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        rounding: Rounding | None = None,
     ) -> None:
         shapes: dict[tuple[int, int, bool], list[nn.Parameter]] = {}
         for name, weight in named:
@@ -72,6 +91,7 @@ class Muon(Optimizer):
             ratio = columns / rows if flipped else rows / columns
             groups.append({"params": weights, "peak": lr, "scale": max(1.0, ratio) ** 0.5})
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.rounding, self.state_dtype = rounding, torch.bfloat16 if rounding else torch.float32
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -91,9 +111,12 @@ class Muon(Optimizer):
         """Update the momentum; the Nesterov direction, as a batch of matrices in bfloat16."""
         state = self.state[weight]
         if not state:
-            state["momentum"] = torch.zeros_like(weight, dtype=torch.float32)
-        state["momentum"].lerp_(grad.float(), 1 - momentum)
-        ahead = torch.lerp(grad.float(), state["momentum"], momentum)
+            state.update(momentum=torch.zeros_like(weight, dtype=self.state_dtype), step=0)
+        state["step"] += 1
+        mean = state["momentum"].float().lerp_(grad.float(), 1 - momentum)
+        if self.rounding is not None:
+            self.rounding.store(weight, state["step"], {state["momentum"]: mean})
+        ahead = torch.lerp(grad.float(), mean, momentum)
         return ahead.reshape(-1, *weight.shape[-2:]).bfloat16()
 
 

@@ -104,7 +104,7 @@ def build_model(cfg: ModelConfig, config: RunConfig, mesh: Mesh) -> tuple[Decode
 
 def build_engine(config: RunConfig, model: Decoder, mesh: Mesh, shards: dict[str, ShardSpec]) -> Engine:
     """The engine that `engine` names, over the optimizers that `optim` names."""
-    optimizers, clip = build_optimizers(model, config.optim), config.optim.clip
+    optimizers, clip = build_optimizers(model, config.optim, shards, config.seed), config.optim.clip
     if config.engine == "deepspeed":
         return DeepSpeedEngine(model, optimizers, mesh, shards, clip=clip, stage=config.parallel.zero)
     return NativeEngine(model, optimizers, mesh, shards, clip=clip)

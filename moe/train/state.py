@@ -21,9 +21,14 @@ from ...parallel.checkpoint import restore as fill
 from ...parallel.shard import ShardSpec
 from ..data.rows import Cursor
 from .adafactor import Adafactor, state_shapes
+from .moments import CompactAdamW
 from .optim import Muon
 
-STATE_KEYS: Mapping[type, tuple[str, ...]] = {AdamW: ("exp_avg", "exp_avg_sq"), Muon: ("momentum",)}
+STATE_KEYS: Mapping[type, tuple[str, ...]] = {
+    AdamW: ("exp_avg", "exp_avg_sq"),
+    CompactAdamW: ("exp_avg", "exp_avg_sq"),
+    Muon: ("momentum",),
+}
 Named = dict[str, tuple[Tensor, ShardSpec]]
 
 
@@ -67,12 +72,11 @@ def restore(
         CheckpointError: the checkpoint has other tensors than the run, or other shapes.
     """
     for _, weight, optimizer in _owned(model, optimizers):
-        shapes = _shapes(optimizer, tuple(weight.shape))
-        state: dict[str, Any] = {key: torch.zeros(shape, device=weight.device) for key, shape in shapes.items()}
+        shapes, dtype = _shapes(optimizer, tuple(weight.shape)), getattr(optimizer, "state_dtype", torch.float32)
+        state: dict[str, Any] = {key: weight.new_zeros(shape, dtype=dtype) for key, shape in shapes.items()}
+        state["step"] = checkpoint.step
         if isinstance(optimizer, AdamW):
             state["step"] = torch.tensor(float(checkpoint.step), device=weight.device)
-        if isinstance(optimizer, Adafactor):
-            state["step"] = checkpoint.step
         optimizer.state[weight] = state
     fill(checkpoint, tensors(model, optimizers, shards))
 

@@ -83,9 +83,12 @@ def rows(directory: Path, kind: str = "train") -> list[dict[str, Any]]:
 
 def fingerprint(directory: Path, step: int) -> dict[str, str]:
     """sha256 of every global tensor in a run's checkpoint of `step`: equal means equal bits, optimizer included."""
+    import torch
+
     from turnout.parallel.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(directory / "checkpoints" / f"step-{step:08d}")
     return {
-        name: hashlib.sha256(checkpoint.read_all(name).numpy().tobytes()).hexdigest() for name in checkpoint.names()
+        name: hashlib.sha256(checkpoint.read_all(name).reshape(-1).view(torch.uint8).numpy()).hexdigest()
+        for name in checkpoint.names()
     }

@@ -81,10 +81,18 @@ BAD = [
     ("optim.name=sgd", "optim.name ('sgd') must be one of adamw, muon, adafactor"),
     ("optim.beta1=1", "optim.beta1 (1.0) must lie in [0, 1)"),
     ("optim.warmup=2", "optim.warmup (2.0) must lie in [0, 1)"),
+    (
+        "optim=adafactor optim.state_dtype=bfloat16",
+        "optim.state_dtype (bfloat16) is not built for optim.name=adafactor",
+    ),
     ("optim.clip=-1", "optim.clip (-1.0) must be positive"),
     ("engine=fsdp", "engine ('fsdp') must be one of native, deepspeed"),
     ("engine=deepspeed", "optim.name (muon) is not built for engine=deepspeed"),
     ("engine=deepspeed optim=adafactor", "optim.name (adafactor) is not built for engine=deepspeed (ZeRO shards flat"),
+    (
+        "engine=deepspeed optim=adamw optim.state_dtype=bfloat16",
+        "optim.state_dtype (bfloat16) is not built for engine=",
+    ),
     ("parallel.zero=2", "parallel.zero (2) is read by engine=deepspeed only: use engine=deepspeed"),
     ("engine=deepspeed optim=adamw", "train.dtype (bfloat16) is not built for engine=deepspeed"),
     (

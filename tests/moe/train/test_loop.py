@@ -59,7 +59,9 @@ def test_a_run_twice_is_the_same_bits(data, tmp_path):
     assert fingerprint(tmp_path / "a", 6) != fingerprint(other, 6)
 
 
-@pytest.mark.parametrize("moe", ["switch", "gshard", "deepseek_v3", "switch optim=adafactor"])
+@pytest.mark.parametrize(
+    "moe", ["switch", "gshard", "deepseek_v3", "switch optim=adafactor", "switch optim.state_dtype=bfloat16"]
+)
 def test_a_run_stopped_at_two_ranks_resumes_to_the_same_bits(data, tmp_path, moe):
     words = tiny(data, *f"moe={moe}".split(), "train.save_every=null")
     assert two_ranks(tmp_path / "whole", words) == loop.Outcome(step=6, preempted=False)
@@ -137,7 +139,7 @@ def test_a_checkpoint_of_two_ranks_gives_equal_logits_on_one_and_in_the_exported
     assert alone.std() > 0.01, "the logits must say something"
 
 
-@pytest.mark.parametrize("moe", ["switch", "qwen3_moe", "switch optim=adafactor"])
+@pytest.mark.parametrize("moe", ["switch", "qwen3_moe", "switch optim=adafactor", "switch optim.state_dtype=bfloat16"])
 def test_two_ranks_follow_one_rank_s_losses(data, tmp_path, moe):
     words = tiny(data, "optim=adamw", *f"moe={moe}".split(), "train.dtype=float32")
     go(str(tmp_path / "one"), words)

@@ -1,0 +1,102 @@
+"""Moments in bfloat16: computed in float32, rounded stochastically as they are stored, and AdamW on them.
+
+A moving average moves by less than half of bfloat16's last place when 1 - β is below about 1/256: to nearest, it would
+then stand still. A stochastic rounding is right on average. Its draws are named by (seed, step, parameter, global row),
+so layouts and resumed runs round alike.
+
+R rows of a parameter, C its last dimension.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ...kernels import uniform
+from ...kernels.random import ROUND
+from ...parallel.shard import ShardSpec
+
+CHUNK = 2**20  # draws at a time: they take more memory than what they round
+
+
+class Rounding:
+    """Stores the moments of a model's parameters in bfloat16.
+
+    Args:
+        model: parameters are numbered in its order.
+        shards: where each lies in the global one; None = all are whole.
+        seed: of the run.
+    """
+
+    def __init__(self, model: nn.Module, shards: Mapping[str, ShardSpec] | None, seed: int) -> None:
+        self._seed, self._places = seed, {}
+        for number, (name, weight) in enumerate(model.named_parameters()):
+            first = shards[name].offset[0] if shards and weight.ndim > 1 else 0
+            self._places[weight] = number, first * math.prod(weight.shape[1:-1])
+
+    def store(self, weight: nn.Parameter, step: int, moments: Mapping[Tensor, Tensor]) -> None:
+        """Round new float32 moments of `weight` (values) into the bfloat16 ones (keys)."""
+        number, first = self._places[weight]
+        columns = weight.shape[-1]
+        count = columns * len(moments)
+        stored = [(kept.view(-1, columns), new.reshape(-1, columns)) for kept, new in moments.items()]
+        for row_R in torch.arange(weight.numel() // columns, device=weight.device).split(max(1, CHUNK // count)):
+            draws = uniform(self._seed, first + row_R, step=step, layer=number, purpose=ROUND, count=count)
+            for (kept_RC, new_RC), draw_RC in zip(stored, draws.split(columns, dim=1), strict=True):
+                kept_RC[row_R] = round_stochastically(new_RC[row_R], draw_RC)
+
+
+def round_stochastically(x: Tensor, draw: Tensor) -> Tensor:
+    """float32 to one of its two neighbours in bfloat16, the nearer the likelier: up in size when `draw` says so.
+
+    Args:
+        x: finite; what bfloat16 has already stays.
+        draw: like x, uniform in [0, 1).
+    """
+    noise = (draw * 2**16).int()
+    return ((x.view(torch.int32) + noise) & -(2**16)).view(torch.float32).bfloat16()
+
+
+class CompactAdamW(Optimizer):
+    """AdamW (Loshchilov & Hutter 1711.05101) in float32 with both moments held in bfloat16.
+
+    Args:
+        groups: parameters with `lr` and `weight_decay`.
+        betas: decay of mean and square.
+        eps: added to the root of the square.
+        rounding: stores the moments.
+    """
+
+    state_dtype = torch.bfloat16
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], betas: tuple[float, float], eps: float, rounding: Rounding
+    ) -> None:
+        super().__init__(groups, {"betas": betas, "eps": eps})
+        self.rounding = rounding
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move every parameter that has a gradient."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    update = self._direction(weight, weight.grad.float(), group["betas"], group["eps"])
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.add_(update, alpha=-group["lr"])
+
+    def _direction(self, weight: nn.Parameter, grad: Tensor, betas: tuple[float, float], eps: float) -> Tensor:
+        """Update the moments; mean over root of square, both without their bias towards zero."""
+        (beta1, beta2), state = betas, self.state[weight]
+        if not state:
+            state.update({key: torch.zeros_like(weight, dtype=torch.bfloat16) for key in ("exp_avg", "exp_avg_sq")})
+            state["step"] = 0
+        state["step"] += 1
+        mean = state["exp_avg"].float().lerp_(grad, 1 - beta1)
+        square = state["exp_avg_sq"].float().lerp_(grad.square(), 1 - beta2)
+        self.rounding.store(weight, state["step"], {state["exp_avg"]: mean, state["exp_avg_sq"]: square})
+        bias1, bias2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
+        return mean / bias1 / ((square / bias2).sqrt() + eps)
