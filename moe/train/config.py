@@ -79,6 +79,10 @@ class TrainConfig:
             inside of feed-forward networks and experts; `full`, all of every block but its input.
         init: a run or model directory whose weights the run starts from.
         resume: true = go on from the run's newest checkpoint if there is one; or a run or checkpoint directory.
+        profile: steps that a profiler records after a short warm-up, into `profile/` of the run; null = none.
+        spike: a step whose loss exceeds this many times the median of the last steps rewinds the run; null = never.
+        rewinds: how often a run rewinds before a spike stops it.
+        skip_nonfinite: steps in a row that may be not finite and are skipped before the run stops.
     """
 
     steps: int | None = 1000
@@ -94,12 +98,16 @@ class TrainConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     init: str | None = None
     resume: bool | str = False
+    profile: int | None = None
+    spike: float | None = None
+    rewinds: int = 3
+    skip_nonfinite: int = 0
 
     def __post_init__(self) -> None:
         rule = f"and train.seconds ({self.seconds}) are two ways to end a run and exactly one must be set"
         fix = "make one of them null, as in train.steps=1000 train.seconds=null"
         check((self.steps is None) != (self.seconds is None), "train.steps", self.steps, rule, fix)
-        for name in ("steps", "micro_batch", "eval_every", "eval_bytes", "save_every"):
+        for name in ("steps", "micro_batch", "eval_every", "eval_bytes", "save_every", "profile"):
             if getattr(self, name) is not None:
                 _at_least_one(f"train.{name}", getattr(self, name))
         for name in ("global_batch", "keep"):
@@ -110,6 +118,11 @@ class TrainConfig:
         if self.init is not None and self.resume is not False:
             rule = "can not be combined with train.resume"
             check(False, "train.init", self.init, rule, "resume continues a run, init starts a new one: keep one")
+        for name in ("rewinds", "skip_nonfinite"):
+            value = getattr(self, name)
+            check(value >= 0, f"train.{name}", value, "must not be negative", "use 0 or more")
+        rule, fix = "must be above 1 and finite", "use 2, or null to never rewind"
+        check(self.spike is None or 1 < self.spike < float("inf"), "train.spike", self.spike, rule, fix)
         check(self.resume != "", "train.resume", repr(self.resume), "must be true, false or a directory", "name a run")
 
 

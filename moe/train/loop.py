@@ -8,13 +8,11 @@ gradients are summed, so any layout computes the same step.
 T tokens, V vocabulary.
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +23,7 @@ from ...kernels import cross_entropy
 from ...parallel import process
 from ...parallel.checkpoint import open_checkpoint, save
 from ...parallel.mesh import Mesh
-from ..data.rows import Batch
+from ..data.rows import Batch, Cursor
 from ..data.stream import validation_documents
 from ..eval.perplexity import evaluate, limit_bytes
 from ..flops import flops_per_token
@@ -33,11 +31,12 @@ from ..models.context import VarlenContext
 from ..models.store import save_model
 from ..routing.bias import update_biases
 from ..routing.record import RouteContext
-from . import state
+from . import nonfinite, spikes, state
 from .alarm import CollapseAlarm
 from .config import RunConfig
 from .metrics import Metrics, Window, peak_flops
 from .optim import set_rate
+from .profile import Profile
 from .schedule import progress, rate
 from .setup import CHECKPOINTS, prepare_run, resume
 from .trace import FOLDER, Replay, Trace, forget
@@ -71,12 +70,16 @@ class Trainer:
         self.config, self.run_dir, self.mesh, self.stop = config, run, mesh, stop
         self.setup = prepare_run(config, run, mesh)
         self.now, self.saved = resume(config, run, self.setup)
+        if self.saved is not None:
+            self.now = spikes.read_on(run, self.saved, self.now)
         if mesh.rank == 0:
             forget(run / FOLDER, self.now.step)
         self.trace = Trace(run / FOLDER, config.model, mesh.dp_rank, mesh.dp_size) if config.trace else None
         self.replay = Replay(config.replay, config.model) if config.replay else None
         moe = config.model.moe
         self.alarm = CollapseAlarm(config.log.alarm, PATIENCE, moe.top_k if moe else 1)
+        self.profile = Profile(config.train.profile, run, mesh.rank)
+        self.skipped = 0  # steps in a row that were not finite, behind `now.cursor`
         self.biased = moe is not None and moe.bias_rate > 0
         self.tally: dict[tuple[int, str], Tensor] = {}  # sums of this step's earlier micro-batches, for losses
         self.counts: dict[int, Tensor] = {}  # layer → this step's load of each expert, for biases
@@ -90,7 +93,8 @@ class Trainer:
         """Train until the end, or until some rank has been asked to stop; save, evaluate, export.
 
         Raises:
-            NonFiniteError: loss or gradients stopped being finite; no parameter moved in that step.
+            NonFiniteError: loss or gradients stopped being finite, and no parameter moved in that step; or the loss
+                spiked once more than `train.rewinds`.
         """
         train, before, start = self.config.train, self.now.seconds, time.perf_counter()
         try:
@@ -100,13 +104,19 @@ class Trainer:
                 done = progress(train, self.now.step, seconds)
                 if stopped or done >= 1:
                     break
-                grad_norm, lr = self._step(done)
+                taken = self._step(done)
+                with self.window.paused():
+                    self.profile.end_step()
+                if taken is None:
+                    continue
+                grad_norm, lr = taken
                 if self.now.step % self.config.log.every == 0:
                     self._report(grad_norm, lr, seconds - before)
                 if train.eval_every and self.now.step % train.eval_every == 0:
                     self._evaluate(train.eval_bytes)
                 if train.save_every and self.now.step % train.save_every == 0:
                     self.saved = self._save()
+            self.profile.close()
             if self.saved is None or self.saved.name != f"step-{self.now.step:08d}":
                 self.saved = self._save()
             if done >= 1:
@@ -115,6 +125,7 @@ class Trainer:
                 self._evaluate(None)
                 self._export(self.saved)
         finally:
+            self.profile.close()
             self.metrics.close()
         return Outcome(step=self.now.step, preempted=done < 1)
 
@@ -124,20 +135,25 @@ class Trainer:
         stops, clock = process.all_sum(mine, "vote at the step boundary").tolist()
         return stops > 0, clock
 
-    def _step(self, done: float) -> tuple[float, float]:
-        """One optimizer step at progress `done`; its gradient norm and learning rate."""
+    def _step(self, done: float) -> tuple[float, float] | None:
+        """One optimizer step at progress `done`; its gradient norm and learning rate, None when it does not count."""
         config, engine = self.config, self.setup.engine
         factor = rate(config.optim, done, self.now.step)
         set_rate(engine.optimizers, factor)
         self.setup.model.train()
         count = config.micro_batches(self.mesh.dp_size)
         self.tally, self.counts = {}, {}
+        mine = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for micro in range(count):
             loss, tokens = self._forward(micro)
             engine.backward(loss, last=micro == count - 1)
+            mine += loss.detach()
         result = engine.step()
         if not result.finite:
-            self._refuse(float(loss.detach()), result.grad_norm)
+            self._skip(float(mine), result.grad_norm)
+            return None
+        if config.train.spike is not None and self._rewound(mine, config.train.spike):
+            return None
         if self.trace is not None:
             self.trace.write(self.now.step)
         self._move_biases()
@@ -146,15 +162,20 @@ class Trainer:
             self.now,
             step=self.now.step + 1,
             tokens=self.now.tokens + tokens,
-            cursor=self.setup.rows.advance(self.now.cursor, config.train.global_batch),
+            cursor=self._cursor(self.skipped + 1),
         )
+        self.skipped = 0
         return result.grad_norm, config.optim.lr * factor
+
+    def _cursor(self, batches: int) -> Cursor:
+        """So many global batches behind the last step that was taken."""
+        return self.setup.rows.advance(self.now.cursor, batches * self.config.train.global_batch)
 
     def _forward(self, micro: int) -> tuple[Tensor, int]:
         """This rank's part of the global loss on one micro-batch, and the global batch's number of target tokens."""
         train, mesh = self.config.train, self.mesh
         batch = self.setup.rows.batch(
-            self.now.cursor, train.global_batch, mesh.dp_rank, mesh.dp_size, micro, train.micro_batch
+            self._cursor(self.skipped), train.global_batch, mesh.dp_rank, mesh.dp_size, micro, train.micro_batch
         )
         ctx, inputs = self._context(batch)
         with self._autocast():
@@ -247,21 +268,54 @@ class Trainer:
             save_model(self.run_dir / "model", self.setup.model.cfg, whole, tokenizer)
         process.barrier()
 
-    def _refuse(self, loss: float, grad_norm: float) -> None:
-        """Leave a note of the batch that broke the step, and stop on every rank."""
-        losses = process.gather_json(repr(loss))
-        broken = [name for name, tensor in self.setup.model.state_dict().items() if not tensor.isfinite().all()]
-        before = sorted({name for names in process.gather_json(broken) for name in names})
-        note = self.run_dir / "nonfinite.json"
+    def _skip(self, loss: float, grad_norm: float) -> None:
+        """Leave a note of the batch that broke the step and pass over it, or stop on every rank. Collective."""
+        allowed, cursor = self.config.train.skip_nonfinite, self._cursor(self.skipped)
+        step = self.now.step
+        text = nonfinite.leave_note(self.run_dir, self.setup.model, step, cursor, loss, grad_norm)
+        if self.skipped == allowed:
+            again = f" ({allowed} in a row were skipped before it, as train.skip_nonfinite says)" if allowed else ""
+            raise NonFiniteError(f"{text}{again}: lower optim.lr or look at the batch named in {nonfinite.NOTE}")
+        self.skipped += 1
+        row = {"kind": "skip", "step": step + 1, **vars(cursor), "in_a_row": self.skipped}
+        self.metrics.event(row, f"SKIPPED ({self.skipped} of {allowed} in a row): {text}")
+        self._drop()
+
+    def _rewound(self, mine: Tensor, factor: float) -> bool:
+        """Whether this step is a spike and the run went back to its newest checkpoint because of it. Collective.
+
+        Args:
+            mine: this rank's part of the global batch's mean loss.
+        """
+        now, allowed = self.now, self.config.train.rewinds
+        loss = float(process.all_sum(mine, "mean loss of the step"))
+        spike = spikes.find(now, loss, factor)
+        if spike is None or self.saved is None:
+            if spike is not None:
+                text = f"SPIKE: {spike.text}; there is no checkpoint to go back to"
+                self.metrics.event(spike.row("spike"), text)
+            self.now = replace(now, losses=spikes.remember(now.losses, loss))
+            return False
+        if now.rewinds >= allowed:
+            fix = "lower optim.lr, raise train.spike or train.rewinds, or look at the data"
+            raise NonFiniteError(f"{spike.text}, and train.rewinds ({allowed}) are used up: {fix}")
+        self.now = spikes.rewind(self.run_dir, self.setup, self.saved, now, self._cursor(self.skipped + 1))
+        there = self.now.step
+        self.metrics.cut(there)
+        row = {**spike.row("rewind"), "to_step": there}
+        self.metrics.event(row, f"REWIND {self.now.rewinds} of {allowed} to step {there}: {spike.text}")
         if self.mesh.rank == 0:
-            content: dict[str, Any] = {"step": self.now.step, "cursor": vars(self.now.cursor), "losses": losses}
-            content["not finite before the step"] = before
-            note.write_text(json.dumps({**content, "grad_norm": repr(grad_norm)}, indent=1) + "\n", encoding="utf-8")
-        raise NonFiniteError(
-            f"the gradient norm ({grad_norm}) of step {self.now.step} is not finite (losses: {', '.join(losses)}"
-            f"{'; not finite before it: ' if before else ''}{', '.join(before)}) and no parameter moved: "
-            f"lower optim.lr or look at the batch named in {note.name}"
-        )
+            forget(self.run_dir / FOLDER, there)
+        self.skipped = 0
+        self.alarm.below.clear()
+        self._drop()
+        return True
+
+    def _drop(self) -> None:
+        """What was measured since the last row or trace is of a step that does not count."""
+        self.window.clear()
+        if self.trace is not None:
+            self.trace.discard()
 
 
 def train(config: RunConfig, run: Path, mesh: Mesh, stop: Callable[[], bool]) -> Outcome:

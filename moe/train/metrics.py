@@ -114,9 +114,7 @@ class Metrics:
         self.file: TextIO | None = None
         self.sinks: Sinks | None = None
         if writes:
-            path = run / "metrics.jsonl"
-            _truncate(path, step)
-            self.file = path.open("a", encoding="utf-8")
+            self.file = _reopen(run / "metrics.jsonl", step)
             self.sinks = Sinks(run, log, settings, step, wandb_id)
 
     @property
@@ -136,6 +134,16 @@ class Metrics:
         self._tell({**row, "expert_load": event.expert_load}, f"step {event.step:>6}  ALARM: {event.text}")
         if self.sinks is not None:
             self.sinks.alarm(event)
+
+    def event(self, row: Mapping[str, Any], text: str) -> None:
+        """A row about something that happened, and a line that says it in words."""
+        self._tell(row, f"step {row['step']:>6}  {text}")
+
+    def cut(self, step: int) -> None:
+        """Drop the rows beyond `step`: the run goes back there."""
+        if self.file is not None:
+            self.file.close()
+            self.file = _reopen(Path(self.file.name), step)
 
     def close(self) -> None:
         """Flush and let go of everything."""
@@ -176,8 +184,14 @@ def _eval_line(row: Mapping[str, Any]) -> str:
     return f"step {row['step']:>6}  held out: loss {row['val_loss']:.4f}  {row['bits_per_byte']:.4f} bits per byte"
 
 
+def _reopen(path: Path, step: int) -> TextIO:
+    """The rows, cut to `step`, to be appended to."""
+    _truncate(path, step)
+    return path.open("a", encoding="utf-8")
+
+
 def _truncate(path: Path, step: int) -> None:
-    """Keep the rows up to `step`; a torn last line goes too."""
+    """Keep the rows up to `step` (a rewind is part of the steps after it); a torn last line goes too."""
     if not path.exists():
         return
     kept = []
@@ -186,7 +200,7 @@ def _truncate(path: Path, step: int) -> None:
             row = json.loads(line)
         except ValueError:
             break
-        if row["step"] <= step:
+        if row.get("to_step", row["step"]) <= step:
             kept.append(line + "\n")
     aside = path.with_suffix(".tmp")
     aside.write_text("".join(kept), encoding="utf-8")

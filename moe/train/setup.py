@@ -123,10 +123,19 @@ def resume(config: RunConfig, run: Path, setup: Setup) -> tuple[state.Progress, 
     checkpoint = find_checkpoint(run, wanted) if wanted else None
     if checkpoint is None:
         return state.Progress(), None
+    return load(checkpoint, setup), checkpoint.path
+
+
+def load(checkpoint: Checkpoint, setup: Setup) -> state.Progress:
+    """Fill model and optimizers from a checkpoint, and say where it stands. Collective.
+
+    Raises:
+        ConfigError: the checkpoint is of another model, data, seed or batch. CheckpointError: it does not fit.
+    """
     progress = state.from_meta(checkpoint.meta, setup.identity, setup.tokenizer.digest)
     state.restore(checkpoint, setup.model, setup.engine.optimizers, setup.shards)
     setup.engine.scatter_state()
-    return progress, checkpoint.path
+    return progress
 
 
 def find_checkpoint(run: Path, wanted: bool | str) -> Checkpoint | None:

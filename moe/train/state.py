@@ -42,6 +42,8 @@ class Progress:
         tokens: valid target tokens seen.
         seconds: trained so far, over all parts of the run.
         wandb_id: wandb's name for the run.
+        losses: of the last steps, oldest first, where spikes are looked for.
+        rewinds: how often the run went back after a spike.
     """
 
     step: int = 0
@@ -49,6 +51,8 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     wandb_id: str | None = None
+    losses: tuple[float, ...] = ()
+    rewinds: int = 0
 
 
 def tensors(model: nn.Module, optimizers: Sequence[Optimizer], shards: Mapping[str, ShardSpec]) -> Named:
@@ -100,7 +104,7 @@ def from_meta(meta: Mapping[str, Any], identity: Mapping[str, Any], tokenizer: s
                 f"{key} ({now.get(key)}) was {then.get(key)} when the checkpoint was written and can not change on "
                 "resume: set it back, or start a new run with train.init"
             )
-    known = {key: meta[key] for key in Progress.__dataclass_fields__}
+    known = {key: meta[key] for key in Progress.__dataclass_fields__ if key in meta}
     return build(Progress, known)
 
 

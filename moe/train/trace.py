@@ -62,6 +62,10 @@ class Trace:
             kept |= {f"layers.{layer}.{name}": part for name, part in parts.items()}
         self._micro.append({name: tensor.detach().cpu() for name, tensor in kept.items()})
 
+    def discard(self) -> None:
+        """Let go of what was added since the last step: it was not taken."""
+        self._micro.clear()
+
     def write(self, step: int) -> None:
         """Write what was added since, as this rank's part of `step`; whole or not at all."""
         place = self.directory / f"step-{step:08d}"
