@@ -2,7 +2,7 @@
 
 Every matrix is drawn from its own generator, keyed by (seed, parameter name, global expert id), so one rank and eight
 expert-parallel ranks start from the same numbers. Truncated normal at ±2σ, σ = sqrt(s / fan_in), s = 0.1: the
-smaller scale that keeps sparse models stable (Switch 2101.03961 §2.4, table 3).
+smaller scale that keeps sparse models stable (Switch 2101.03961 §2.4, table 3). A router names its own variances.
 """
 
 import hashlib
@@ -41,11 +41,11 @@ def init_weights(model: Decoder, seed: int) -> None:
 
 
 def _draw(weight: Tensor, variance: float, key: str) -> None:
-    """Drawn on the CPU in float32, so that every device starts from the same bits."""
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1)
-    std = variance**0.5
-    if not std:
+    """Drawn on the CPU in float32, so that every device starts from the same bits; without variance it is zero."""
+    if not variance:
         weight.zero_()
         return
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1)
+    std = variance**0.5
     drawn = nn.init.trunc_normal_(torch.empty(weight.shape), std=std, a=-2 * std, b=2 * std, generator=generator)
     weight.copy_(drawn)

@@ -29,7 +29,7 @@ from ..config import MoEConfig
 from .capacity import Room, keep
 from .losses import Span, measure
 from .recompute import recall, remember
-from .record import Decision, RouteContext, Routing, group_starts
+from .record import Decision, RouteContext, Routing, group_starts, valid_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class Router(nn.Module, ABC):
         Raises:
             NonFiniteError: a valid token's scores hold a NaN (unless `context.propagate_nan`, or under torch.compile).
         """
-        valid_T = x_TD.new_ones(x_TD.shape[0], dtype=torch.bool) if context.valid_T is None else context.valid_T
+        valid_T = valid_tokens(context, x_TD.shape[0], x_TD.device)
         if context.valid_T is not None:  # padding may hold anything, and 0 · NaN in a backward pass is NaN
             x_TD = x_TD.masked_fill(~valid_T[:, None], 0)
         with torch.autocast(x_TD.device.type, enabled=False):
