@@ -35,16 +35,15 @@ def parallelize(model: nn.Module, mesh: Mesh) -> dict[str, ShardSpec]:
     shards = {}
     for name, tensor in list(model.state_dict(keep_vars=True).items()):
         shape = tuple(tensor.shape)
-        first = 0
+        shards[name] = ShardSpec(shape, (0,) * len(shape))
         if match(plan, name) == "expert" and mesh.ep_size > 1:
             first = _keep_local_experts(model, name, mesh)
-        shards[name] = ShardSpec(shape, (first,) + (0,) * (len(shape) - 1) if shape else ())
+            shards[name] = ShardSpec(shape, (first,) + (0,) * (len(shape) - 1), along="edp")
     for name, module in model.named_modules():
-        if hasattr(module, "experts") and hasattr(module, "dispatcher") and mesh.expert is not None:
+        if hasattr(module, "experts") and hasattr(module, "dispatcher") and mesh.ep_size > 1:
             total = next(s.global_shape[0] for n, s in shards.items() if n.startswith(_join(name, "experts.")))
             module.experts.first = total // mesh.ep_size * mesh.ep_rank
-            if mesh.ep_size > 1:
-                module.dispatcher = AllToAllDispatcher(mesh.group("ep"), total)
+            module.dispatcher = AllToAllDispatcher(mesh.group("ep"), total)
     return shards
 
 

@@ -9,22 +9,14 @@ A gradient that is not finite on one rank makes the norm not finite on all: the 
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .process import all_sum
-from .shard import ShardSpec
 
 EPS = 1e-6
-
-
-def sharded_names(model: nn.Module, shards: Mapping[str, ShardSpec]) -> frozenset[str]:
-    """The names of the parameters of which this rank holds a part only (experts spread over ranks)."""
-    return frozenset(
-        name for name, p in model.named_parameters() if name in shards and not shards[name].is_whole(tuple(p.shape))
-    )
 
 
 def global_norm(grads: Iterable[tuple[Tensor, int]], device: torch.device) -> float:

@@ -1,12 +1,15 @@
-"""The ranks, arranged twice: in a line for the dense parameters, in edp x ep for the experts.
+"""The ranks, arranged twice: pp x dp x cp x tp for everything dense, and each stage again as edp x ep for the experts.
 
-rank   0 1 2 3      world 4, ep 2: the neighbours (0, 1) and (2, 3) hold all experts once each;
-ep     0 1 0 1      (0, 2) and (1, 3) hold replicas of the same experts.
-edp    0 0 1 1
+rank   0 1 2 3      world 4, tp 2, ep 4: (0, 1) and (2, 3) divide heads and hidden units and read the same rows;
+tp     0 1 0 1      all four hold a quarter of the experts each.
+dp     0 0 1 1
+ep     0 1 2 3
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -14,7 +17,24 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import process
-from .config import ParallelConfig
+from .config import Layout, ParallelConfig
+
+Dimension = Literal["pp", "dp", "cp", "tp", "ep", "edp", "stage", "replicas", "row"]
+
+# A group runs along the named dimensions: ranks that differ in nothing else belong together.
+ALONG: dict[Dimension, tuple[str, ...]] = {
+    "pp": ("pp",),  # hold the model together
+    "dp": ("dp",),  # read different rows
+    "cp": ("cp",),  # hold the tokens of the same rows, for one part of the heads
+    "tp": ("tp",),  # hold the heads and hidden units of a layer together
+    "stage": ("dp", "cp", "tp"),  # hold replicas of what is not divided
+    "replicas": ("dp", "cp"),  # hold replicas of what tensor parallelism divides
+    "row": ("cp", "tp"),  # hold the tokens of the same rows
+    "ep": ("ep",),  # hold the experts together
+    "edp": ("edp",),  # hold replicas of the same experts
+}
+DENSE = ("pp", "dp", "cp", "tp")
+EXPERT = ("pp", "edp", "ep")
 
 
 @dataclass(frozen=True)
@@ -23,31 +43,56 @@ class Mesh:
 
     Attributes:
         rank, world: this process among all.
-        dp_rank, dp_size: its place among the data-parallel ranks (all ranks: each reads its own part of the batch).
-        ep_rank, ep_size: its place among the ranks over which the experts are spread.
-        edp_rank, edp_size: its place among the ranks that hold the same experts.
+        layout: how many ranks there are along each dimension.
+        place: this rank's number along each dimension.
         device: where its tensors live.
-        dense: mesh ("dp",) over all ranks; None in a world of one.
-        expert: mesh ("edp", "ep") over the same ranks; None in a world of one.
+        groups: the ranks along each dimension of more than one rank.
     """
 
     rank: int
     world: int
-    dp_rank: int
-    dp_size: int
-    ep_rank: int
-    ep_size: int
-    edp_rank: int
-    edp_size: int
+    layout: Layout
+    place: dict[str, int]
     device: torch.device
-    dense: DeviceMesh | None = None
-    expert: DeviceMesh | None = None
+    groups: dict[Dimension, dist.ProcessGroup] = field(default_factory=dict)
 
-    def group(self, dim: Literal["dp", "ep", "edp"]) -> dist.ProcessGroup:
-        """The ranks along one dimension; there are none in a world of one."""
-        mesh = self.dense if dim == "dp" else self.expert
-        assert mesh is not None, "a world of one has no groups"
-        return mesh.get_group(dim)
+    def group(self, dim: Dimension) -> dist.ProcessGroup:
+        """The ranks along one dimension (`ALONG`); a dimension of one rank has no group."""
+        assert dim in self.groups, f"{dim} is one rank, which is no group"
+        return self.groups[dim]
+
+    def size(self, dim: Dimension) -> int:
+        """How many ranks a group along `dim` has."""
+        return self.groups[dim].size() if dim in self.groups else 1
+
+    def device_mesh(self, dim: Dimension) -> DeviceMesh:
+        """The ranks along `dim` as torch's libraries want them."""
+        return DeviceMesh.from_group(self.group(dim), self.device.type, mesh_dim_names=(dim,))
+
+    def sum(self, tensor: torch.Tensor, dim: Dimension) -> torch.Tensor:
+        """The sum over the ranks along `dim`, as a new tensor without gradient."""
+        group = self.groups.get(dim)
+        return tensor if group is None else process.all_sum(tensor, f"sum over the ranks along {dim}", group)
+
+    @property
+    def dp_rank(self) -> int:
+        return self.place["dp"]
+
+    @property
+    def dp_size(self) -> int:
+        return self.layout.dp
+
+    @property
+    def ep_rank(self) -> int:
+        return self.place["ep"]
+
+    @property
+    def ep_size(self) -> int:
+        return self.layout.ep
+
+    @property
+    def edp_size(self) -> int:
+        return self.layout.edp
 
 
 def build_mesh(config: ParallelConfig, device_type: str | None = None, num_experts: int | None = None) -> Mesh:
@@ -59,29 +104,33 @@ def build_mesh(config: ParallelConfig, device_type: str | None = None, num_exper
     """
     rank, world = process.rank(), process.world()
     layout = config.resolve(world, num_experts)
-    edp_rank, ep_rank = divmod(rank, layout.ep)
-    dense, expert = None, None
+    groups = {}
+    with process.naming("creation of the mesh's groups"):
+        for dim in ALONG:
+            partition = ranks_along(layout, dim)
+            if len(partition[0]) > 1:
+                groups[dim] = _own_group(partition, config.timeout)
     device = process.local_device(device_type)
-    if world > 1:
-        ranks = torch.arange(world).view(layout.edp, layout.ep)
-        with process.naming("creation of the mesh's groups"):
-            dp_group = _own_group([list(range(world))], config.timeout)
-            ep_group = _own_group(ranks.tolist(), config.timeout)
-            edp_group = _own_group(ranks.T.tolist(), config.timeout)
-        names = ("edp", "ep")
-        expert = DeviceMesh.from_group([edp_group, ep_group], device.type, mesh=ranks, mesh_dim_names=names)
-        dense = DeviceMesh.from_group(dp_group, device.type, mesh_dim_names=("dp",))
-    return Mesh(
-        rank=rank, world=world, dp_rank=rank, dp_size=layout.dp, ep_rank=ep_rank, ep_size=layout.ep,
-        edp_rank=edp_rank, edp_size=layout.edp, device=device, dense=dense, expert=expert,
-    )  # fmt: skip
+    return Mesh(rank=rank, world=world, layout=layout, place=layout.place(rank), device=device, groups=groups)
 
 
-def _own_group(partition: list[list[int]], timeout: float) -> dist.ProcessGroup:
+def ranks_along(layout: Layout, dim: Dimension) -> list[list[int]]:
+    """All groups along `dim`, each with its ranks in order."""
+    apart = [name for name in (EXPERT if dim in ("ep", "edp") else DENSE) if name not in ALONG[dim]]
+
+    def elsewhere(rank: int) -> tuple[int, ...]:
+        place = layout.place(rank)
+        return tuple(place[name] for name in apart)
+
+    ranks = sorted(range(layout.world), key=lambda rank: (elsewhere(rank), rank))
+    return [list(group) for _, group in groupby(ranks, key=elsewhere)]
+
+
+def _own_group(partition: Sequence[Sequence[int]], timeout: float) -> dist.ProcessGroup:
     """One group for each list of ranks; returns ours. (`init_device_mesh` would take torch's 30-minute default.)"""
     mine = None
     for ranks in partition:
-        group = dist.new_group(ranks, timeout=timedelta(seconds=timeout))
+        group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout))
         if process.rank() in ranks:
             mine = group
     assert mine is not None

@@ -85,12 +85,15 @@ def barrier() -> None:
             dist.all_reduce(torch.zeros(1))
 
 
-def all_sum(tensor: torch.Tensor, operation: str = "sum over all ranks") -> torch.Tensor:
-    """The element-wise sum of `tensor` (same shape and dtype everywhere) over all ranks, as a new tensor."""
+def all_sum(
+    tensor: torch.Tensor, operation: str = "sum over all ranks", group: dist.ProcessGroup | None = None
+) -> torch.Tensor:
+    """The element-wise sum of `tensor` (same shape and dtype everywhere) over a group's ranks (None: all), as a new
+    tensor."""
     total = tensor.detach().clone()
     if world() > 1:
         with naming(operation):
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=group)
     return total
 
 

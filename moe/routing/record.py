@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ...parallel.spread import Spread
+
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
@@ -53,10 +55,13 @@ class RouteContext:
         seed: the run's seed.
         total_tokens: valid tokens of the GLOBAL batch, the divisor of every loss; None = those at hand.
         dropless: ignore every capacity (serving's default).
-        reducer: sums a tensor over the data-parallel ranks (statistics over the global batch); None = one rank.
+        reducer: sums a tensor over the ranks that hold tokens of this layer (statistics over the global batch); None =
+            one rank.
         tally: (layer, name) → sums of this rank's earlier micro-batches of the same optimizer step, which routers read
             and add to; the trainer gives one empty dict a step. None = every forward pass is a step.
         loss_scale: what the caller multiplies its loss by (gradient scaling in float16), for balance losses too.
+        spread: how a row's tokens are divided over ranks; the tokens at hand are then a part of their groups. None = a
+            group's tokens are all here.
         replay: layer → the decision to take instead of choosing one.
         propagate_nan: a NaN logit makes its token's weights NaN instead of raising, for callers that look at the
             loss on all ranks anyway (raising on one rank would leave the others waiting).
@@ -73,6 +78,7 @@ class RouteContext:
     reducer: Callable[[Tensor], Tensor] | None = None
     tally: dict[tuple[int, str], Tensor] | None = None
     loss_scale: float | Tensor = 1.0
+    spread: Spread | None = None
     replay: Mapping[int, Decision] | None = None
     propagate_nan: bool = False
 

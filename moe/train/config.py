@@ -151,6 +151,18 @@ class LogConfig:
         check(self.alarm is None or 0 < self.alarm < 1, "log.alarm", self.alarm, rule, fix)
 
 
+# Keys of `parallel` that a run can not use yet, and the value they must have.
+UNBUILT = {
+    "tp": 1,
+    "pp": 1,
+    "cp": 1,
+    "fsdp": False,
+    "chunks": 1,
+    "exchange_rows": None,
+    "node": None,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that a training run computes from. `model.moe` holds the `moe` group.
@@ -187,6 +199,10 @@ class RunConfig:
             value, rule = getattr(self, name), "needs routers, which a dense model does not have"
             check(model.moe is not None or not value, f"moe.{name}", value, rule, "leave it out")
         check(self.replay != "", "moe.replay", repr(self.replay), "must name a directory", "use moe.replay=runs/NAME")
+        for name, value in UNBUILT.items():
+            found = getattr(self.parallel, name)
+            check(found == value, f"parallel.{name}", found, "is not built yet", f"leave it at {value}")
+        check(self.parallel.zero < 3, "parallel.zero", self.parallel.zero, "is not built yet", "use 1 or 2")
         rule = "is read by engine=deepspeed only"
         stage, fits = self.parallel.zero, self.engine == "deepspeed" or self.parallel.zero == 1
         check(fits, "parallel.zero", stage, rule, "use engine=deepspeed, or leave it out")

@@ -10,9 +10,10 @@ T tokens, V vocabulary.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,19 +24,18 @@ from ...kernels import cross_entropy
 from ...parallel import process
 from ...parallel.checkpoint import open_checkpoint, save
 from ...parallel.mesh import Mesh
-from ..data.rows import Batch, Cursor
+from ..data.rows import Cursor
 from ..data.stream import validation_documents
 from ..eval.perplexity import evaluate, limit_bytes
 from ..flops import flops_per_token
-from ..models.context import VarlenContext
 from ..models.store import save_model
 from ..routing.bias import update_biases
-from ..routing.record import RouteContext
 from . import nonfinite, spikes, state
 from .alarm import CollapseAlarm
 from .config import RunConfig
 from .metrics import Metrics, Window, peak_flops
 from .optim import set_rate
+from .part import Part, part_of
 from .profile import Profile
 from .schedule import progress, rate
 from .setup import CHECKPOINTS, prepare_run, resume
@@ -83,6 +83,8 @@ class Trainer:
         self.biased = moe is not None and moe.bias_rate > 0
         self.tally: dict[tuple[int, str], Tensor] = {}  # sums of this step's earlier micro-batches, for losses
         self.counts: dict[int, Tensor] = {}  # layer → this step's load of each expert, for biases
+        self.parts: list[Part] = []  # this step's micro-batches
+        self.loss = torch.zeros((), dtype=torch.float64)  # of this step: this rank's part of the global batch's mean
         self.window = Window(config.model.moe_layers, config.model.moe, mesh.device)
         self.metrics = Metrics(
             run, config.log, to_dict(config), writes=mesh.rank == 0, step=self.now.step, wandb_id=self.now.wandb_id
@@ -141,18 +143,16 @@ class Trainer:
         factor = rate(config.optim, done, self.now.step)
         set_rate(engine.optimizers, factor)
         self.setup.model.train()
-        count = config.micro_batches(self.mesh.dp_size)
-        self.tally, self.counts = {}, {}
-        mine = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for micro in range(count):
-            loss, tokens = self._forward(micro)
-            engine.backward(loss, last=micro == count - 1)
-            mine += loss.detach()
+        self.tally, self.counts, self.parts = {}, {}, []
+        self.loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        engine.accumulate(config.micro_batches(self.mesh.dp_size), self._inputs, self._loss)
+        tokens = self.parts[0].total_tokens
+        self._record()
         result = engine.step()
         if not result.finite:
-            self._skip(float(mine), result.grad_norm)
+            self._skip(float(self.loss), result.grad_norm)
             return None
-        if config.train.spike is not None and self._rewound(mine, config.train.spike):
+        if config.train.spike is not None and self._rewound(self.loss, config.train.spike):
             return None
         if self.trace is not None:
             self.trace.write(self.now.step)
@@ -171,58 +171,46 @@ class Trainer:
         """So many global batches behind the last step that was taken."""
         return self.setup.rows.advance(self.now.cursor, batches * self.config.train.global_batch)
 
-    def _forward(self, micro: int) -> tuple[Tensor, int]:
-        """This rank's part of the global loss on one micro-batch, and the global batch's number of target tokens."""
-        train, mesh = self.config.train, self.mesh
+    def _inputs(self, micro: int) -> tuple[Any, ...]:
+        """The model's arguments for one micro-batch."""
+        train, mesh, step = self.config.train, self.mesh, self.now.step
         batch = self.setup.rows.batch(
             self._cursor(self.skipped), train.global_batch, mesh.dp_rank, mesh.dp_size, micro, train.micro_batch
         )
-        ctx, inputs = self._context(batch)
-        with self._autocast():
-            logits_TV = self.setup.engine.forward(inputs["tokens_T"], inputs["positions_T"], ctx)
-        loss = cross_entropy(logits_TV, inputs["targets_T"]).sum()
-        self._record(ctx)
-        self.window.add(loss.detach(), ctx.routings, inputs["valid_T"])
-        return loss / batch.total_tokens, batch.total_tokens
+        replay = None if self.replay is None else partial(self.replay.decisions, step)
+        part = part_of(batch, mesh, replay, step=step, seed=self.config.seed, tally=self.tally)
+        self.parts.append(part)
+        return part.inputs
 
-    def _record(self, ctx: VarlenContext) -> None:
-        """Keep what a step needs of its micro-batches' routings."""
-        if self.trace is not None:
-            self.trace.add(ctx.route, ctx.routings)
-        if self.biased:
-            for layer, routing in ctx.routings.items():
-                self.counts[layer] = self.counts.get(layer, 0) + routing.counts_E
+    def _loss(self, micro: int, logits_TV: Tensor) -> Tensor:
+        """This rank's part of the global batch's mean loss."""
+        part = self.parts[micro]
+        loss = cross_entropy(logits_TV, part.targets_T).sum() / part.total_tokens
+        self.loss += loss.detach()
+        return loss
+
+    def _record(self) -> None:
+        """Keep what a step needs of its micro-batches' losses and routings."""
+        self.window.add_loss(self.loss * self.parts[0].total_tokens)
+        for part in self.parts:
+            ctx = part.ctx
+            self.window.add(ctx.routings, part.valid_T)
+            if self.trace is not None:
+                self.trace.add(ctx.route, ctx.routings)
+            if self.biased:
+                for layer, routing in ctx.routings.items():
+                    self.counts[layer] = self.counts.get(layer, 0) + routing.counts_E
+        self.parts = []
 
     def _move_biases(self) -> None:
         """Loss-free balancing, after a step that was taken: by the experts' loads in the whole global batch."""
         if self.biased:
-            total_LE = process.all_sum(torch.stack(list(self.counts.values())), "sum of the experts' loads")
+            total_LE = self.mesh.sum(torch.stack(list(self.counts.values())), "stage")
             update_biases(self.setup.model, dict(zip(self.counts, total_LE, strict=True)))
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.mesh.device.type, torch.bfloat16, enabled=self.config.train.dtype == "bfloat16")
 
     @cached_property
     def _held_out(self) -> list[str]:
         return validation_documents(self.config.data)
-
-    def _context(self, batch: Batch) -> tuple[VarlenContext, dict[str, Tensor]]:
-        tensors = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "total_tokens"}
-        here = {name: tensor.to(self.mesh.device, non_blocking=True) for name, tensor in tensors.items()}
-        route = RouteContext(
-            cu_groups=here["cu_rows"],
-            valid_T=here["valid_T"],
-            token_ids_T=here["tokens_T"],
-            index_T=here["index_T"],
-            step=self.now.step,
-            seed=self.config.seed,
-            total_tokens=batch.total_tokens,
-            reducer=process.all_sum if self.mesh.dp_size > 1 else None,
-            tally=self.tally,
-            replay=self.replay.decisions(self.now.step, here["index_T"], here["tokens_T"]) if self.replay else None,
-            propagate_nan=True,
-        )
-        return VarlenContext(here["cu_seqlens"], route=route), here
 
     def _report(self, grad_norm: float, lr: float, seconds: float) -> None:
         """One row of the window that ends here. Collective."""
@@ -241,7 +229,7 @@ class Trainer:
     def _evaluate(self, limit: int | None) -> None:
         """A row about held-out text, of which `limit` bytes (None: all) are read. Collective."""
         mesh, texts = self.mesh, limit_bytes(self._held_out, limit)
-        with self.window.paused(), self._autocast():
+        with self.window.paused(), self.setup.engine.autocast():
             result = evaluate(
                 self.setup.model, self.setup.tokenizer, texts, seq_len=self.config.train.seq_len,
                 rank=mesh.dp_rank, size=mesh.dp_size, reduce=process.all_sum,

@@ -48,11 +48,14 @@ class Window:
         self.tokens = self.steps = 0
         self.since = time.perf_counter()
 
-    @torch.no_grad()
-    def add(self, loss: Tensor, routings: Mapping[int, Routing], valid_T: Tensor) -> None:
-        """Add one micro-batch: `loss` is this rank's summed cross entropy in nats."""
-        self.routing.add(routings, valid_T)
+    def add_loss(self, loss: Tensor) -> None:
+        """Add this rank's summed cross entropy in nats."""
         self.losses[0] += loss
+
+    @torch.no_grad()
+    def add(self, routings: Mapping[int, Routing], valid_T: Tensor) -> None:
+        """Add the routings of one micro-batch."""
+        self.routing.add(routings, valid_T)
         for layer in self.routing.layers:
             if self.coefficients:
                 self.losses[1:] += torch.stack([routings[layer].aux[name].double() for name in self.coefficients])

@@ -12,6 +12,7 @@ from ...parallel import process
 from ...parallel.apply import parallelize
 from ...parallel.checkpoint import Checkpoint, latest, open_checkpoint
 from ...parallel.engine.deepspeed import DeepSpeedEngine
+from ...parallel.engine.engine import Engine
 from ...parallel.engine.native import NativeEngine
 from ...parallel.mesh import Mesh
 from ...parallel.shard import ShardSpec
@@ -28,7 +29,6 @@ from .optim import build_optimizers
 from .recompute import recompute
 
 CHECKPOINTS = "checkpoints"
-Engine = NativeEngine | DeepSpeedEngine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,8 @@ def build_engine(config: RunConfig, model: Decoder, mesh: Mesh, shards: dict[str
     optimizers, clip = build_optimizers(model, config.optim, shards, config.seed), config.optim.clip
     if config.engine == "deepspeed":
         return DeepSpeedEngine(model, optimizers, mesh, shards, clip=clip, stage=config.parallel.zero)
-    return NativeEngine(model, optimizers, mesh, shards, clip=clip)
+    dtype = None if config.train.dtype == "float32" else getattr(torch, config.train.dtype)
+    return NativeEngine(model, optimizers, mesh, shards, clip=clip, dtype=dtype)
 
 
 def resume(config: RunConfig, run: Path, setup: Setup) -> tuple[state.Progress, Path | None]:

@@ -62,7 +62,7 @@ def save(
     aside = root / on_first(lambda: _begin(root, final, disk))
     try:
         files = together(lambda: _write(aside, tensors, entries, mesh.rank, disk))
-        layout = {"world": mesh.world, "dp": mesh.dp_size, "ep": mesh.ep_size, "edp": mesh.edp_size}
+        layout = {"world": mesh.world, **asdict(mesh.layout)}
         manifest = Manifest(
             step=step,
             layout=layout,

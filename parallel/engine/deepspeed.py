@@ -22,11 +22,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ... import ConfigError
-from ..gradients import clip_coefficient, global_norm, sharded_names
+from ..gradients import clip_coefficient, global_norm
 from ..mesh import Mesh
 from ..process import naming
 from ..shard import ShardSpec
-from .native import StepResult, sum_expert_gradients
+from .engine import Engine, StepResult
+from .native import sum_divided
 
 ELEMENTWISE = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 
@@ -44,7 +45,7 @@ def settings(stage: int) -> dict[str, Any]:
     }
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(Engine):
     """Trains `model` with ZeRO-1 or ZeRO-2 (`stage`); else as `NativeEngine`. Needs at least 2 ranks.
 
     The learning rates are read from `optimizers[0].param_groups` at every step; its states live elsewhere.
@@ -65,21 +66,20 @@ class DeepSpeedEngine:
     ) -> None:
         _check(model, optimizers, mesh)
         self.model, self.optimizers, self.mesh, self.clip = model, list(optimizers), mesh, clip
-        self.sharded = sharded_names(model, shards)
-        self._experts = [p for name, p in model.named_parameters() if name in self.sharded]
-        self._dense = [p for name, p in model.named_parameters() if name not in self.sharded and p.requires_grad]
+        self.shards, parameters = shards, dict(model.named_parameters())
+        self.divided = [name for name in parameters if shards[name].along != "stage"]
+        self._experts = [parameters[name] for name in self.divided]
+        self._dense = [p for name, p in parameters.items() if name not in self.divided and p.requires_grad]
         self._dense_optimizer = _part_of(self.optimizers[0], self._dense)
         self._expert_optimizers = [_part_of(self.optimizers[0], self._experts)] if self._experts else []
         self._engine = _initialize(model, self._dense_optimizer, mesh, self._experts, stage)
         self._zero = self._engine.optimizer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward pass, prepared for `backward`."""
         with naming("forward pass"):
             return self._engine(*args, **kwargs)
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
-        """Add this micro-batch's gradients; with `last`, sum them over the ranks (collective)."""
         for parameter in self._dense:  # ZeRO must reduce the same parameters on every rank, also on one without tokens
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -87,10 +87,9 @@ class DeepSpeedEngine:
         with naming("sum of the dense gradients"):
             self._engine.backward(loss, scale_wrt_gas=False)
         if last:
-            sum_expert_gradients(self.model, self.sharded, self.mesh)
+            sum_divided(self.model, self.divided, self.shards, self.mesh)
 
     def step(self) -> StepResult:
-        """Vote, clip and step; the gradients are dropped either way. Collective."""
         grads = list(self._owned_gradients())
         norm = global_norm(grads, self.mesh.device)
         finite = math.isfinite(norm)
@@ -224,7 +223,7 @@ class _Topology:
         self._mesh = mesh
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._mesh.group("dp")
+        return self._mesh.group("stage")
 
     def get_data_parallel_world_size(self) -> int:
         return self._mesh.dp_size

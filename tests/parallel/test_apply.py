@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from turnout import ConfigError
 from turnout.moe.models.init import init_weights
@@ -54,7 +55,7 @@ def test_each_rank_holds_its_own_experts_under_their_global_ids(on_meta):
     for rank, seen in enumerate(run_ranks(sliced, 2, on_meta)):
         first = 2 * rank
         assert seen["first"] == first
-        assert seen["shard"] == ShardSpec(tuple(expected.shape), (first, 0, 0))
+        assert seen["shard"] == ShardSpec(tuple(expected.shape), (first, 0, 0), along="edp")
         assert torch.equal(seen["tensor"], expected[first : first + 2])
         assert torch.equal(seen["embed"], whole.embed.weight)
         assert seen["embed shard"] == ShardSpec(tuple(whole.embed.weight.shape), (0, 0))
@@ -90,14 +91,15 @@ def test_experts_that_do_not_divide_are_refused():
 
 def places(ep: int) -> tuple:
     mesh = build_mesh(ParallelConfig(ep=ep, timeout=7.0))
-    seconds = mesh.expert.get_group("ep")._get_backend(torch.device("cpu")).options._timeout.total_seconds()
-    return mesh.rank, mesh.dp_rank, mesh.edp_rank, mesh.ep_rank, list(mesh.expert.get_coordinate()), seconds
+    seconds = mesh.group("ep")._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    rows = [dist.get_process_group_ranks(mesh.group(dim)) for dim in ("ep", "edp")]
+    return mesh.rank, mesh.dp_rank, mesh.place["edp"], mesh.ep_rank, rows, seconds
 
 
 def test_ranks_stand_in_rows_of_ep_neighbours_and_groups_keep_the_time_out():
     assert run_ranks(places, 4, 2) == [
-        (0, 0, 0, 0, [0, 0], 7.0),
-        (1, 1, 0, 1, [0, 1], 7.0),
-        (2, 2, 1, 0, [1, 0], 7.0),
-        (3, 3, 1, 1, [1, 1], 7.0),
+        (0, 0, 0, 0, [[0, 1], [0, 2]], 7.0),
+        (1, 1, 0, 1, [[0, 1], [1, 3]], 7.0),
+        (2, 2, 1, 0, [[2, 3], [0, 2]], 7.0),
+        (3, 3, 1, 1, [[2, 3], [1, 3]], 7.0),
     ]

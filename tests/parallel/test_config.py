@@ -4,6 +4,7 @@ import pytest
 
 from turnout import ConfigError
 from turnout.parallel.config import Layout, ParallelConfig
+from turnout.parallel.mesh import ranks_along
 from turnout.parallel.plan import match
 from turnout.parallel.shard import ShardSpec
 
@@ -15,6 +16,8 @@ from turnout.parallel.shard import ShardSpec
         ({}, 4, Layout(dp=4, ep=1, edp=4)),
         ({"ep": 2}, 4, Layout(dp=4, ep=2, edp=2)),
         ({"ep": 4, "dp": 4}, 4, Layout(dp=4, ep=4, edp=1)),
+        ({"tp": 2, "ep": 4}, 8, Layout(dp=4, ep=4, edp=2, tp=2)),
+        ({"tp": 2, "cp": 2, "pp": 2, "ep": 8}, 16, Layout(dp=2, ep=8, edp=1, tp=2, pp=2, cp=2)),
     ],
 )
 def test_sizes_resolve_against_the_world(sizes, world, layout):
@@ -26,6 +29,8 @@ def test_sizes_resolve_against_the_world(sizes, world, layout):
     [
         ({"dp": 3}, 2, r"parallel\.dp \(3\) must equal the number of ranks \(2\): use parallel\.dp=2 or start 3 ranks"),
         ({"ep": 3}, 4, r"parallel\.ep \(3\) must divide the data-parallel ranks \(4\): use 1, 2 or 4"),
+        ({"tp": 3}, 4, r"parallel\.tp \(3\) must fit the ranks: .* divide their number \(4\)"),
+        ({"pp": 2, "ep": 4}, 4, r"parallel\.ep \(4\) must divide the data-parallel ranks \(2\): use 1 or 2"),
         ({"ep": 6}, 6, r"parallel\.ep \(6\) must divide moe\.num_experts \(8\): use 1, 2, 4 or 8"),
     ],
 )
@@ -34,13 +39,21 @@ def test_sizes_that_do_not_fit_the_world_are_refused(sizes, world, message):
         ParallelConfig(**sizes).resolve(world, num_experts=8)
 
 
-@pytest.mark.parametrize("name", ["tp", "pp", "cp"])
-def test_dimensions_that_are_not_built_are_refused_with_the_reason(name):
-    with pytest.raises(ConfigError, match=rf"parallel\.{name} \(2\) is not built yet"):
-        ParallelConfig(**{name: 2})
+def test_every_rank_has_its_own_place_and_pipeline_ranks_are_outermost():
+    layout = ParallelConfig(tp=2, cp=2, pp=2, ep=4).resolve(16)
+    places = [layout.place(rank) for rank in range(16)]
+    assert len({(p["pp"], p["dp"], p["cp"], p["tp"]) for p in places}) == 16
+    assert len({(p["pp"], p["edp"], p["ep"]) for p in places}) == 16
+    assert [p["pp"] for p in places] == [0] * 8 + [1] * 8
+    assert [p["tp"] for p in places] == [0, 1] * 8
+    assert ranks_along(layout, "ep")[0] == [0, 1, 2, 3]
+    assert ranks_along(layout, "replicas")[0] == [0, 2, 4, 6]
+    assert ranks_along(layout, "pp")[1] == [1, 9]
 
 
-@pytest.mark.parametrize("bad", [{"ep": 0}, {"dp": 0}, {"timeout": 0.0}, {"timeout": float("inf")}])
+@pytest.mark.parametrize(
+    "bad", [{"ep": 0}, {"dp": 0}, {"timeout": 0.0}, {"timeout": float("inf")}, {"virtual": 2}, {"node": 3, "ep": 4}]
+)
 def test_impossible_values_are_refused_at_birth(bad):
     with pytest.raises(ConfigError, match=rf"parallel\.{next(iter(bad))}"):
         ParallelConfig(**bad)

@@ -53,7 +53,7 @@ def mix(dispatcher, first: int, last: int, inputs: tuple[torch.Tensor, ...]) -> 
 def all_to_all(case: str, top_k: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     mesh = build_mesh(ParallelConfig(ep=process.world()), num_experts=EXPERTS)
     local = EXPERTS // mesh.ep_size
-    dispatcher = AllToAllDispatcher(mesh.expert.get_group("ep"), EXPERTS)
+    dispatcher = AllToAllDispatcher(mesh.group("ep"), EXPERTS)
     first = local * mesh.ep_rank
     return mix(dispatcher, first, first + local, tokens_of(mesh.rank, case, top_k, dtype))
 
@@ -84,7 +84,7 @@ def rows_by_source() -> tuple[list[float], list[int]]:
     mesh = build_mesh(ParallelConfig(ep=2))
     x_T1 = torch.arange(3.0)[:, None] + 100 * mesh.rank
     ids_T1 = torch.tensor([[3], [0], [3]]) if mesh.rank == 0 else torch.tensor([[2], [3], [1]])
-    dispatcher = AllToAllDispatcher(mesh.expert.get_group("ep"), EXPERTS)
+    dispatcher = AllToAllDispatcher(mesh.group("ep"), EXPERTS)
     sent = dispatcher.dispatch(x_T1, ids_T1, torch.ones_like(ids_T1, dtype=torch.bool), EXPERTS)
     return sent.rows_ND[:, 0].tolist(), sent.ends_E.tolist()
 
@@ -100,7 +100,7 @@ def carried() -> tuple[list[int], list[float]]:
     key_TK = torch.arange(ids_TK.numel()).view_as(ids_TK) + 1000 * mesh.rank
     rows_TD = key_TK[:, :1].double().expand(-1, WIDTH).contiguous()  # a row says which token it is of
     local = LocalDispatcher()
-    dispatcher = AllToAllDispatcher(mesh.expert.get_group("ep"), EXPERTS) if mesh.ep_size > 1 else local
+    dispatcher = AllToAllDispatcher(mesh.group("ep"), EXPERTS) if mesh.ep_size > 1 else local
     sent = dispatcher.dispatch(rows_TD, ids_TK, kept_TK, EXPERTS)
     return dispatcher.carry(key_TK, sent).tolist(), sent.rows_ND[:, 0].tolist()
 

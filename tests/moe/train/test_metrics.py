@@ -59,9 +59,11 @@ def alone(total):
 def test_a_window_is_the_mean_over_its_steps_tokens_and_layers():
     window = Window((1, 3), MOE, CPU)
     valid = torch.ones(4, dtype=torch.bool)
-    window.add(torch.tensor(8.0), {1: routing([0, 0, 0, 1], [True] * 4), 3: routing([0] * 4, [True, False] * 2)}, valid)
+    window.add_loss(torch.tensor(8.0))
+    window.add({1: routing([0, 0, 0, 1], [True] * 4), 3: routing([0] * 4, [True, False] * 2)}, valid)
     window.end_step(4)
-    window.add(torch.tensor(4.0), {1: routing([1] * 4, [True] * 4), 3: routing([0] * 4, [True] * 4)}, valid)
+    window.add_loss(torch.tensor(4.0))
+    window.add({1: routing([1] * 4, [True] * 4), 3: routing([0] * 4, [True] * 4)}, valid)
     window.end_step(4)
     found = window.report(alone, 10.0, None)
     assert found["loss"] == 12 / 8
@@ -81,7 +83,8 @@ def test_a_window_is_the_mean_over_its_steps_tokens_and_layers():
 def test_a_row_says_of_routing_what_the_one_measure_says():
     window, stats, valid = Window((1,), MOE, CPU), RoutingStats((1,), 2, CPU), torch.tensor([True, True, True, False])
     for routed in (routing([0, 1, 1, 0], [True] * 4, valid=valid), routing([0] * 4, [False] * 4, valid=valid)):
-        window.add(torch.tensor(1.0), {1: routed}, valid)
+        window.add_loss(torch.tensor(1.0))
+        window.add({1: routed}, valid)
         stats.add({1: routed}, valid)
     window.end_step(6)
     row = window.report(alone, 1.0, None)
@@ -104,7 +107,8 @@ def test_every_configured_loss_has_its_field(name):
     context = RouteContext(valid_T=torch.ones(16, dtype=torch.bool), token_ids_T=torch.arange(16))
     routed = build_router(moe, layer=1).train()(torch.randn(16, 8), context)
     window = Window((1,), moe, CPU)
-    window.add(torch.tensor(1.0), {1: routed}, context.valid_T)
+    window.add_loss(torch.tensor(1.0))
+    window.add({1: routed}, context.valid_T)
     window.end_step(16)
     row = window.report(alone, 1.0, None)
     found = {key.removeprefix("aux/"): value for key, value in row.items() if key.startswith("aux/")}

@@ -1,0 +1,77 @@
+"""A rank's part of a micro-batch: the tokens that it computes on, and what its layers must know about the others.
+
+T tokens held here, A tokens that attention computes here: the same, unless tensor parallelism divides tokens between
+layers.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...parallel.mesh import Mesh
+from ...parallel.spread import Spread
+from ..data.rows import Batch
+from ..models.context import VarlenContext
+from ..routing.record import Decision, RouteContext
+
+# token indices and ids → layer → the decisions to take
+Decisions = Callable[[Tensor, Tensor], Mapping[int, Decision]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the model is called with, and what its loss is about.
+
+    Attributes:
+        tokens_T, targets_T: int64 ids of the tokens held here and of those that follow (-1 for padding).
+        positions_A: int64, of the tokens that attention computes here.
+        valid_T: bool, False for padding.
+        ctx: attention and routing.
+        total_tokens: valid targets of the GLOBAL batch, the loss's denominator.
+    """
+
+    tokens_T: Tensor
+    targets_T: Tensor
+    positions_A: Tensor
+    valid_T: Tensor
+    ctx: VarlenContext
+    total_tokens: int
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, VarlenContext]:
+        """The model's arguments."""
+        return self.tokens_T, self.positions_A, self.ctx
+
+
+def part_of(batch: Batch, mesh: Mesh, replay: Decisions | None = None, **route: Any) -> Part:
+    """This rank's part of its data-parallel rank's micro-batch. `route` completes the `RouteContext`."""
+    tensors = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "total_tokens"}
+    here = {name: tensor.to(mesh.device, non_blocking=True) for name, tensor in tensors.items()}
+    spread = Spread.of(mesh, len(batch.tokens_T)) if mesh.size("row") > 1 else None
+    own_T: Tensor | slice = slice(None) if spread is None else spread.own_T
+    attended_A: Tensor | slice = slice(None) if spread is None else spread.attended_A
+    groups = here["cu_rows"] if spread is None else torch.searchsorted(spread.own_T, here["cu_rows"])
+    tokens_T, index_T, valid_T = here["tokens_T"][own_T], here["index_T"][own_T], here["valid_T"][own_T]
+    context = RouteContext(
+        cu_groups=groups,
+        valid_T=valid_T,
+        token_ids_T=tokens_T,
+        index_T=index_T,
+        total_tokens=batch.total_tokens,
+        reducer=(lambda tensor: mesh.sum(tensor, "stage")) if mesh.size("stage") > 1 else None,
+        spread=spread,
+        replay=replay(index_T, tokens_T) if replay else None,
+        propagate_nan=True,
+        **route,
+    )
+    return Part(
+        tokens_T=tokens_T,
+        targets_T=here["targets_T"][own_T],
+        positions_A=here["positions_T"][attended_A],
+        valid_T=valid_T,
+        ctx=VarlenContext(here["cu_seqlens"], route=context, spread=spread),
+        total_tokens=batch.total_tokens,
+    )
