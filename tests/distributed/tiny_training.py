@@ -1,20 +1,22 @@
 """A tiny Decoder trained for a few steps on a fixed global batch, at any layout, with everything observable returned.
 
 The same rows go to one rank or many; each rank returns its own tensors and where they lie in the global ones, and
-`whole` puts them together.
+`whole` puts them together. What it observes of each token carries the token's index, and `gathered` sorts by it.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from turnout.kernels import cross_entropy
 from turnout.moe.config import ModelConfig, MoEConfig
-from turnout.moe.models.context import VarlenContext
+from turnout.moe.data.rows import Batch
 from turnout.moe.models.decoder import Decoder
 from turnout.moe.models.init import init_weights
-from turnout.moe.routing.record import RouteContext
+from turnout.moe.routing.bias import update_biases
+from turnout.moe.train.part import part_of
 from turnout.moe.train.recompute import recompute
 from turnout.parallel import process
 from turnout.parallel.apply import parallelize
@@ -29,7 +31,12 @@ HOT = 1  # the expert that the case "hot" sends every token to
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration of the tiny run; `split` says how many of the 8 rows each rank gets (None = equally)."""
+    """One configuration of the tiny run.
+
+    `split` says how many of the 8 rows each data-parallel rank gets (None = equally), `sizes` the other fields of
+    `ParallelConfig`, `moe` and `model` other fields of `MoEConfig` and `ModelConfig`; `dense` has no experts,
+    `documents` cuts rows into documents.
+    """
 
     router: str = "switch"
     dtype: torch.dtype = torch.float64
@@ -45,17 +52,27 @@ class Case:
     zero: int = 1
     steps: int = 3
     recompute: str = "none"
+    sizes: tuple[tuple[str, Any], ...] = ()
+    moe: tuple[tuple[str, Any], ...] = ()
+    model: tuple[tuple[str, Any], ...] = ()
+    dense: bool = False
+    documents: bool = False
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return ParallelConfig(ep=self.ep, **dict(self.sizes))
 
 
 def model_config(case: Case) -> ModelConfig:
-    moe = MoEConfig(
-        width=WIDTH, expert_width=8, num_experts=EXPERTS, top_k=1 if case.router == "switch" else 2,
-        router=case.router, capacity_factor=case.capacity_factor, min_capacity=1, every=1, jitter=0.01,
-    )  # fmt: skip
-    return ModelConfig(
-        vocab_size=VOCAB, width=WIDTH, layers=2, heads=2, kv_heads=1, head_dim=8, ffn_width=24,
-        max_seq_len=LENGTH, moe=moe,
-    )  # fmt: skip
+    moe = {
+        "width": WIDTH, "expert_width": 8, "num_experts": EXPERTS, "top_k": 1 if case.router == "switch" else 2,
+        "router": case.router, "capacity_factor": case.capacity_factor, "min_capacity": 1, "every": 1, "jitter": 0.01,
+    }  # fmt: skip
+    model = {
+        "vocab_size": VOCAB, "width": WIDTH, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 8, "ffn_width": 24,
+        "max_seq_len": LENGTH, "moe": None if case.dense else MoEConfig(**{**moe, **dict(case.moe)}),
+    }  # fmt: skip
+    return ModelConfig(**{**model, **dict(case.model)})
 
 
 def build_model(case: Case) -> Decoder:
@@ -65,70 +82,115 @@ def build_model(case: Case) -> Decoder:
     direction = torch.nn.functional.normalize(torch.ones(WIDTH), dim=0)
     with torch.no_grad():
         model.embed.weight.mul_(8)
-        for block in model.blocks:
-            block.ffn.router.weight.mul_(10)
+        for layer in model.cfg.moe_layers:
+            weight = getattr(model.blocks[layer].ffn.router, "weight", None)
+            if weight is not None:
+                weight.mul_(10)
             if case.hot:
-                block.ffn.router.weight[HOT] = 20 * direction
+                weight[HOT] = 20 * direction
         if case.hot:
             model.embed.weight.add_(3 * direction)
     return model.to(case.dtype)
 
 
-def rows_of(case: Case, rank: int, world: int) -> list[int]:
-    """The rows of the global batch that this rank reads."""
-    split = case.split or (ROWS // world,) * world
-    if world == 1:
+def rows_of(case: Case, rank: int, size: int) -> list[int]:
+    """The rows of the global batch that data-parallel `rank` of `size` reads."""
+    split = case.split or (ROWS // size,) * size
+    if size == 1:
         split = (ROWS,)
     first = sum(split[:rank])
     return list(range(first, first + split[rank]))
 
 
-def run_batch(engine, case: Case, rows: list[int], step: int, last: bool) -> dict[str, Tensor]:
-    """Forward and backward of some rows: this rank's parts of the losses, and the routings."""
+def batch_of(case: Case, rows: list[int], step: int) -> Batch:
+    """Some rows of a step's global batch."""
     generator = torch.Generator().manual_seed(50 + step)
     tokens_RS = torch.randint(VOCAB, (ROWS, LENGTH), generator=generator)
     valid_RS = torch.arange(LENGTH) < LENGTH - torch.arange(ROWS)[:, None] % 4  # rows end in 0 to 3 padding tokens
     targets_RS = tokens_RS.roll(-1, 1).masked_fill(~valid_RS, -1)
-    index_RS = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)
     pick = torch.tensor(rows, dtype=torch.int64)
-    cu = torch.arange(len(rows) + 1) * LENGTH
-    route = RouteContext(
-        cu_groups=cu, valid_T=valid_RS[pick].flatten(), index_T=index_RS[pick].flatten(),
-        step=step, seed=9, total_tokens=int(valid_RS.sum()),
-    )  # fmt: skip
-    ctx = VarlenContext(cu, route)
-    logits_TV = engine.forward(tokens_RS[pick].flatten(), torch.arange(LENGTH).repeat(len(rows)), ctx)
-    loss = cross_entropy(logits_TV, targets_RS[pick].flatten()).sum() / int((targets_RS >= 0).sum())
+    starts = torch.arange(len(rows) * LENGTH) % LENGTH == 0
+    if case.documents:
+        starts |= tokens_RS[pick].flatten() < VOCAB // 5
+    borders = torch.cat([starts.nonzero().flatten(), torch.tensor([len(rows) * LENGTH])])
+    place_T = torch.arange(len(rows) * LENGTH)
+    return Batch(
+        tokens_T=tokens_RS[pick].flatten(),
+        targets_T=targets_RS[pick].flatten(),
+        positions_T=place_T - borders[torch.searchsorted(borders, place_T, right=True) - 1],
+        cu_seqlens=borders.int(),
+        cu_rows=torch.arange(len(rows) + 1, dtype=torch.int32) * LENGTH,
+        valid_T=valid_RS[pick].flatten(),
+        index_T=torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)[pick].flatten(),
+        total_tokens=int(valid_RS.sum()),
+    )
+
+
+def run_step(engine, case: Case, micro: list[list[int]], step: int) -> list[dict[str, Tensor]]:
+    """The gradient of a step whose micro-batches have these rows; what was seen of each micro-batch."""
+    parts, losses, tally = [], {}, {}
+
+    def inputs(number: int) -> tuple:
+        batch = batch_of(case, micro[number], step)
+        parts.append(part_of(batch, engine.mesh, step=step, seed=9, tally=tally))
+        return parts[-1].inputs
+
+    def loss(number: int, logits_TV: Tensor) -> Tensor:
+        mine = cross_entropy(logits_TV, parts[number].targets_T).sum() / parts[number].total_tokens
+        losses[number] = mine.detach()
+        return mine
+
+    engine.accumulate(len(micro), inputs, loss)
+    return [observe(part, losses.get(number)) for number, part in enumerate(parts)]
+
+
+def observe(part, loss: Tensor | None) -> dict[str, Tensor]:
+    """This rank's parts of the losses, and the routings with the index of their tokens."""
+    seen = {"loss": torch.zeros(()) if loss is None else loss, "index": part.ctx.route.index_T}
+    for layer, routing in part.ctx.routings.items():
+        seen |= {f"{name}/{layer}": value.detach() for name, value in routing.aux.items()}
+        seen |= {f"ids/{layer}": routing.ids_TK, f"kept/{layer}": routing.kept_TK}
+        seen |= {f"logits/{layer}": routing.logits_TE, f"counts/{layer}": routing.counts_E}
+    return seen
+
+
+def run_batch(engine, case: Case, rows: list[int], step: int, last: bool) -> None:
+    """Forward and backward of some rows; with `last`, gradients are summed."""
+    part = part_of(batch_of(case, rows, step), engine.mesh, step=step, seed=9)
+    loss = cross_entropy(engine.forward(*part.inputs), part.targets_T).sum() / part.total_tokens
     engine.backward(loss, last=last)
-    parts = {"loss": loss.detach()}
-    for layer, routing in ctx.routings.items():
-        parts |= {f"{name}/{layer}": value.detach() for name, value in routing.aux.items()}
-        parts |= {f"ids/{layer}": routing.ids_TK, f"kept/{layer}": routing.kept_TK}
-        parts[f"logits/{layer}"] = routing.logits_TE.detach()
-    return parts
 
 
 def train(case: Case) -> dict:
     """Train `case.steps` steps on this rank's rows. Returns this rank's view; see `whole`."""
-    mesh = build_mesh(ParallelConfig(ep=case.ep), "cpu", EXPERTS)
+    mesh = build_mesh(case.parallel, "cpu", EXPERTS)
     model = build_model(case)
     shards = parallelize(model, mesh)
     recompute(model, case.recompute)
     engine = build_engine(case, model, mesh, shards)
-    rows = rows_of(case, mesh.rank, mesh.world)
-    seen: dict = {"first": [block.ffn.experts.first for block in model.blocks], "curve": [], "steps": []}
+    rows = rows_of(case, mesh.dp_rank, mesh.dp_size)
+    size = -(-len(rows) // case.micro_batches)
+    micro = [rows[i * size : (i + 1) * size] for i in range(case.micro_batches)]
+    seen: dict = {"first": [model.blocks[layer].ffn.experts.first for layer in model.cfg.moe_layers]}
+    seen |= {"curve": [], "steps": []}
     for step in range(case.steps):
-        size = -(-len(rows) // case.micro_batches)
-        micro = [rows[i * size : (i + 1) * size] for i in range(case.micro_batches)]
-        parts = [run_batch(engine, case, some, step, last=some is micro[-1]) for some in micro]
-        seen["curve"].append(float(process.all_sum(sum(p["loss"] for p in parts))))
+        parts = run_step(engine, case, micro, step)
+        seen["curve"].append(float(process.all_sum(sum(part["loss"] for part in parts).double())))
         if step == 0:
             seen["parts"] = parts
             seen["grads"] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         seen["steps"].append(engine.step())
+        if dict(case.moe).get("bias_rate"):
+            move_biases(model, parts, mesh)
     seen["parameters"] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    seen["biases"] = {name: b.clone() for name, b in model.named_buffers() if name.endswith("balance_bias")}
     seen["shards"] = shards
     return seen
+
+
+def move_biases(model, parts: list[dict[str, Tensor]], mesh) -> None:
+    counts = {int(k.split("/")[1]): sum(p[k] for p in parts) for k in parts[0] if k.startswith("counts/")}
+    update_biases(model, {layer: mesh.sum(count_E, "stage") for layer, count_E in counts.items()})
 
 
 def build_engine(case: Case, model, mesh, shards):
@@ -170,5 +232,7 @@ def summed(views: list[dict], name: str) -> float:
 
 
 def gathered(views: list[dict], name: str) -> Tensor:
-    """A per-token record of step 0 in global token order (ranks read consecutive rows)."""
-    return torch.cat([p[name] for view in views for p in view["parts"]])
+    """A per-token record of step 0 in global token order."""
+    parts = [part for view in views for part in view["parts"] if name in part]
+    order = torch.cat([part["index"] for part in parts]).argsort()
+    return torch.cat([part[name] for part in parts])[order]
