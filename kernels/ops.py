@@ -89,12 +89,15 @@ def varlen_attention(
     scale: float,
     causal: bool = True,
     window: int | None = None,
+    cu_k_B1: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale · q kᵀ) v within each packed sequence; query head h reads key/value head h // (H / G).
 
     Args:
         cu_seqlens_B1: int, cumulative sequence starts, from 0 to T; empty sequences are fine.
         window: a query sees its own position and the window - 1 before it (and after it, if not causal).
+        cu_k_B1: int, cumulative starts of the keys, where sequences have more keys than queries: the q queries of a
+            sequence then stand at the last q of its k >= q positions. None = as the queries.
 
     Returns:
         o_THd (d of v). Differentiable. Under autocast the operands are cast to its dtype.
@@ -102,7 +105,15 @@ def varlen_attention(
     q_THd, k_TGd, v_TGd = _autocast(q_THd, k_TGd, v_TGd)
     with _exact(q_THd):
         return registry.call(
-            "varlen_attention", q_THd, k_TGd, v_TGd, cu_seqlens_B1, scale=scale, causal=causal, window=window
+            "varlen_attention",
+            q_THd,
+            k_TGd,
+            v_TGd,
+            cu_seqlens_B1,
+            scale=scale,
+            causal=causal,
+            window=window,
+            cu_k_B1=cu_k_B1,
         )
 
 

@@ -18,6 +18,11 @@ def visible(q_at_S: Tensor, k_at_L: Tensor, causal: bool, window: int | None) ->
     return seen if window is None else seen & (ahead.abs() < window)
 
 
+def own_keys(cu_seqlens_B1: Tensor, cu_k_B1: Tensor | None) -> Tensor:
+    """The borders of the keys."""
+    return cu_seqlens_B1 if cu_k_B1 is None else cu_k_B1
+
+
 def attend(q_SHd: Tensor, k_LGd: Tensor, v_LGd: Tensor, seen_SL: Tensor, scale: float) -> Tensor:
     """softmax(scale · q kᵀ) v where seen, in float32."""
     groups = q_SHd.shape[1] // k_LGd.shape[1]
@@ -36,14 +41,14 @@ def varlen_attention(
     scale: float,
     causal: bool = True,
     window: int | None = None,
+    cu_k_B1: Tensor | None = None,
 ) -> Tensor:
     outputs = [q_THd[:0, :, :1].expand(-1, -1, v_TGd.shape[2])]
-    for start, end in itertools.pairwise(cu_seqlens_B1.tolist()):
-        at = torch.arange(end - start, device=q_THd.device)
-        sequence = slice(start, end)
-        outputs.append(
-            attend(q_THd[sequence], k_TGd[sequence], v_TGd[sequence], visible(at, at, causal, window), scale)
-        )
+    queries, keys = (itertools.pairwise(cu.tolist()) for cu in (cu_seqlens_B1, own_keys(cu_seqlens_B1, cu_k_B1)))
+    for (start, end), (first, last) in zip(queries, keys, strict=True):
+        at = torch.arange(last - first, device=q_THd.device)
+        seen_SL = visible(at[last - first - (end - start) :], at, causal, window)
+        outputs.append(attend(q_THd[start:end], k_TGd[first:last], v_TGd[first:last], seen_SL, scale))
     return torch.cat(outputs)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..reference.attention import visible
+from ..reference.attention import own_keys, visible
 from ..reference.precision import wide
 
 EXPLICIT = 1 << 23  # the most scores to write out in one call: 32 MB in float32
@@ -31,18 +31,24 @@ def varlen_attention(
     scale: float,
     causal: bool = True,
     window: int | None = None,
+    cu_k_B1: Tensor | None = None,
 ) -> Tensor:
-    """Neighbouring sequences of one length form a batch."""
-    lengths = [end - start for start, end in itertools.pairwise(cu_seqlens_B1.tolist())]
-    outputs, start = [], 0
-    for length, run in itertools.groupby(lengths):
-        count = len(list(run))
-        rows = slice(start, start := start + count * length)
-        if count * length == 0:
+    """Neighbouring sequences of as many queries and as many keys form a batch."""
+    cus = (cu_seqlens_B1, own_keys(cu_seqlens_B1, cu_k_B1))
+    lengths = zip(*([end - start for start, end in itertools.pairwise(cu.tolist())] for cu in cus), strict=True)
+    outputs, start, first = [], 0, 0
+    for (S, L), run in itertools.groupby(lengths):
+        B = len(list(run))
+        queries, keys = slice(start, start := start + B * S), slice(first, first := first + B * L)
+        if B * S == 0:
             continue
-        q, k, v = (t[rows].unflatten(0, (count, length)) for t in (q_THd, k_TGd, v_TGd))
-        at = torch.arange(length, device=q.device)
-        outputs.append(_attend(q, k, v, visible(at, at, causal, window), scale).flatten(0, 1))
+        q, k, v = (
+            q_THd[queries].unflatten(0, (B, S)),
+            k_TGd[keys].unflatten(0, (B, L)),
+            v_TGd[keys].unflatten(0, (B, L)),
+        )
+        at = torch.arange(L, device=q.device)
+        outputs.append(_attend(q, k, v, visible(at[L - S :], at, causal, window), scale).flatten(0, 1))
     return torch.cat(outputs) if outputs else q_THd[..., :1].expand(-1, -1, v_TGd.shape[2])
 
 

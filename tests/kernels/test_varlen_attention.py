@@ -76,6 +76,43 @@ def test_gradcheck(form, heads):
     assert torch.autograd.gradcheck(lambda q, k, v: varlen_attention(q, k, v, cu, scale=0.5, window=2), inputs)
 
 
+KEYS = {  # queries and keys of each sequence
+    "suffixes": ([3, 2, 2, 4], [7, 5, 5, 4]),
+    "no queries": ([0, 3, 0], [4, 3, 0]),
+    "one query each": ([1, 1], [6, 1]),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"window": 2, "causal": False}, {"causal": False}])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+@pytest.mark.parametrize(("queries", "keys"), KEYS.values(), ids=KEYS)
+def test_fewer_queries_than_keys_are_the_last_of_their_sequence(form, queries, keys, heads, options):
+    q, k, v, cu_k = make(keys, heads, torch.float64)
+    cu = torch.tensor([0, *queries]).cumsum(0)
+    last = torch.cat([torch.arange(end - n, end) for n, end in zip(queries, cu_k[1:].tolist(), strict=True)])
+    inputs = tuple(t.requires_grad_() for t in (q, k, v))
+    truth = query_by_query(q, k, v, cu_k, scale=0.3, **options)[last]
+    out = varlen_attention(q[last], k, v, cu, scale=0.3, cu_k_B1=cu_k, **options)
+    torch.testing.assert_close(out, truth)
+    grad = torch.randn(truth.shape, dtype=torch.float64)
+    found, expected = (torch.autograd.grad(o, inputs, grad) for o in (out, truth))
+    for value, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, exact)
+
+
+def test_half_precision_gradients_of_fewer_queries_than_keys(form):
+    q, k, v, cu_k = make([6, 6, 5], (4, 2), torch.bfloat16)
+    cu, last = torch.tensor([0, 2, 4, 7]), torch.tensor([4, 5, 10, 11, 14, 15, 16])
+    inputs = tuple(t.requires_grad_() for t in (q, k, v))
+    exact = tuple(t.detach().double().requires_grad_() for t in inputs)
+    truth = query_by_query(*exact, cu_k, scale=0.3)[last]
+    grad = torch.randn(truth.shape).bfloat16()
+    out = varlen_attention(q[last], k, v, cu, scale=0.3, cu_k_B1=cu_k)
+    found, expected = torch.autograd.grad(out, inputs, grad), torch.autograd.grad(truth, exact, grad.double())
+    for value, right in zip(found, expected, strict=True):
+        assert (value.double() - right).norm() < 2e-2 * right.norm()
+
+
 def test_values_may_be_narrower_than_keys(form):
     q, k, v, cu = make([5, 3], (4, 2), dv=3)
     out = varlen_attention(q, k, v, cu, scale=0.3)
