@@ -44,6 +44,11 @@ class Layout:
         """All ranks."""
         return self.pp * self.stage
 
+    @property
+    def pieces(self) -> int:
+        """Equal pieces into which a micro-batch's tokens are divided: two a context rank, each in tp parts."""
+        return (2 * self.cp if self.cp > 1 else 1) * self.tp
+
     def place(self, rank: int) -> dict[str, int]:
         """Where `rank` stands in every dimension."""
         outer, tp = divmod(rank, self.tp)

@@ -56,6 +56,12 @@ class Mesh:
     device: torch.device
     groups: dict[Dimension, dist.ProcessGroup] = field(default_factory=dict)
 
+    @staticmethod
+    def alone(device: torch.device) -> "Mesh":
+        """One rank, whatever process group it may stand in."""
+        layout = Layout(dp=1, ep=1, edp=1)
+        return Mesh(rank=0, world=1, layout=layout, place=layout.place(0), device=device)
+
     def group(self, dim: Dimension) -> dist.ProcessGroup:
         """The ranks along one dimension (`ALONG`); a dimension of one rank has no group."""
         assert dim in self.groups, f"{dim} is one rank, which is no group"

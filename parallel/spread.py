@@ -39,7 +39,7 @@ class Spread:
     @staticmethod
     def pieces(mesh: Mesh) -> int:
         """What the tokens of a micro-batch must be a multiple of."""
-        return (2 * mesh.layout.cp if mesh.layout.cp > 1 else 1) * mesh.layout.tp
+        return mesh.layout.pieces
 
     @classmethod
     def of(cls, mesh: Mesh, tokens: int) -> "Spread":
@@ -62,6 +62,11 @@ class Spread:
         with naming("gathering of a row's tokens"):
             dist.all_gather(parts, values_T.detach().contiguous(), group=self.mesh.group("row"))
         return torch.cat(parts)[self.order_W]
+
+    def in_order(self, values_W: Tensor) -> Tensor:
+        """The values of all context ranks' attended tokens, one rank after another → in the micro-batch's order."""
+        values_P2 = values_W.unflatten(0, (self.mesh.size("cp"), 2, -1))
+        return torch.cat([values_P2[:, 0].flatten(0, 1), values_P2[:, 1].flip(0).flatten(0, 1)])
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the ranks of the row, as a new tensor without gradient; collective over the row."""

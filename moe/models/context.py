@@ -1,11 +1,13 @@
 """The training and evaluation context: attention over packed sequences.
 
-T tokens, B sequences, H heads, G kv heads, d head size.
+T tokens, B sequences, H heads, G kv heads, d head size, W tokens over all context ranks.
 """
 
+import torch
 from torch import Tensor
 
 from ...kernels import varlen_attention
+from ...parallel.context import Piece, gather_keys, pieces
 from ...parallel.spread import Spread
 from ..layers.context import AttentionSpec, Heads
 from ..routing.record import RouteContext, Routing
@@ -36,11 +38,29 @@ class VarlenContext:
         self.logit_rows = logit_rows
         self.spread = spread
         self.routings: dict[int, Routing] = {}
+        self._found: dict[int | None, list[Piece]] = {}
 
     def attend(self, spec: AttentionSpec, q_THd: Tensor, kv: Heads) -> Tensor:
-        return varlen_attention(
-            q_THd, kv.k, kv.v, self.cu_seqlens_B1, scale=spec.scale, causal=spec.causal, window=spec.window
-        )
+        if self.spread is None or self.spread.mesh.size("cp") == 1:
+            return varlen_attention(
+                q_THd, kv.k, kv.v, self.cu_seqlens_B1, scale=spec.scale, causal=spec.causal, window=spec.window
+            )
+        assert spec.causal, "context parallelism gives each rank an equal share of causal attention"
+        k_WGd, v_WGd = gather_keys(kv.k, kv.v, self.spread)
+        outputs = [
+            varlen_attention(
+                q_THd[piece.queries], k_WGd[piece.keys], v_WGd[piece.keys], piece.cu_q_B1,
+                scale=spec.scale, window=spec.window, cu_k_B1=piece.cu_k_B1,
+            )
+            for piece in self._pieces(self.spread, spec.window)
+        ]  # fmt: skip
+        return torch.cat(outputs)
+
+    def _pieces(self, spread: Spread, window: int | None) -> list[Piece]:
+        """Found once a forward pass: the layers share them."""
+        if window not in self._found:
+            self._found[window] = pieces(self.cu_seqlens_B1, spread, window)
+        return self._found[window]
 
     def observe(self, layer: int, routing: Routing) -> None:
         self.routings[layer] = routing.detach()

@@ -25,6 +25,11 @@ class ExpertChoiceRouter(Router):
     dropless = True
     needs_loss = False
 
+    @property
+    def compares_tokens(self) -> bool:
+        """An expert compares all tokens of a group."""
+        return True
+
     def select(self, scores: Scores, context: RouteContext) -> tuple[Tensor, Tensor]:
         tokens, experts = scores.logits.shape
         factor = self.factor()

@@ -34,8 +34,8 @@ class Sums:
 
     Attributes:
         own_G: how many tokens of the group are at hand.
-        all_GE: the sum over all tokens that count together: those at hand and, in `global_batch`, those of other ranks
-            and of earlier micro-batches. Its gradient reaches the tokens at hand.
+        all_GE: the sum over all tokens that count together: those at hand, in `sequence` those of a row's other ranks,
+            in `global_batch` those of all ranks and of earlier micro-batches. Its gradient reaches the tokens at hand.
         all_G: how many those are.
     """
 
@@ -57,7 +57,8 @@ class Span:
         context: groups, total tokens, reducer, tally.
         known: a recalled decision's sums, taken instead of summing over ranks and micro-batches again.
         group: moe.balance_over.
-        sums: loss → the sums over ranks and micro-batches made so far, float [1, E+1], the last column counts tokens.
+        sums: loss → the sums over ranks and micro-batches made so far, float [G, E+1] (G = 1 in `global_batch`), the
+            last column counts tokens.
     """
 
     layer: int
@@ -88,13 +89,17 @@ class Span:
         """Σ over all tokens that count together; at most one reduction, none in a recalled decision."""
         own = self.add(loss, F.pad(values_TE, (0, 1), value=1.0))  # the last column counts tokens
         together = own.detach()
-        if self.over(loss) == "global_batch":
+        spread_row = self.over(loss) == "sequence" and self.context.spread is not None
+        if spread_row or self.over(loss) == "global_batch":
             self.sums[loss] = together = self.known[loss] if loss in self.known else self._reduce(loss, together)
         linked = together + (own - own.detach())  # the value of all, the gradient of those at hand
         return Sums(own_G=own[:, -1].detach(), all_GE=linked[:, :-1], all_G=together[:, -1])
 
     def _reduce(self, loss: str, own: Tensor) -> Tensor:
-        """Σ over earlier micro-batches, of which a note is kept, and over ranks."""
+        """Σ over the ranks of a row; in `global_batch` over all ranks and earlier micro-batches, which are noted."""
+        if self.over(loss) == "sequence":
+            assert self.context.spread is not None
+            return self.context.spread.sum(own)
         if (tally := self.context.tally) is not None:
             tally[self.layer, loss] = own = tally[self.layer, loss] + own if (self.layer, loss) in tally else own
         return own if self.context.reducer is None else self.context.reducer(own)

@@ -35,6 +35,13 @@ class Decision:
     asked_TK: Tensor | None = None
     sums: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def of(self, rows: Tensor) -> "Decision":
+        """The decision for some of the tokens (int64 indices), without sums."""
+        asked_TK = None if self.asked_TK is None else self.asked_TK[rows]
+        return Decision(
+            ids_TK=self.ids_TK[rows], wanted_TK=self.wanted_TK[rows], kept_TK=self.kept_TK[rows], asked_TK=asked_TK
+        )
+
     @property
     def choice(self) -> Tensor:
         """The experts that the router chose, before any drop: what load and balance are about."""
@@ -62,6 +69,7 @@ class RouteContext:
         loss_scale: what the caller multiplies its loss by (gradient scaling in float16), for balance losses too.
         spread: how a row's tokens are divided over ranks; the tokens at hand are then a part of their groups. None = a
             group's tokens are all here.
+        whole: with `spread`, the same of all the row's tokens, as one rank would have it.
         replay: layer → the decision to take instead of choosing one.
         propagate_nan: a NaN logit makes its token's weights NaN instead of raising, for callers that look at the
             loss on all ranks anyway (raising on one rank would leave the others waiting).
@@ -79,6 +87,7 @@ class RouteContext:
     tally: dict[tuple[int, str], Tensor] | None = None
     loss_scale: float | Tensor = 1.0
     spread: Spread | None = None
+    whole: "RouteContext | None" = None
     replay: Mapping[int, Decision] | None = None
     propagate_nan: bool = False
 

@@ -15,7 +15,7 @@ T tokens, D width, E experts, K choices, G groups.
 
 from abc import ABC
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ... import NonFiniteError
 from ...kernels import uniform
 from ...kernels.random import JITTER
+from ...parallel.spread import Spread
 from ..config import MoEConfig
 from .capacity import Room, keep
 from .losses import Span, measure
@@ -49,6 +50,14 @@ class Scores:
     rank: Tensor
     gates: Tensor
     noise: Tensor | None = None
+
+    def gathered(self, spread: Spread) -> "Scores":
+        """Those of all the row's tokens, in order, without gradients; one collective over the row."""
+        mine = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        different = list({id(value): value for value in mine.values()}.values())  # one tensor may have two names
+        parts = spread.gather(torch.cat(different, -1)).split([value.shape[-1] for value in different], -1)
+        theirs = {id(value): part for value, part in zip(different, parts, strict=True)}
+        return Scores(**{name: theirs[id(value)] for name, value in mine.items()})
 
 
 class Router(nn.Module, ABC):
@@ -132,7 +141,16 @@ class Router(nn.Module, ABC):
 
     @torch.no_grad()
     def decide(self, scores: Scores, valid_T: Tensor, context: RouteContext) -> Decision:
-        """Select, then apply the present mode's capacity."""
+        """Select, then apply the present mode's capacity.
+
+        Where a group's tokens are spread over ranks and look at each other, every rank decides for all of them, as one
+        rank would, and takes its own.
+        """
+        if context.spread is not None and self.looks_around(context):
+            assert context.whole is not None, "a spread row comes with the surroundings of all its tokens"
+            valid_W = valid_tokens(context.whole, len(context.spread.order_W), valid_T.device)
+            whole = self.decide(scores.gathered(context.spread), valid_W, context.whole)
+            return whole.of(context.spread.own_T)
         ids_TK, wanted_TK = self.select(scores, context)
         wanted_TK = wanted_TK & valid_T[:, None]
         factor = self.factor()
@@ -146,6 +164,16 @@ class Router(nn.Module, ABC):
         )  # fmt: skip
         asked_TK = None if found_TK is ids_TK else ids_TK
         return Decision(ids_TK=found_TK, wanted_TK=wanted_TK, kept_TK=kept_TK, asked_TK=asked_TK)
+
+    def looks_around(self, context: RouteContext) -> bool:
+        """Whether a decision of the present mode depends on other tokens of its group."""
+        limited = self.factor() is not None and not (self.dropless or context.dropless)
+        return (self.compares_tokens or limited) and not (self.cfg.group == "rank" and self.training)
+
+    @property
+    def compares_tokens(self) -> bool:
+        """Whether selection alone, before any drop, depends on other tokens."""
+        return False
 
     @property
     def causal_in_training(self) -> bool:

@@ -29,6 +29,11 @@ class SinkhornRouter(Router):
     needs_loss = False
 
     @property
+    def compares_tokens(self) -> bool:
+        """The assignment balances the whole group, in training."""
+        return self.training
+
+    @property
     def causal_in_training(self) -> bool:
         """The assignment balances the whole group."""
         return False

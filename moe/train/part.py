@@ -5,7 +5,7 @@ layers.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -46,32 +46,42 @@ class Part:
         return self.tokens_T, self.positions_A, self.ctx
 
 
-def part_of(batch: Batch, mesh: Mesh, replay: Decisions | None = None, **route: Any) -> Part:
+def part_of(
+    batch: Batch, mesh: Mesh, replay: Decisions | None = None, *, propagate_nan: bool = True, **route: Any
+) -> Part:
     """This rank's part of its data-parallel rank's micro-batch. `route` completes the `RouteContext`."""
     tensors = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "total_tokens"}
     here = {name: tensor.to(mesh.device, non_blocking=True) for name, tensor in tensors.items()}
-    spread = Spread.of(mesh, len(batch.tokens_T)) if mesh.size("row") > 1 else None
-    own_T: Tensor | slice = slice(None) if spread is None else spread.own_T
-    attended_A: Tensor | slice = slice(None) if spread is None else spread.attended_A
-    groups = here["cu_rows"] if spread is None else torch.searchsorted(spread.own_T, here["cu_rows"])
-    tokens_T, index_T, valid_T = here["tokens_T"][own_T], here["index_T"][own_T], here["valid_T"][own_T]
     context = RouteContext(
-        cu_groups=groups,
-        valid_T=valid_T,
-        token_ids_T=tokens_T,
-        index_T=index_T,
+        cu_groups=here["cu_rows"],
+        valid_T=here["valid_T"],
+        token_ids_T=here["tokens_T"],
+        index_T=here["index_T"],
         total_tokens=batch.total_tokens,
         reducer=(lambda tensor: mesh.sum(tensor, "stage")) if mesh.size("stage") > 1 else None,
-        spread=spread,
-        replay=replay(index_T, tokens_T) if replay else None,
-        propagate_nan=True,
+        propagate_nan=propagate_nan,
         **route,
     )
+    spread = Spread.of(mesh, len(batch.tokens_T)) if mesh.size("row") > 1 else None
+    if spread is not None:
+        own = {name: here[name][spread.own_T] for name in ("tokens_T", "targets_T", "valid_T", "index_T")}
+        here |= own | {"positions_T": here["positions_T"][spread.attended_A]}
+        context = replace(
+            context,
+            cu_groups=torch.searchsorted(spread.own_T, here["cu_rows"]),
+            valid_T=here["valid_T"],
+            token_ids_T=here["tokens_T"],
+            index_T=here["index_T"],
+            spread=spread,
+            whole=context,
+        )
+    if replay is not None:
+        context = replace(context, replay=replay(here["index_T"], here["tokens_T"]))
     return Part(
-        tokens_T=tokens_T,
-        targets_T=here["targets_T"][own_T],
-        positions_A=here["positions_T"][attended_A],
-        valid_T=valid_T,
+        tokens_T=here["tokens_T"],
+        targets_T=here["targets_T"],
+        positions_A=here["positions_T"],
+        valid_T=here["valid_T"],
         ctx=VarlenContext(here["cu_seqlens"], route=context, spread=spread),
         total_tokens=batch.total_tokens,
     )
