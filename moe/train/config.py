@@ -26,9 +26,12 @@ class OptimConfig:
         eps: AdamW's epsilon.
         weight_decay: decoupled decay of matrices, embeddings and heads (vectors and routers do not decay).
         warmup: share of the run, in [0, 1), over which the rate rises linearly.
-        final: share of the peak at which the cosine ends.
+        final: share of the peak at which the schedule ends (`constant` never leaves the peak).
         clip: global gradient norm above which gradients are scaled down; null = never.
         state_dtype: in which AdamW's and Muon's moments are held, on the device and in checkpoints.
+        schedule: how the rate falls behind the warm-up: `cosine`, `linear`, `constant`, or `wsd`, which stays at the
+            peak and cools down at the end (warm-up, stable, decay).
+        decay: share of the run, its last, in which `wsd` cools down.
     """
 
     name: Literal["adamw", "muon", "adafactor"] = "adamw"
@@ -43,6 +46,8 @@ class OptimConfig:
     final: float = 0.0
     clip: float | None = 1.0
     state_dtype: Literal["float32", "bfloat16"] = "float32"
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    decay: float = 0.2
 
     def __post_init__(self) -> None:
         for name in ("lr", "muon_lr", "eps"):
@@ -51,6 +56,9 @@ class OptimConfig:
             value = getattr(self, name)
             check(0 <= value < 1, f"optim.{name}", value, "must lie in [0, 1)", "choose a share below 1")
         check(0 <= self.final <= 1, "optim.final", self.final, "must lie in [0, 1]", "use 0 to decay to zero")
+        room = 1 - self.warmup
+        rule, fix = f"must lie above 0 and within what optim.warmup leaves ({room:g})", "use 0.2"
+        check(0 < self.decay <= room or self.schedule != "wsd", "optim.decay", self.decay, rule, fix)
         value = self.weight_decay
         check(0 <= value < 1, "optim.weight_decay", value, "must lie in [0, 1)", "use 0.1, or 0 for none")
         if self.clip is not None:
