@@ -82,7 +82,8 @@ class TrainConfig:
         eval_bytes: how much held-out text an evaluation within the run reads; null = all of it.
         save_every: steps between checkpoints; null = only at the end.
         keep: newest checkpoints kept.
-        dtype: of the forward pass under autocast (parameters and optimizer stay float32, the router too).
+        dtype: of the forward pass under autocast (parameters and optimizer stay float32, the router too); float16
+            scales the loss.
         recompute: activations that the backward pass computes again instead of keeping them: `none`; `selective`, the
             inside of feed-forward networks and experts; `full`, all of every block but its input.
         init: a run or model directory whose weights the run starts from.
@@ -102,7 +103,7 @@ class TrainConfig:
     eval_bytes: int | None = 200_000
     save_every: int | None = 500
     keep: int = 2
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     recompute: Literal["none", "selective", "full"] = "none"
     init: str | None = None
     resume: bool | str = False
@@ -220,6 +221,8 @@ class RunConfig:
             rule = "is not built for engine=deepspeed (ZeRO holds its states in float32)"
             dtype = self.optim.state_dtype
             check(dtype == "float32", "optim.state_dtype", dtype, rule, "use optim.state_dtype=float32")
+            rule = "is not built for engine=deepspeed (the loss is scaled by our engine, not by ZeRO's)"
+            check(self.train.dtype != "float16", "train.dtype", self.train.dtype, rule, "use train.dtype=float32")
             rule = "is not built for engine=deepspeed (it manages autocast itself)"
             check(self.train.dtype == "float32", "train.dtype", self.train.dtype, rule, "use train.dtype=float32")
 

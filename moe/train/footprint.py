@@ -90,7 +90,7 @@ class Footprint:
     @property
     def width(self) -> int:
         """b: bytes of a number in the forward pass."""
-        return 2 if self.config.train.dtype == "bfloat16" else WIDE
+        return WIDE if self.config.train.dtype == "float32" else 2
 
     @property
     def casts(self) -> int:

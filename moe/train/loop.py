@@ -149,6 +149,9 @@ class Trainer:
         tokens = self.parts[0].total_tokens
         self._record()
         result = engine.step()
+        if result.rescaled:
+            self._drop()
+            return None
         if not result.finite:
             self._skip(float(self.loss), result.grad_norm)
             return None
@@ -178,16 +181,19 @@ class Trainer:
             self._cursor(self.skipped), train.global_batch, mesh.dp_rank, mesh.dp_size, micro, train.micro_batch
         )
         replay = None if self.replay is None else partial(self.replay.decisions, step)
-        part = part_of(batch, mesh, replay, step=step, seed=self.config.seed, tally=self.tally)
+        part = part_of(
+            batch, mesh, replay,
+            step=step, seed=self.config.seed, tally=self.tally, loss_scale=self.setup.engine.loss_scale,
+        )  # fmt: skip
         self.parts.append(part)
         return part.inputs
 
     def _loss(self, micro: int, logits_TV: Tensor) -> Tensor:
-        """This rank's part of the global batch's mean loss."""
+        """This rank's part of the global batch's mean loss, times the loss scale."""
         part = self.parts[micro]
         loss = cross_entropy(logits_TV, part.targets_T).sum() / part.total_tokens
         self.loss += loss.detach()
-        return loss
+        return loss * self.setup.engine.loss_scale
 
     def _record(self) -> None:
         """Keep what a step needs of its micro-batches' losses and routings."""
@@ -221,7 +227,8 @@ class Trainer:
         where = {"kind": "train", "step": self.now.step, "tokens": self.now.tokens, "seconds": round(seconds, 3)}
         done = progress(config.train, self.now.step, self.now.seconds)
         remaining = self.now.seconds * max(1 / done - 1, 0)
-        row = {**where, **window, "grad_norm": grad_norm, "lr": lr}
+        scale = self.setup.engine.scale
+        row = {**where, **window, "grad_norm": grad_norm, "lr": lr, "loss_scale": scale.factor if scale else None}
         self.metrics.write(row, remaining)
         for event in self.alarm.check(row):
             self.metrics.alarm(event)
@@ -242,6 +249,8 @@ class Trainer:
         setup, tokenizer = self.setup, self.setup.tokenizer.digest
         setup.engine.gather_state()
         named = state.tensors(setup.model, setup.engine.optimizers, setup.shards)
+        if (scale := setup.engine.scale) is not None:
+            self.now = replace(self.now, loss_scale=scale.factor, good_steps=scale.good)
         meta = state.to_meta(self.now, setup.identity, tokenizer)
         with self.window.paused():
             return save(self.run_dir / CHECKPOINTS, self.now.step, named, meta, self.mesh, self.config.train.keep)

@@ -136,6 +136,8 @@ def load(checkpoint: Checkpoint, setup: Setup) -> state.Progress:
     progress = state.from_meta(checkpoint.meta, setup.identity, setup.tokenizer.digest)
     state.restore(checkpoint, setup.model, setup.engine.optimizers, setup.shards)
     setup.engine.scatter_state()
+    if (scale := setup.engine.scale) is not None and progress.loss_scale is not None:
+        scale.factor, scale.good = progress.loss_scale, progress.good_steps
     return progress
 
 

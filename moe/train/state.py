@@ -44,6 +44,8 @@ class Progress:
         wandb_id: wandb's name for the run.
         losses: of the last steps, oldest first, where spikes are looked for.
         rewinds: how often the run went back after a spike.
+        loss_scale: the factor, of a run in float16.
+        good_steps: finite steps in a row at it.
     """
 
     step: int = 0
@@ -53,6 +55,8 @@ class Progress:
     wandb_id: str | None = None
     losses: tuple[float, ...] = ()
     rewinds: int = 0
+    loss_scale: float | None = None
+    good_steps: int = 0
 
 
 def tensors(model: nn.Module, optimizers: Sequence[Optimizer], shards: Mapping[str, ShardSpec]) -> Named:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..mesh import Mesh
+from .scale import LossScale
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,13 @@ class StepResult:
         grad_norm: L2 norm of the global batch's gradient, before the clip.
         clip: what the gradients were multiplied by.
         finite: False when a gradient of any rank was not; then no parameter moved on any rank.
+        rescaled: that was at a loss scale which has been lowered: the same batch is worth another try.
     """
 
     grad_norm: float
     clip: float
     finite: bool
+    rescaled: bool = False
 
 
 class Engine(ABC):
@@ -44,6 +47,7 @@ class Engine(ABC):
         mesh: the layout.
         clip: largest gradient norm; None = no limit.
         dtype: of the forward pass under autocast; None = as the parameters are.
+        scale: what callers multiply their losses by (balance losses too), in float16; None = nothing.
     """
 
     model: nn.Module
@@ -51,6 +55,12 @@ class Engine(ABC):
     mesh: Mesh
     clip: float | None
     dtype: torch.dtype | None = None
+    scale: LossScale | None = None
+
+    @property
+    def loss_scale(self) -> float:
+        """`scale.factor`, 1 without."""
+        return 1.0 if self.scale is None else self.scale.factor
 
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:

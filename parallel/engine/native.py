@@ -20,6 +20,7 @@ from ..mesh import Mesh
 from ..process import naming
 from ..shard import ShardSpec
 from .engine import Engine, StepResult
+from .scale import LossScale
 
 
 class NativeEngine(Engine):
@@ -31,7 +32,7 @@ class NativeEngine(Engine):
         mesh: the layout.
         shards: what `parallelize` returned.
         clip: largest gradient norm; None = no limit.
-        dtype: of the forward pass under autocast; None = as the parameters are.
+        dtype: of the forward pass under autocast; None = as the parameters are. float16 brings a `scale`.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class NativeEngine(Engine):
         self.model, self.optimizers, self.mesh = model, list(optimizers), mesh
         self.clip, self.dtype, self.shards = clip, dtype, shards
         self.divided = [name for name, _ in model.named_parameters() if shards[name].along != "stage"]
+        self.scale = LossScale() if dtype is torch.float16 else None
         self._last = True
         self._wrapped: nn.Module = model
         if mesh.size("stage") > 1:
@@ -82,6 +84,8 @@ class NativeEngine(Engine):
 
     def step(self) -> StepResult:
         grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        if self.scale is not None:
+            self.scale.unscale(grads.values())
         replicas = {name: self.mesh.size(self.shards[name].along) for name in grads}
         norm = global_norm(((grad, replicas[name]) for name, grad in grads.items()), self.mesh.device)
         finite = math.isfinite(norm)
@@ -93,7 +97,8 @@ class NativeEngine(Engine):
             for optimizer in self.optimizers:
                 optimizer.step()
         self.model.zero_grad(set_to_none=True)
-        return StepResult(norm, coefficient, finite)
+        rescaled = self.scale is not None and self.scale.update(finite)
+        return StepResult(norm, coefficient, finite, rescaled)
 
 
 class _Replicated(nn.Module):

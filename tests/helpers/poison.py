@@ -24,6 +24,7 @@ def train(
     factors: Mapping[int, float],
     kill_after: int | None = None,
     jump: tuple[int, int] | None = None,
+    grow_after: int | None = None,
 ) -> str:
     """Train as this rank of however many there are.
 
@@ -31,6 +32,7 @@ def train(
         factors: global batch → what the last rank's logits are multiplied by whenever it is read in training.
         kill_after: die after so many attempted steps.
         jump: (step, global batch): when `step` steps are done, read on at that batch.
+        grow_after: good steps that double the loss scale of a run in float16.
 
     Returns:
         "done", "killed", or the error's text.
@@ -49,6 +51,8 @@ def train(
         return False
 
     trainer = Trainer(config, Path(run), mesh, boundary)
+    if grow_after is not None:
+        trainer.setup.engine.scale.grow_after = grow_after
     if process.rank() == process.world() - 1:
         trainer.setup.model.register_forward_hook(_poison(trainer, factors))
     try:

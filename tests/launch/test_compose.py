@@ -73,7 +73,7 @@ BAD = [
     ("train.seq_len=2048", "train.seq_len (2048) can not exceed model.max_seq_len (1024)"),
     ("train.seq_len=1", "train.seq_len (1) must be at least 2"),
     ("train.save_every=0", "train.save_every (0) must be at least 1"),
-    ("train.dtype=float8", "train.dtype ('float8') must be one of bfloat16, float32"),
+    ("train.dtype=float8", "train.dtype ('float8') must be one of bfloat16, float16, float32"),
     ("train.resume=maybe", "train.resume (maybe) is not a directory"),
     ("train.resume=true", "train.resume (true) needs a run to resume"),
     ("train.init=x train.resume=true", "train.init (x) can not be combined with train.resume"),
@@ -94,6 +94,10 @@ BAD = [
         "optim.state_dtype (bfloat16) is not built for engine=",
     ),
     ("parallel.zero=2", "parallel.zero (2) is read by engine=deepspeed only: use engine=deepspeed"),
+    (
+        "engine=deepspeed optim=adamw train.dtype=float16",
+        "train.dtype (float16) is not built for engine=deepspeed (the loss is scaled",
+    ),
     ("engine=deepspeed optim=adamw", "train.dtype (bfloat16) is not built for engine=deepspeed"),
     (
         "engine=deepspeed optim=adamw train.dtype=float32 parallel.ep=1 nproc=1",
