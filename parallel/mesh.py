@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from . import process
 from .config import Layout, ParallelConfig
 
-Dimension = Literal["pp", "dp", "cp", "tp", "ep", "edp", "stage", "replicas", "row"]
+Dimension = Literal["pp", "dp", "cp", "tp", "ep", "edp", "stage", "replicas", "row", "ends"]
 
 # A group runs along the named dimensions: ranks that differ in nothing else belong together.
 ALONG: dict[Dimension, tuple[str, ...]] = {
@@ -32,6 +32,7 @@ ALONG: dict[Dimension, tuple[str, ...]] = {
     "row": ("cp", "tp"),  # hold the tokens of the same rows
     "ep": ("ep",),  # hold the experts together
     "edp": ("edp",),  # hold replicas of the same experts
+    "ends": ("pp",),  # first and last stage: hold replicas of a tied embedding; those between are alone
 }
 DENSE = ("pp", "dp", "cp", "tp")
 EXPERT = ("pp", "edp", "ep")
@@ -126,7 +127,8 @@ def ranks_along(layout: Layout, dim: Dimension) -> list[list[int]]:
 
     def elsewhere(rank: int) -> tuple[int, ...]:
         place = layout.place(rank)
-        return tuple(place[name] for name in apart)
+        between = place["pp"] if dim == "ends" and place["pp"] != layout.pp - 1 else 0
+        return between, *(place[name] for name in apart)
 
     ranks = sorted(range(layout.world), key=lambda rank: (elsewhere(rank), rank))
     return [list(group) for _, group in groupby(ranks, key=elsewhere)]

@@ -37,6 +37,10 @@ class Decoder(nn.Module):
         x_TD = self.embed(tokens_T)
         for block in self.blocks:
             x_TD = block(x_TD, positions_T, ctx)
+        return self.logits(x_TD, ctx)
+
+    def logits(self, x_TD: Tensor, ctx: Context) -> Tensor:
+        """Logits [R, V] of the wanted rows, from what the last block returned."""
         x_RD = self.norm(x_TD if ctx.logit_rows is None else x_TD[ctx.logit_rows])
         return F.linear(x_RD, self.embed.weight if self.head is None else self.head.weight)
 

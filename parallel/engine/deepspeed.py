@@ -26,7 +26,7 @@ from ..gradients import clip_coefficient, global_norm
 from ..mesh import Mesh
 from ..process import naming
 from ..shard import ShardSpec
-from .engine import Engine, StepResult
+from .engine import DirectEngine, StepResult
 from .native import sum_divided
 
 ELEMENTWISE = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
@@ -45,7 +45,7 @@ def settings(stage: int) -> dict[str, Any]:
     }
 
 
-class DeepSpeedEngine(Engine):
+class DeepSpeedEngine(DirectEngine):
     """Trains `model` with ZeRO-1 or ZeRO-2 (`stage`); else as `NativeEngine`. Needs at least 2 ranks.
 
     The learning rates are read from `optimizers[0].param_groups` at every step; its states live elsewhere.

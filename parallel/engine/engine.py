@@ -63,6 +63,45 @@ class Engine(ABC):
         return 1.0 if self.scale is None else self.scale.factor
 
     @abstractmethod
+    def step(self) -> StepResult:
+        """Vote, clip and step; the gradients are dropped either way. Collective."""
+
+    @abstractmethod
+    def accumulate(
+        self, count: int, inputs: Callable[[int], tuple[Any, ...]], loss: Callable[[int, Any], Tensor]
+    ) -> None:
+        """The gradient of an optimizer step, summed over its micro-batches and ranks. Collective.
+
+        Args:
+            count: micro-batches of this rank, the same number on every rank.
+            inputs: micro-batch → the model's arguments.
+            loss: (micro-batch, what the model returned) → this rank's part of the global batch's loss. Called in the
+                order of the micro-batches, where the model's output is.
+
+        Raises:
+            PeerError: a peer died or hangs.
+        """
+
+    def infer(self, *args: Any) -> Tensor | None:
+        """The model's output, without anything for a backward pass; None where it is on other ranks. Collective."""
+        output: Tensor = self.model(*args)
+        return output
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the forward pass."""
+        return torch.autocast(self.mesh.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+    def gather_state(self) -> None:  # noqa: B027 (most engines have nothing to do)
+        """Make `optimizers[i].state[parameter]` current: it always is, unless an engine holds it elsewhere."""
+
+    def scatter_state(self) -> None:  # noqa: B027 (likewise)
+        """Take over what was written into the model and `optimizers[i].state`."""
+
+
+class DirectEngine(Engine):
+    """One whose ranks hold all layers: a micro-batch's backward pass follows its forward pass."""
+
+    @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass, prepared for `backward`; every loss must derive from what it returns."""
 
@@ -74,29 +113,8 @@ class Engine(ABC):
             PeerError: a peer died or hangs.
         """
 
-    @abstractmethod
-    def step(self) -> StepResult:
-        """Vote, clip and step; the gradients are dropped either way. Collective."""
-
     def accumulate(
         self, count: int, inputs: Callable[[int], tuple[Any, ...]], loss: Callable[[int, Any], Tensor]
     ) -> None:
-        """The gradient of an optimizer step, summed over its micro-batches and ranks. Collective.
-
-        Args:
-            count: micro-batches of this rank, the same number on every rank.
-            inputs: micro-batch → the model's arguments.
-            loss: (micro-batch, what the model returned) → this rank's part of the global batch's loss.
-        """
         for micro in range(count):
             self.backward(loss(micro, self.forward(*inputs(micro))), last=micro == count - 1)
-
-    def autocast(self) -> torch.autocast:
-        """The precision of the forward pass."""
-        return torch.autocast(self.mesh.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
-
-    def gather_state(self) -> None:  # noqa: B027 (most engines have nothing to do)
-        """Make `optimizers[i].state[parameter]` current: it always is, unless an engine holds it elsewhere."""
-
-    def scatter_state(self) -> None:  # noqa: B027 (likewise)
-        """Take over what was written into the model and `optimizers[i].state`."""

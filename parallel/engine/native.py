@@ -6,7 +6,6 @@ In a world of one there is no DDP and no communication.
     result = engine.step()
 """
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -15,15 +14,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..gradients import clip_coefficient, global_norm
+from ..gradients import widen
 from ..mesh import Mesh
 from ..process import naming
 from ..shard import ShardSpec
-from .engine import Engine, StepResult
+from .engine import DirectEngine, StepResult
 from .scale import LossScale
+from .update import clip_and_step
 
 
-class NativeEngine(Engine):
+class NativeEngine(DirectEngine):
     """Trains `model` on all ranks of `mesh`.
 
     Args:
@@ -83,22 +83,7 @@ class NativeEngine(Engine):
             sum_divided(self.model, self.divided, self.shards, self.mesh)
 
     def step(self) -> StepResult:
-        grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        if self.scale is not None:
-            self.scale.unscale(grads.values())
-        replicas = {name: self.mesh.size(self.shards[name].along) for name in grads}
-        norm = global_norm(((grad, replicas[name]) for name, grad in grads.items()), self.mesh.device)
-        finite = math.isfinite(norm)
-        coefficient = clip_coefficient(norm, self.clip) if finite else 0.0
-        if finite:
-            for grad in grads.values():
-                if coefficient < 1.0:
-                    grad.mul_(coefficient)
-            for optimizer in self.optimizers:
-                optimizer.step()
-        self.model.zero_grad(set_to_none=True)
-        rescaled = self.scale is not None and self.scale.update(finite)
-        return StepResult(norm, coefficient, finite, rescaled)
+        return clip_and_step(self, lambda name: self.mesh.size(self.shards[name].along))
 
 
 class _Replicated(nn.Module):
@@ -122,7 +107,7 @@ def _sum_bucket(engine: NativeEngine, bucket: dist.GradBucket) -> torch.futures.
         done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         done.set_result(buffer)
         return done
-    wide = _widen(buffer)
+    wide = widen(buffer)
     work = dist.all_reduce(wide, group=engine.mesh.group("stage"), async_op=True)
     return work.get_future().then(lambda _: buffer if wide is buffer else buffer.copy_(wide))
 
@@ -137,11 +122,7 @@ def sum_divided(model: nn.Module, divided: Collection[str], shards: Mapping[str,
         for name in divided:
             parameter = parameters[name]
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            wide = _widen(grad)
+            wide = widen(grad)
             if mesh.size(shards[name].along) > 1:
                 dist.all_reduce(wide, group=mesh.group(shards[name].along))
             parameter.grad = grad if wide is grad else grad.copy_(wide)
-
-
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

@@ -22,8 +22,11 @@ from turnout.parallel import process
 from turnout.parallel.apply import parallelize
 from turnout.parallel.config import ParallelConfig
 from turnout.parallel.engine.native import NativeEngine
+from turnout.parallel.engine.pipeline import PipelineEngine
 from turnout.parallel.mesh import build_mesh
+from turnout.parallel.pipeline import keep_stages
 from turnout.parallel.shard import ShardSpec
+from turnout.parallel.stages import held
 
 ROWS, LENGTH, VOCAB, WIDTH, EXPERTS = 8, 12, 40, 16, 4
 HOT = 1  # the expert that the case "hot" sends every token to
@@ -166,12 +169,15 @@ def train(case: Case) -> dict:
     mesh = build_mesh(case.parallel, "cpu", EXPERTS)
     model = build_model(case)
     shards = parallelize(model, mesh)
+    if mesh.layout.pp > 1:
+        stages = stages_of(case, model, mesh)
+        keep_stages(model, stages, mesh.layout.pp * len(stages) - 1)
     recompute(model, case.recompute)
     engine = build_engine(case, model, mesh, shards)
     rows = rows_of(case, mesh.dp_rank, mesh.dp_size)
     size = -(-len(rows) // case.micro_batches)
     micro = [rows[i * size : (i + 1) * size] for i in range(case.micro_batches)]
-    seen: dict = {"first": [model.blocks[layer].ffn.experts.first for layer in model.cfg.moe_layers]}
+    seen: dict = {"first": [m.experts.first for m in model.modules() if hasattr(m, "experts")]}
     seen |= {"curve": [], "steps": []}
     for step in range(case.steps):
         parts = run_step(engine, case, micro, step)
@@ -193,6 +199,10 @@ def move_biases(model, parts: list[dict[str, Tensor]], mesh) -> None:
     update_biases(model, {layer: mesh.sum(count_E, "stage") for layer, count_E in counts.items()})
 
 
+def stages_of(case: Case, model, mesh) -> dict[int, range]:
+    return held(model.cfg.layers, mesh.layout.pp, case.parallel.virtual, mesh.place["pp"])
+
+
 def build_engine(case: Case, model, mesh, shards):
     kinds = {"sgd": (torch.optim.SGD, 0.5), "adamw": (torch.optim.AdamW, 1e-2)}
     kind, lr = kinds[case.optimizer]
@@ -204,6 +214,11 @@ def build_engine(case: Case, model, mesh, shards):
         from turnout.parallel.engine.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(model, [kind(groups, lr=lr)], mesh, shards, clip=case.clip, stage=case.zero)
+    if mesh.layout.pp > 1:
+        return PipelineEngine(
+            model, [kind(groups, lr=lr)], mesh, shards, stages_of(case, model, mesh), width=WIDTH, clip=case.clip,
+            schedule=case.parallel.schedule, tied=("embed.weight",) if model.cfg.tie_embeddings else (),
+        )  # fmt: skip
     return NativeEngine(model, [kind(groups, lr=lr)], mesh, shards, clip=case.clip)
 
 
