@@ -44,9 +44,9 @@ class ExpertTally:
     def __init__(self, layers: tuple[int, ...], num_experts: int) -> None:
         self.stats = RoutingStats(layers, num_experts, torch.device("cpu"))
 
-    def add(self, routings: Mapping[int, Routing]) -> None:
-        """Count the routings of one forward pass, whose tokens are all valid."""
-        self.stats.add(routings)
+    def add(self, routings: Mapping[int, Routing], valid_T: Tensor | None = None) -> None:
+        """Count the routings of one forward pass, of the valid tokens held here (None: all are)."""
+        self.stats.add(routings, valid_T)
 
     def report(self, reduce: Callable[[Tensor], Tensor]) -> tuple[ExpertReport, ...]:
         """The layers' reports over all ranks; `reduce` sums a tensor over them."""

@@ -3,16 +3,17 @@
 A document is read as in training: BOS, its tokens, EOS as the last target. One longer than `seq_len` is cut into
 windows; with a `stride` below `seq_len` they overlap and only the tokens not yet predicted count, so each of these is
 given at least `seq_len - stride` tokens of context. A window is one sequence and one routing group, so no number
-depends on how windows share a batch or a rank.
+depends on how windows share a batch or are spread over ranks.
 
-T tokens of a batch, R rows that are predicted, V vocabulary.
+T tokens held here, R of them that are scored, V vocabulary.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,10 +22,12 @@ from torch import Tensor
 from ... import DataError
 from ...configs.typed import check
 from ...kernels import cross_entropy
+from ...parallel import process
+from ...parallel.mesh import Mesh
+from ..data.rows import Batch
 from ..data.tokenizer import Tokenizer
-from ..models.context import VarlenContext
 from ..models.decoder import Decoder
-from ..routing.record import RouteContext
+from ..train.part import Part, part_of
 from .experts import ExpertReport, ExpertTally
 
 
@@ -66,20 +69,17 @@ def evaluate(
     seq_len: int,
     stride: int | None = None,
     batch: int = 16,
-    rank: int = 0,
-    size: int = 1,
-    reduce: Callable[[Tensor], Tensor] | None = None,
+    mesh: Mesh | None = None,
     dropless: bool = False,
 ) -> EvalResult:
-    """The model's loss on `documents`; collective when `size` > 1: every rank makes the same number of forward calls.
+    """The model's loss on `documents`; collective over `mesh`: every rank makes the same number of forward calls.
 
     Args:
         model: in any mode; it is evaluated in evaluation mode and left in the mode it had.
         seq_len: tokens of a window, at most the model's.
         stride: new tokens of each further window; None = `seq_len`, no overlap.
-        batch: windows of one forward call.
-        rank: this rank among the `size` that share the work.
-        reduce: sums a float64 CPU tensor over these ranks; needed when `size` > 1.
+        batch: windows of one forward call of a data-parallel rank.
+        mesh: the ranks that share the work, on which the model lies; None = this one alone.
         dropless: ignore the experts' capacity.
 
     Raises:
@@ -90,9 +90,7 @@ def evaluate(
     check(1 <= seq_len <= longest, "seq_len", seq_len, f"must lie in 1 to model.max_seq_len ({longest})", "lower it")
     check(1 <= stride <= seq_len, "stride", stride, f"must lie in 1 to seq_len ({seq_len})", "use seq_len // 2")
     check(batch >= 1, "batch", batch, "must be at least 1", "use 16")
-    if size > 1 and reduce is None:
-        raise ValueError("several ranks need a reduce")
-    together = reduce or (lambda tensor: tensor)
+    mesh = mesh or Mesh.alone(model.embed.weight.device)
     size_bytes = sum(len(text.encode()) for text in documents)
     if not size_bytes:
         raise DataError("the documents hold no text: give some")
@@ -102,17 +100,20 @@ def evaluate(
     tally = ExpertTally(model.cfg.moe_layers, moe.num_experts if moe else 0)
     nats = torch.zeros(1, dtype=torch.float64)
     with _evaluating(model):
-        for step in range(-(-len(windows) // (batch * size))):
-            first = (step * size + rank) * batch
-            nats += _nats(model, windows[first : first + batch], tally, dropless, propagate_nan=size > 1)
-    total, tokens = float(together(nats)), sum(len(part) - 1 for part in ids)
+        for step in range(-(-len(windows) // (batch * mesh.dp_size))):
+            first = (step * mesh.dp_size + mesh.dp_rank) * batch
+            packed = pack(windows[first : first + batch], mesh.layout.pieces, tokenizer.eos_id)
+            part = part_of(packed, mesh, propagate_nan=mesh.world > 1, dropless=dropless)
+            nats += _nats(model, part)
+            tally.add(part.ctx.routings, part.valid_T)
+    total, tokens = float(_over(mesh, nats)), sum(len(part) - 1 for part in ids)
     return EvalResult(
         val_loss=total / tokens,
         bits_per_byte=total / math.log(2) / size_bytes,
         tokens=tokens,
         bytes=size_bytes,
         seconds=time.monotonic() - start,
-        experts=tally.report(together),
+        experts=tally.report(partial(_over, mesh)),
     )
 
 
@@ -144,32 +145,42 @@ def cut(documents: Sequence[np.ndarray], seq_len: int, stride: int) -> list[Wind
     return windows
 
 
-@torch.no_grad()
-def _nats(model: Decoder, windows: Sequence[Window], tally: ExpertTally, dropless: bool, propagate_nan: bool) -> Tensor:
-    """The summed cross entropy of the scored tokens, [1] float64 on the CPU; 0 for no windows, after a forward call."""
-    device = model.embed.weight.device
+def pack(windows: Sequence[Window], pieces: int, filler: int) -> Batch:
+    """Windows laid end to end; where ranks divide them, one more sequence, which is padding, completes the `pieces`."""
     lengths = [len(w.ids) - 1 for w in windows]
+    tokens = sum(lengths)
+    padding = -tokens % pieces if tokens or pieces == 1 else pieces
+    targets = [np.where(np.arange(n) < w.scored, -1, w.ids[1:]) for w, n in zip(windows, lengths, strict=True)]
 
-    def joined(parts: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts])).to(device)
+    def joined(parts: list[np.ndarray], fill: int) -> Tensor:
+        return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts, np.full(padding, fill)]))
 
-    cu_seqlens = torch.tensor([0, *np.cumsum(lengths, dtype=np.int64)], dtype=torch.int32, device=device)
-    rows_R = joined(
-        [np.arange(w.scored, n) + b for w, n, b in zip(windows, lengths, cu_seqlens.tolist(), strict=False)]
+    ends = [0, *np.cumsum(lengths, dtype=np.int64), *([tokens + padding] if padding else [])]
+    borders = torch.tensor(ends, dtype=torch.int32)
+    return Batch(
+        tokens_T=joined([w.ids[:-1] for w in windows], filler),
+        targets_T=joined(targets, -1),
+        positions_T=joined([np.arange(n) for n in lengths], 0),
+        cu_seqlens=borders,
+        cu_rows=borders,
+        valid_T=torch.arange(tokens + padding) < tokens,
+        index_T=joined([np.arange(n) + w.first for w, n in zip(windows, lengths, strict=True)], 0),
+        total_tokens=sum(n - w.scored for w, n in zip(windows, lengths, strict=True)),
     )
-    tokens_T = joined([w.ids[:-1] for w in windows])
-    route = RouteContext(
-        cu_groups=cu_seqlens,
-        token_ids_T=tokens_T,
-        index_T=joined([np.arange(n) + w.first for w, n in zip(windows, lengths, strict=True)]),
-        dropless=dropless,
-        propagate_nan=propagate_nan,
-    )
-    ctx = VarlenContext(cu_seqlens, route=route, logit_rows=rows_R)
-    logits_RV = model(tokens_T, joined([np.arange(n) for n in lengths]), ctx)
-    tally.add(ctx.routings)
-    targets_R = joined([w.ids[w.scored + 1 :] for w in windows])
-    return cross_entropy(logits_RV, targets_R).double().sum().cpu().reshape(1)
+
+
+@torch.no_grad()
+def _nats(model: Decoder, part: Part) -> Tensor:
+    """The summed cross entropy of the scored tokens held here, [1] float64 on the CPU; 0 where there is none."""
+    rows_R = (part.targets_T >= 0).nonzero().flatten()
+    part.ctx.logit_rows = rows_R
+    logits_RV = model(*part.inputs)
+    return cross_entropy(logits_RV, part.targets_T[rows_R]).double().sum().cpu().reshape(1)
+
+
+def _over(mesh: Mesh, sums: Tensor) -> Tensor:
+    """The sum over all ranks that take part."""
+    return process.all_sum(sums, "sum of an evaluation") if mesh.world > 1 else sums
 
 
 @contextmanager

@@ -164,7 +164,6 @@ class LogConfig:
 UNBUILT = {
     "tp": 1,
     "pp": 1,
-    "cp": 1,
     "fsdp": False,
     "chunks": 1,
     "exchange_rows": None,
@@ -225,6 +224,8 @@ class RunConfig:
             check(self.train.dtype != "float16", "train.dtype", self.train.dtype, rule, "use train.dtype=float32")
             rule = "is not built for engine=deepspeed (it manages autocast itself)"
             check(self.train.dtype == "float32", "train.dtype", self.train.dtype, rule, "use train.dtype=float32")
+            rule = "is not built for engine=deepspeed"
+            check(self.parallel.cp == 1, "parallel.cp", self.parallel.cp, rule, "use engine=native")
 
     def layout(self, world: int) -> Layout:
         """How `world` ranks share the run.
@@ -241,6 +242,10 @@ class RunConfig:
         rule = f"must divide the {rows // dp} rows of a rank (train.global_batch / {dp})"
         divides = micro is None or (rows // dp) % micro == 0
         check(divides, "train.micro_batch", micro, rule, "use a divisor, or null for no accumulation")
+        seq_len, each, pieces = self.train.seq_len, micro or rows // dp, layout.pieces
+        rule = f"times the {each} rows of a micro-batch must be a multiple of the {pieces} pieces in which parallel.cp "
+        rule += f"({layout.cp}) and parallel.tp ({layout.tp}) divide its tokens"
+        check(seq_len * each % pieces == 0, "train.seq_len", seq_len, rule, f"use {-(-seq_len // pieces) * pieces}")
         return layout
 
     def micro_batches(self, dp: int) -> int:

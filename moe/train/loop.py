@@ -74,7 +74,7 @@ class Trainer:
             self.now = spikes.read_on(run, self.saved, self.now)
         if mesh.rank == 0:
             forget(run / FOLDER, self.now.step)
-        self.trace = Trace(run / FOLDER, config.model, mesh.dp_rank, mesh.dp_size) if config.trace else None
+        self.trace = Trace(run / FOLDER, config.model, mesh.rank, mesh.world) if config.trace else None
         self.replay = Replay(config.replay, config.model) if config.replay else None
         moe = config.model.moe
         self.alarm = CollapseAlarm(config.log.alarm, PATIENCE, moe.top_k if moe else 1)
@@ -235,12 +235,11 @@ class Trainer:
 
     def _evaluate(self, limit: int | None) -> None:
         """A row about held-out text, of which `limit` bytes (None: all) are read. Collective."""
-        mesh, texts = self.mesh, limit_bytes(self._held_out, limit)
+        texts = limit_bytes(self._held_out, limit)
         with self.window.paused(), self.setup.engine.autocast():
             result = evaluate(
-                self.setup.model, self.setup.tokenizer, texts, seq_len=self.config.train.seq_len,
-                rank=mesh.dp_rank, size=mesh.dp_size, reduce=process.all_sum,
-            )  # fmt: skip
+                self.setup.model, self.setup.tokenizer, texts, seq_len=self.config.train.seq_len, mesh=self.mesh
+            )
         row = {"kind": "eval", "step": self.now.step}
         self.metrics.write({**row, "val_loss": result.val_loss, "bits_per_byte": result.bits_per_byte})
 

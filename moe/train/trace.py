@@ -2,11 +2,11 @@
 
     runs/x/routing/index.json                            layers, experts, k, router
     runs/x/routing/step-00000012/rank-00000.safetensors  what one rank decided in the step that began at 12 steps done
-        index int64 [T], tokens int32 [T]                global token index, token id
+        index int64 [T], tokens int32 [T]                global token index, token id, of the tokens it held
         layers.3.ids [T, K] in the smallest integers, .wanted bool, .kept bool, .weights float32; under moe.reroute
-        also .asked, the experts before it
+        also .asked, the experts before it; of the layers it held
 
-Decisions are found by global token index, so ranks, expert parallelism and micro-batches may be others in the replay.
+Decisions are found by global token index, so the layout and micro-batches may be others in the replay.
 
 T tokens, K choices.
 """
@@ -37,7 +37,7 @@ class Trace:
     Args:
         directory: `routing/` of the run.
         cfg: the model.
-        rank: this rank among the `size` data-parallel ones.
+        rank: this rank among all `size`.
     """
 
     def __init__(self, directory: Path, cfg: ModelConfig, rank: int, size: int) -> None:
@@ -100,7 +100,7 @@ def read_trace(directory: str | Path, step: int) -> dict[str, Any]:
             under moe.reroute also "asked": int64 [T, K], the experts before it}.
 
     Raises:
-        DataError: there is no trace, or not this step, or not of all ranks, or a file does not read.
+        DataError: there is no trace, or not this step, or not of all ranks, tokens and layers, or a file does not read.
     """
     place = _routing(directory) / f"step-{step:08d}"
     files = sorted(place.glob("rank-*.safetensors"))
@@ -116,15 +116,27 @@ def read_trace(directory: str | Path, step: int) -> dict[str, Any]:
         raise DataError(f"{place.parent} has no step {step}: trace that many steps, or look at fewer")
     if len(parts) != ranks:
         raise DataError(f"{place} holds {len(parts)} of {ranks} ranks' files: trace step {step} again")
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    order_T = joined["index"].argsort()
-    sorted_ = {name: tensor[order_T] for name, tensor in joined.items()}
+    joined = _join(parts, place)
     layers: dict[int, dict[str, Tensor]] = {}
-    for name in sorted_:
+    for name, tensor in joined.items():
         if name.startswith("layers."):
             _, layer, part = name.split(".")
-            layers.setdefault(int(layer), {})[part] = sorted_[name].long() if part in IDS else sorted_[name]
-    return {"index": sorted_["index"], "tokens": sorted_["tokens"].long(), "layers": dict(sorted(layers.items()))}
+            layers.setdefault(int(layer), {})[part] = tensor.long() if part in IDS else tensor
+    return {"index": joined["index"], "tokens": joined["tokens"].long(), "layers": dict(sorted(layers.items()))}
+
+
+def _join(parts: list[dict[str, Tensor]], place: Path) -> dict[str, Tensor]:
+    """All ranks' tensors, each by global token index. Ranks hold other tokens or, of the same tokens, other layers."""
+    index_T = torch.cat([part["index"] for part in parts]).unique()
+    joined = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        held = [part for part in parts if name in part]
+        place_T = torch.searchsorted(index_T, torch.cat([part["index"] for part in held]))
+        if len(place_T.unique()) < len(index_T):
+            raise DataError(f"{place} has {name} of some tokens only: trace the step again")
+        values_T = torch.cat([part[name] for part in held])
+        joined[name] = values_T.new_empty(len(index_T), *values_T.shape[1:]).index_copy_(0, place_T, values_T)
+    return joined
 
 
 class Replay:

@@ -60,6 +60,15 @@ BAD = [
     ("parallel.ep=3", "parallel.ep (3) must divide the data-parallel ranks (2): use 1 or 2"),
     ("parallel.dp=4", "parallel.dp (4) must equal the number of ranks (2)"),
     ("parallel.tp=2", "parallel.tp (2) is not built yet"),
+    (
+        "parallel.cp=2 train.global_batch=1 train.seq_len=255",
+        "train.seq_len (255) times the 1 rows of a micro-batch must be a multiple of the 4 pieces in which parallel.cp "
+        "(2) and parallel.tp (1) divide its tokens: use 256",
+    ),
+    (
+        "engine=deepspeed optim=adamw train.dtype=float32 parallel.cp=2",
+        "parallel.cp (2) is not built for engine=deepspeed",
+    ),
     ("parallel.timeout=0", "parallel.timeout (0.0) must be positive"),
     ("nproc=1", "parallel.ep (2) must divide the data-parallel ranks (1)"),
     ("nproc=0", "nproc (0) must be at least 1"),

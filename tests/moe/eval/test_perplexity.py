@@ -1,5 +1,6 @@
 """Held-out loss: every token once, however the work is cut, batched or shared."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -15,10 +16,9 @@ from turnout.moe.eval.perplexity import cut, evaluate, limit_bytes
 from turnout.moe.models.context import VarlenContext
 from turnout.moe.models.decoder import Decoder
 from turnout.moe.models.init import init_weights
-from turnout.parallel import process
 from turnout.parallel.apply import parallelize
 from turnout.parallel.config import ParallelConfig
-from turnout.parallel.mesh import build_mesh
+from turnout.parallel.mesh import Mesh, build_mesh
 from turnout.tests.helpers.ranks import run_ranks
 
 TEXTS = [text[:n] for text, n in zip(read_documents("pydocs", "validation"), (700, 1, 40, 333, 20), strict=False)]
@@ -56,7 +56,8 @@ def test_a_router_of_nan_raises_alone_and_is_summed_among_several_ranks(tokenize
         model.blocks[1].ffn.router.weight[0, 0] = math.nan
     with pytest.raises(NonFiniteError, match="layer 1"):
         evaluate(model, tokenizer, TEXTS[:1], seq_len=8)
-    assert math.isnan(evaluate(model, tokenizer, TEXTS[:1], seq_len=8, size=2, reduce=lambda sums: sums).val_loss)
+    among_two = dataclasses.replace(Mesh.alone(torch.device("cpu")), world=2)
+    assert math.isnan(evaluate(model, tokenizer, TEXTS[:1], seq_len=8, mesh=among_two).val_loss)
 
 
 @pytest.mark.parametrize(("seq_len", "stride"), [(1, 1), (2, 1), (5, 5), (5, 2), (5, 4), (100, 30)])
@@ -150,34 +151,59 @@ def test_no_text_is_refused(tokenizer):
         evaluate(build(tokenizer.vocab_size), tokenizer, ["", ""], seq_len=8)
 
 
-def shared(batch, ep):
+def shared(batch, router="switch", **sizes):
     """Evaluate on all ranks; counts this rank's forward calls and the empty ones among them."""
     tokenizer = train_tokenizer(TEXTS, 320)
-    whole = build(tokenizer.vocab_size)
-    mesh = build_mesh(ParallelConfig(ep=ep))
+    whole = build(tokenizer.vocab_size, router)
+    mesh = build_mesh(ParallelConfig(**sizes))
     parallelize(whole, mesh)
     init_weights(whole, 0)
     calls = []
     whole.register_forward_pre_hook(lambda _module, inputs: calls.append(len(inputs[0])))
-    result = evaluate(
-        whole, tokenizer, TEXTS, seq_len=12, batch=batch, rank=mesh.rank, size=mesh.world, reduce=process.all_sum
-    )
+    result = evaluate(whole, tokenizer, TEXTS, seq_len=12, stride=9, batch=batch, mesh=mesh)
     loads = [(e.expert_load, e.dead_experts, e.drop_fraction, e.router_entropy) for e in result.experts]
     return result.val_loss, result.bits_per_byte, result.tokens, loads, len(calls), calls.count(0)
 
 
+def shared_by(sizes, *args):
+    return shared(*args, **sizes)
+
+
+def assert_same_report(ours, expected):
+    assert ours[:3] == pytest.approx(expected[:3], rel=1e-6)
+    for our, their in zip(ours[3], expected[3], strict=True):
+        assert our[:3] == their[:3]
+        assert our[3] == pytest.approx(their[3], rel=1e-6)
+
+
 def test_ranks_share_the_work_with_equal_numbers_of_calls_and_agree():
-    expected = shared(3, 1)
+    expected = shared(3)
+    assert expected[3][0][2] > 0  # drops, so that the groups count
     for ep in (1, 2):
         for batch in (3, 1000):
-            first, second = run_ranks(shared, 2, batch, ep)
+            first, second = run_ranks(shared_by, 2, {"ep": ep}, batch)
             assert first[:3] == second[:3]
-            assert first[:3] == pytest.approx(expected[:3], rel=1e-6)
-            assert first[3][0][0] == expected[3][0][0]
-            assert first[3][0][2] == expected[3][0][2]
+            assert_same_report(first, expected)
             assert first[4] == second[4]
             assert first[5] == 0
             assert batch == 3 or (second[4], second[5]) == (1, 1)  # all fits into rank 0's batch: rank 1 gets no token
+
+
+@pytest.mark.parametrize("router", ["switch", "gshard"])
+@pytest.mark.parametrize(
+    ("world", "sizes"),
+    [
+        (2, {"cp": 2, "ep": 2}),
+        pytest.param(4, {"cp": 2, "ep": 4}, marks=pytest.mark.full),
+        pytest.param(4, {"cp": 4}, marks=pytest.mark.full),
+    ],
+)
+def test_ranks_that_divide_a_rows_tokens_agree_with_one(world, sizes, router):
+    expected = shared(3, router)
+    for batch in (3, 1000):  # the larger leaves a second data-parallel rank without a window: padding alone
+        for rank in run_ranks(shared_by, world, sizes, batch, router):
+            assert_same_report(rank, expected)
+            assert rank[5] == 0
 
 
 @pytest.mark.parametrize(

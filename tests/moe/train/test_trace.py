@@ -144,6 +144,38 @@ def test_traces_travel_between_one_rank_and_two(data, traced, tmp_path):
     assert same(traced, tmp_path / "one", "ids", "wanted", "kept")
 
 
+def test_ranks_that_divide_a_rows_tokens_trace_each_token_once(data, traced, tmp_path):
+    two = tmp_path / "two"
+    run_ranks(go, 2, str(two), tiny(data, *WORDS, *OTHER, "parallel.cp=2", f"moe.replay={traced}"))
+    assert len(load_file(two / "routing" / "step-00000000" / "rank-00001.safetensors")["index"]) == 64
+    assert same(traced, two, "ids", "wanted", "kept")
+
+
+def test_stages_hold_other_layers_of_the_same_tokens(tmp_path):
+    place = tmp_path / "step-00000000"
+    place.mkdir()
+    (tmp_path / "index.json").write_text("{}")
+    held = {
+        0: ([3, 1], "layers.1.ids"),
+        1: ([2], "layers.1.ids"),
+        2: ([2, 1], "layers.3.ids"),
+        3: ([3], "layers.3.ids"),
+    }
+    for rank, (tokens, layer) in held.items():
+        index = torch.tensor(tokens)
+        tensors = {"index": index, "tokens": index.int() * 10, layer: (index * int(layer[7]))[:, None].to(torch.uint8)}
+        save_file(tensors, place / f"rank-{rank:05d}.safetensors", metadata={"ranks": "4"})
+    trace = read_trace(tmp_path, 0)
+    assert (trace["index"].tolist(), trace["tokens"].tolist()) == ([1, 2, 3], [10, 20, 30])
+    assert {layer: parts["ids"].tolist() for layer, parts in trace["layers"].items()} == {
+        1: [[1], [2], [3]],
+        3: [[3], [6], [9]],
+    }
+    save_file(tensors | {"index": torch.tensor([1])}, place / "rank-00003.safetensors", metadata={"ranks": "4"})
+    with pytest.raises(DataError, match=r"layers\.3\.ids of some tokens only"):
+        read_trace(tmp_path, 0)
+
+
 def edited(traced: Path, place: Path, name: str, row: int) -> Path:
     """The trace with one number of step 1 changed."""
     shutil.copytree(traced / "routing", place)
