@@ -18,7 +18,11 @@ from turnout.tests.helpers.ranks import run_ranks
 MODELS = {
     "top-1 with drops": {"router": "switch", "capacity_factor": 0.5},
     "top-2": {"router": "gshard"},
-    "top-2 with drops by score": {"router": "gshard", "capacity_factor": 0.75, "moe": (("drop_order", "score"),)},
+    "top-2 with drops by probability": {
+        "router": "gshard",
+        "capacity_factor": 0.75,
+        "moe": (("drop_order", "probability"),),
+    },
     "dropless": {"router": "topk_softmax", "capacity_factor": None},
     "shared experts": {"router": "topk_softmax", "capacity_factor": None, "moe": (("shared_experts", 1),)},
     "loss-free bias": {
@@ -59,7 +63,7 @@ LAYOUTS = {
 }
 QUICK = {
     ("tp2 ep2", "top-1 with drops"),
-    ("cp2 ep2", "top-2 with drops by score"),
+    ("cp2 ep2", "top-2 with drops by probability"),
     ("pp2", "loss-free bias"),
     ("fsdp ep2 accumulated", "shared experts"),
 }
