@@ -10,7 +10,7 @@ T tokens held here, R of them that are scored, V vocabulary.
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -71,6 +71,7 @@ def evaluate(
     batch: int = 16,
     mesh: Mesh | None = None,
     dropless: bool = False,
+    forward: Callable[..., Tensor | None] | None = None,
 ) -> EvalResult:
     """The model's loss on `documents`; collective over `mesh`: every rank makes the same number of forward calls.
 
@@ -81,6 +82,7 @@ def evaluate(
         batch: windows of one forward call of a data-parallel rank.
         mesh: the ranks that share the work, on which the model lies; None = this one alone.
         dropless: ignore the experts' capacity.
+        forward: computes the logits in place of `model`; None where they are on another rank (pipelines).
 
     Raises:
         ConfigError: a length that does not fit. DataError: the documents hold no text.
@@ -104,7 +106,7 @@ def evaluate(
             first = (step * mesh.dp_size + mesh.dp_rank) * batch
             packed = pack(windows[first : first + batch], mesh.layout.pieces, tokenizer.eos_id)
             part = part_of(packed, mesh, propagate_nan=mesh.world > 1, dropless=dropless)
-            nats += _nats(model, part)
+            nats += _nats(part, forward or model)
             tally.add(part.ctx.routings, part.valid_T)
     total, tokens = float(_over(mesh, nats)), sum(len(part) - 1 for part in ids)
     return EvalResult(
@@ -170,11 +172,13 @@ def pack(windows: Sequence[Window], pieces: int, filler: int) -> Batch:
 
 
 @torch.no_grad()
-def _nats(model: Decoder, part: Part) -> Tensor:
+def _nats(part: Part, forward: Callable[..., Tensor | None]) -> Tensor:
     """The summed cross entropy of the scored tokens held here, [1] float64 on the CPU; 0 where there is none."""
     rows_R = (part.targets_T >= 0).nonzero().flatten()
     part.ctx.logit_rows = rows_R
-    logits_RV = model(*part.inputs)
+    logits_RV = forward(*part.inputs)
+    if logits_RV is None:
+        return torch.zeros(1, dtype=torch.float64)
     return cross_entropy(logits_RV, part.targets_T[rows_R]).double().sum().cpu().reshape(1)
 
 

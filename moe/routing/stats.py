@@ -93,11 +93,12 @@ class RoutingStats:
         """Add one forward pass.
 
         Args:
-            routings: layer id → its routing, every layer's.
+            routings: layer id → its routing, of every layer that this rank holds.
             valid_T: bool, False for padding, for which the routings want nothing; None = all valid.
         """
         for row_N, layer in zip(self.tensor, self.layers, strict=True):
-            row_N += _sums(routings[layer], valid_T).to(row_N.device)
+            if layer in routings:
+                row_N += _sums(routings[layer], valid_T).to(row_N.device)
 
     def fields(self, total_LN: Tensor | None = None) -> dict[str, Any]:
         """`RoutingSnapshot.fields` of these sums, or of their total over ranks."""

@@ -163,7 +163,6 @@ class LogConfig:
 # Keys of `parallel` that a run can not use yet, and the value they must have.
 UNBUILT = {
     "tp": 1,
-    "pp": 1,
     "fsdp": False,
     "chunks": 1,
     "exchange_rows": None,
@@ -214,6 +213,7 @@ class RunConfig:
         rule = "is read by engine=deepspeed only"
         stage, fits = self.parallel.zero, self.engine == "deepspeed" or self.parallel.zero == 1
         check(fits, "parallel.zero", stage, rule, "use engine=deepspeed, or leave it out")
+        self._check_pipeline()
         if self.engine == "deepspeed":
             rule = "is not built for engine=deepspeed (ZeRO shards flat AdamW states)"
             check(self.optim.name == "adamw", "optim.name", self.optim.name, rule, "use optim=adamw")
@@ -226,6 +226,18 @@ class RunConfig:
             check(self.train.dtype == "float32", "train.dtype", self.train.dtype, rule, "use train.dtype=float32")
             rule = "is not built for engine=deepspeed"
             check(self.parallel.cp == 1, "parallel.cp", self.parallel.cp, rule, "use engine=native")
+
+    def _check_pipeline(self) -> None:
+        parallel, layers = self.parallel, self.model.layers
+        if parallel.pp == 1:
+            return
+        rule = "sums its own gradients and is built for engine=native"
+        check(self.engine == "native", "parallel.pp", parallel.pp, rule, "use engine=native, or parallel.pp=1")
+        rule = "holds parameters whole while micro-batches are under way, which parallel.fsdp spreads"
+        check(not parallel.fsdp, "parallel.pp", parallel.pp, rule, "use parallel.fsdp=false, or parallel.pp=1")
+        rule = f"times parallel.virtual ({parallel.virtual}) can not exceed model.layers ({layers})"
+        fits = parallel.pp * parallel.virtual <= layers
+        check(fits, "parallel.pp", parallel.pp, rule, "use fewer, or a deeper model")
 
     def layout(self, world: int) -> Layout:
         """How `world` ranks share the run.
@@ -246,7 +258,22 @@ class RunConfig:
         rule = f"times the {each} rows of a micro-batch must be a multiple of the {pieces} pieces in which parallel.cp "
         rule += f"({layout.cp}) and parallel.tp ({layout.tp}) divide its tokens"
         check(seq_len * each % pieces == 0, "train.seq_len", seq_len, rule, f"use {-(-seq_len // pieces) * pieces}")
+        self._check_micro_batches(layout)
         return layout
+
+    def _check_micro_batches(self, layout: Layout) -> None:
+        """A pipeline needs a micro-batch for each of its ranks, an interleaved one a multiple of that."""
+        pp, rows, micro = layout.pp, self.train.global_batch // layout.dp, self.train.micro_batch
+        interleaved = self.parallel.virtual > 1
+
+        def fits(count: int) -> bool:
+            return count % pp == 0 if interleaved else count >= pp
+
+        best = max((size for size in range(1, rows + 1) if rows % size == 0 and fits(rows // size)), default=None)
+        need = f"a multiple of parallel.pp ({pp})" if interleaved else f"at least parallel.pp ({pp})"
+        rule = f"cuts a rank's {rows} rows into {rows // (micro or rows)}, and a pipeline needs {need} micro-batches"
+        fix = f"use train.micro_batch={best}" if best else f"use train.global_batch={layout.dp * pp} or a multiple"
+        check(pp == 1 or fits(rows // (micro or rows)), "train.micro_batch", micro, rule, fix)
 
     def micro_batches(self, dp: int) -> int:
         """Forward passes of one rank in one optimizer step."""

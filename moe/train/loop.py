@@ -210,7 +210,7 @@ class Trainer:
 
     def _move_biases(self) -> None:
         """Loss-free balancing, after a step that was taken: by the experts' loads in the whole global batch."""
-        if self.biased:
+        if self.counts:
             total_LE = self.mesh.sum(torch.stack(list(self.counts.values())), "stage")
             update_biases(self.setup.model, dict(zip(self.counts, total_LE, strict=True)))
 
@@ -238,8 +238,9 @@ class Trainer:
         texts = limit_bytes(self._held_out, limit)
         with self.window.paused(), self.setup.engine.autocast():
             result = evaluate(
-                self.setup.model, self.setup.tokenizer, texts, seq_len=self.config.train.seq_len, mesh=self.mesh
-            )
+                self.setup.model, self.setup.tokenizer, texts, seq_len=self.config.train.seq_len, mesh=self.mesh,
+                forward=self.setup.engine.infer if self.mesh.layout.pp > 1 else None,
+            )  # fmt: skip
         row = {"kind": "eval", "step": self.now.step}
         self.metrics.write({**row, "val_loss": result.val_loss, "bits_per_byte": result.bits_per_byte})
 

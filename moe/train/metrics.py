@@ -56,9 +56,9 @@ class Window:
     def add(self, routings: Mapping[int, Routing], valid_T: Tensor) -> None:
         """Add the routings of one micro-batch."""
         self.routing.add(routings, valid_T)
-        for layer in self.routing.layers:
+        for routing in routings.values():
             if self.coefficients:
-                self.losses[1:] += torch.stack([routings[layer].aux[name].double() for name in self.coefficients])
+                self.losses[1:] += torch.stack([routing.aux[name].double() for name in self.coefficients])
 
     def end_step(self, tokens: int) -> None:
         """An optimizer step over `tokens` target tokens of the whole global batch is complete."""

@@ -26,16 +26,17 @@ class Rounding:
     """Stores the moments of a model's parameters in bfloat16.
 
     Args:
-        model: parameters are numbered in its order.
-        shards: where each lies in the global one; None = all are whole.
+        model: holds the parameters.
+        shards: where each lies in the global one; they are numbered in its order. None = all are here and whole.
         seed: of the run.
     """
 
     def __init__(self, model: nn.Module, shards: Mapping[str, ShardSpec] | None, seed: int) -> None:
         self._seed, self._places = seed, {}
-        for number, (name, weight) in enumerate(model.named_parameters()):
+        numbers = {name: number for number, name in enumerate(shards or dict(model.named_parameters()))}
+        for name, weight in model.named_parameters():
             first = shards[name].offset[0] if shards and weight.ndim > 1 else 0
-            self._places[weight] = number, first * math.prod(weight.shape[1:-1])
+            self._places[weight] = numbers[name], first * math.prod(weight.shape[1:-1])
 
     def store(self, weight: nn.Parameter, step: int, moments: Mapping[Tensor, Tensor]) -> None:
         """Round new float32 moments of `weight` (values) into the bfloat16 ones (keys)."""

@@ -14,8 +14,11 @@ from ...parallel.checkpoint import Checkpoint, latest, open_checkpoint
 from ...parallel.engine.deepspeed import DeepSpeedEngine
 from ...parallel.engine.engine import Engine
 from ...parallel.engine.native import NativeEngine
+from ...parallel.engine.pipeline import PipelineEngine
 from ...parallel.mesh import Mesh
+from ...parallel.pipeline import keep_stages
 from ...parallel.shard import ShardSpec
+from ...parallel.stages import held
 from ..config import ModelConfig
 from ..data.rows import Rows
 from ..data.stream import prepare
@@ -85,6 +88,8 @@ def build_model(cfg: ModelConfig, config: RunConfig, mesh: Mesh) -> tuple[Decode
     with torch.device("meta"):
         model = Decoder(cfg)
     shards = parallelize(model, mesh)
+    if mesh.layout.pp > 1:
+        keep_stages(model, stages(cfg, config, mesh), mesh.layout.pp * config.parallel.virtual - 1)
     model.to_empty(device=mesh.device)
     if config.train.init is None:
         init_weights(model, config.seed)
@@ -102,12 +107,23 @@ def build_model(cfg: ModelConfig, config: RunConfig, mesh: Mesh) -> tuple[Decode
     return model, shards
 
 
+def stages(cfg: ModelConfig, config: RunConfig, mesh: Mesh) -> dict[int, range]:
+    """The pipeline stages of this rank, number → layers."""
+    return held(cfg.layers, mesh.layout.pp, config.parallel.virtual, mesh.place["pp"])
+
+
 def build_engine(config: RunConfig, model: Decoder, mesh: Mesh, shards: dict[str, ShardSpec]) -> Engine:
     """The engine that `engine` names, over the optimizers that `optim` names."""
     optimizers, clip = build_optimizers(model, config.optim, shards, config.seed), config.optim.clip
     if config.engine == "deepspeed":
         return DeepSpeedEngine(model, optimizers, mesh, shards, clip=clip, stage=config.parallel.zero)
     dtype = None if config.train.dtype == "float32" else getattr(torch, config.train.dtype)
+    if mesh.layout.pp > 1:
+        return PipelineEngine(
+            model, optimizers, mesh, shards, stages(model.cfg, config, mesh), width=model.cfg.width,
+            schedule=config.parallel.schedule, tied=("embed.weight",) if model.cfg.tie_embeddings else (),
+            clip=clip, dtype=dtype,
+        )  # fmt: skip
     return NativeEngine(model, optimizers, mesh, shards, clip=clip, dtype=dtype)
 
 

@@ -174,4 +174,4 @@ def _unwrapped() -> Iterator[None]:
         cause: BaseException = error
         while not isinstance(cause, TurnoutError) and cause.__cause__ is not None:
             cause = cause.__cause__
-        raise cause
+        raise cause from cause.__cause__

@@ -54,7 +54,7 @@ def train(
     if grow_after is not None:
         trainer.setup.engine.scale.grow_after = grow_after
     if process.rank() == process.world() - 1:
-        trainer.setup.model.register_forward_hook(_poison(trainer, factors))
+        trainer.setup.model.norm.register_forward_hook(_poison(trainer, factors))
     try:
         trainer.run()
     except (NonFiniteError, Killed) as error:
@@ -63,8 +63,8 @@ def train(
 
 
 def _poison(trainer: Trainer, factors: Mapping[int, float]) -> Callable[..., object]:
-    def hook(model, _inputs, logits_TV):
+    def hook(norm, _inputs, x_TD):
         batch = trainer._cursor(trainer.skipped).row // trainer.config.train.global_batch
-        return logits_TV * factors[batch] if model.training and batch in factors else None
+        return x_TD * factors[batch] if norm.training and batch in factors else None
 
     return hook

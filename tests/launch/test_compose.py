@@ -69,6 +69,27 @@ BAD = [
         "engine=deepspeed optim=adamw train.dtype=float32 parallel.cp=2",
         "parallel.cp (2) is not built for engine=deepspeed",
     ),
+    (
+        "parallel.pp=2 parallel.ep=1",
+        "train.micro_batch (None) cuts a rank's 8 rows into 1, and a pipeline needs at least parallel.pp (2) "
+        "micro-batches: use train.micro_batch=4",
+    ),
+    (
+        "parallel.pp=2 parallel.virtual=2 parallel.ep=1 train.global_batch=6 train.micro_batch=2",
+        "into 3, and a pipeline needs a multiple of parallel.pp (2) micro-batches: use train.micro_batch=3",
+    ),
+    (
+        "parallel.pp=2 parallel.ep=1 train.global_batch=1",
+        "micro-batches: use train.global_batch=2 or a multiple",
+    ),
+    (
+        "parallel.pp=2 parallel.virtual=4 parallel.ep=1",
+        "parallel.pp (2) times parallel.virtual (4) can not exceed model.layers (4): use fewer",
+    ),
+    (
+        "engine=deepspeed optim=adamw train.dtype=float32 parallel.ep=1 parallel.pp=2",
+        "parallel.pp (2) sums its own gradients and is built for engine=native: use engine=native",
+    ),
     ("parallel.timeout=0", "parallel.timeout (0.0) must be positive"),
     ("nproc=1", "parallel.ep (2) must divide the data-parallel ranks (1)"),
     ("nproc=0", "nproc (0) must be at least 1"),
