@@ -82,6 +82,8 @@ class TrainConfig:
         eval_bytes: how much held-out text an evaluation within the run reads; null = all of it.
         save_every: steps between checkpoints; null = only at the end.
         keep: newest checkpoints kept.
+        async_save: write checkpoints behind the steps, from a copy in host memory, and commit each at a later step.
+        save_failures: saves in a row that may fail before the run stops.
         dtype: of the forward pass under autocast (parameters and optimizer stay float32, the router too); float16
             scales the loss.
         recompute: activations that the backward pass computes again instead of keeping them: `none`; `selective`, the
@@ -103,6 +105,8 @@ class TrainConfig:
     eval_bytes: int | None = 200_000
     save_every: int | None = 500
     keep: int = 2
+    async_save: bool = False
+    save_failures: int = 0
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     recompute: Literal["none", "selective", "full"] = "none"
     init: str | None = None
@@ -127,7 +131,7 @@ class TrainConfig:
         if self.init is not None and self.resume is not False:
             rule = "can not be combined with train.resume"
             check(False, "train.init", self.init, rule, "resume continues a run, init starts a new one: keep one")
-        for name in ("rewinds", "skip_nonfinite"):
+        for name in ("rewinds", "skip_nonfinite", "save_failures"):
             value = getattr(self, name)
             check(value >= 0, f"train.{name}", value, "must not be negative", "use 0 or more")
         rule, fix = "must be above 1 and finite", "use 2, or null to never rewind"

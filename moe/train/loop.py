@@ -22,7 +22,7 @@ from ... import NonFiniteError
 from ...configs.typed import to_dict
 from ...kernels import cross_entropy
 from ...parallel import process
-from ...parallel.checkpoint import open_checkpoint, save
+from ...parallel.checkpoint import open_checkpoint
 from ...parallel.mesh import Mesh
 from ..data.rows import Cursor
 from ..data.stream import validation_documents
@@ -37,6 +37,7 @@ from .metrics import Metrics, Window, peak_flops
 from .optim import set_rate
 from .part import Part, part_of
 from .profile import Profile
+from .saver import Saver
 from .schedule import progress, rate
 from .setup import CHECKPOINTS, prepare_run, resume
 from .trace import FOLDER, Replay, Trace, forget
@@ -69,9 +70,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.config, self.run_dir, self.mesh, self.stop = config, run, mesh, stop
         self.setup = prepare_run(config, run, mesh)
-        self.now, self.saved = resume(config, run, self.setup)
-        if self.saved is not None:
-            self.now = spikes.read_on(run, self.saved, self.now)
+        self.now, saved = resume(config, run, self.setup)
+        if saved is not None:
+            self.now = spikes.read_on(run, saved, self.now)
         if mesh.rank == 0:
             forget(run / FOLDER, self.now.step)
         self.trace = Trace(run / FOLDER, config.model, mesh.rank, mesh.world) if config.trace else None
@@ -90,6 +91,7 @@ class Trainer:
             run, config.log, to_dict(config), writes=mesh.rank == 0, step=self.now.step, wandb_id=self.now.wandb_id
         )
         self.now = replace(self.now, wandb_id=self.metrics.wandb_id)
+        self.saver = Saver(run / CHECKPOINTS, config.train, mesh, self.metrics, saved)
 
     def run(self) -> Outcome:
         """Train until the end, or until some rank has been asked to stop; save, evaluate, export.
@@ -117,15 +119,19 @@ class Trainer:
                 if train.eval_every and self.now.step % train.eval_every == 0:
                     self._evaluate(train.eval_bytes)
                 if train.save_every and self.now.step % train.save_every == 0:
-                    self.saved = self._save()
+                    self._save()
             self.profile.close()
-            if self.saved is None or self.saved.name != f"step-{self.now.step:08d}":
-                self.saved = self._save()
+            self.saver.settle()
+            if not self.saver.holds(self.now.step):
+                self._save(last=True)
             if done >= 1:
                 if self.window.steps:
                     self._report(grad_norm, lr, seconds - before)
                 self._evaluate(None)
-                self._export(self.saved)
+                self._export()
+        except NonFiniteError:
+            self.saver.settle()  # every rank is here, and what is on its way was finite
+            raise
         finally:
             self.profile.close()
             self.metrics.close()
@@ -133,8 +139,11 @@ class Trainer:
 
     def _vote(self, seconds: float) -> tuple[bool, float]:
         """Whether any rank is to stop, and rank 0's clock: the same answer on every rank, at a step boundary."""
-        mine = torch.tensor([float(self.stop()), seconds if self.mesh.rank == 0 else 0.0], dtype=torch.float64)
-        stops, clock = process.all_sum(mine, "vote at the step boundary").tolist()
+        mine = [float(self.stop()), seconds if self.mesh.rank == 0 else 0.0, float(self.saver.writing)]
+        votes = process.all_sum(torch.tensor(mine, dtype=torch.float64), "vote at the step boundary")
+        stops, clock, writing = votes.tolist()
+        with self.window.paused():
+            self.saver.poll(writing > 0)
         return stops > 0, clock
 
     def _step(self, done: float) -> tuple[float, float] | None:
@@ -244,20 +253,21 @@ class Trainer:
         row = {"kind": "eval", "step": self.now.step}
         self.metrics.write({**row, "val_loss": result.val_loss, "bits_per_byte": result.bits_per_byte})
 
-    def _save(self) -> Path:
-        """Commit a checkpoint. Collective."""
-        setup, tokenizer = self.setup, self.setup.tokenizer.digest
-        setup.engine.gather_state()
-        named = state.tensors(setup.model, setup.engine.optimizers, setup.shards)
+    def _save(self, last: bool = False) -> None:
+        """Begin a checkpoint. Collective."""
+        setup = self.setup
         if (scale := setup.engine.scale) is not None:
             self.now = replace(self.now, loss_scale=scale.factor, good_steps=scale.good)
-        meta = state.to_meta(self.now, setup.identity, tokenizer)
         with self.window.paused():
-            return save(self.run_dir / CHECKPOINTS, self.now.step, named, meta, self.mesh, self.config.train.keep)
+            setup.engine.gather_state()
+            named = state.tensors(setup.model, setup.engine.optimizers, setup.shards)
+            meta = state.to_meta(self.now, setup.identity, setup.tokenizer.digest)
+            self.saver.begin(self.now.step, named, meta, last=last)
 
-    def _export(self, saved: Path) -> None:
+    def _export(self) -> None:
         """Write the servable `model/` on rank 0, whole, from the slices of the last checkpoint."""
-        if self.mesh.rank == 0:
+        saved = self.saver.saved
+        if self.mesh.rank == 0 and saved is not None:
             tokenizer = self.run_dir / "tokenizer"
             self.setup.tokenizer.save(tokenizer)
             checkpoint = open_checkpoint(saved, verify="size")
@@ -287,7 +297,10 @@ class Trainer:
         now, allowed = self.now, self.config.train.rewinds
         loss = float(process.all_sum(mine, "mean loss of the step"))
         spike = spikes.find(now, loss, factor)
-        if spike is None or self.saved is None:
+        if spike is not None:
+            self.saver.settle()
+        saved = self.saver.saved
+        if spike is None or saved is None:
             if spike is not None:
                 text = f"SPIKE: {spike.text}; there is no checkpoint to go back to"
                 self.metrics.event(spike.row("spike"), text)
@@ -296,7 +309,7 @@ class Trainer:
         if now.rewinds >= allowed:
             fix = "lower optim.lr, raise train.spike or train.rewinds, or look at the data"
             raise NonFiniteError(f"{spike.text}, and train.rewinds ({allowed}) are used up: {fix}")
-        self.now = spikes.rewind(self.run_dir, self.setup, self.saved, now, self._cursor(self.skipped + 1))
+        self.now = spikes.rewind(self.run_dir, self.setup, saved, now, self._cursor(self.skipped + 1))
         there = self.now.step
         self.metrics.cut(there)
         row = {**spike.row("rewind"), "to_step": there}

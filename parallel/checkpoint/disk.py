@@ -13,7 +13,8 @@ CHUNK = 1 << 22
 
 
 class Disk:
-    """Durable writes. Every failure is a `CheckpointError` that names the path and, in a write, the bytes."""
+    """Durable writes. Every failure is a `CheckpointError` that names the path and, in a write, the bytes: needed,
+    written and free."""
 
     def open(self, path: Path) -> IO[bytes]:
         """A new file for writing; an existing one is never opened."""
@@ -27,8 +28,8 @@ class Disk:
         """Move atomically within one file system."""
         source.rename(target)
 
-    def write(self, path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
-        """Write `parts` one after another, durably; returns (bytes, sha256 of what was meant to be written)."""
+    def write(self, path: Path, parts: Iterable[bytes | memoryview], needed: int) -> tuple[int, str]:
+        """Write `parts`, `needed` bytes in all, durably; returns (bytes, sha256 of what was meant to be written)."""
         sha, written = hashlib.sha256(), 0
         try:
             with self.open(path) as out:
@@ -40,7 +41,8 @@ class Disk:
                 self.fsync(out.fileno())
         except OSError as error:
             raise CheckpointError(
-                f"{path} ({written} bytes written) can not be saved ({error}): free space or choose another place"
+                f"{path} ({needed} bytes needed, {written} written, {_free(path)} free) can not be saved ({error}): "
+                "free space or choose another place"
             ) from error
         return written, sha.hexdigest()
 
@@ -74,6 +76,14 @@ class Disk:
             self.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _free(path: Path) -> str:
+    """Bytes that are left where `path` was to be; the disk may be past answering."""
+    try:
+        return str(shutil.disk_usage(path.parent).free)
+    except OSError:
+        return "unknown"
 
 
 def sha256_of(path: Path) -> str:

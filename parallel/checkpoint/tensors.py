@@ -24,16 +24,25 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def stream(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file: widest elements first, so that each is aligned, then by name."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header, end = {}, 0
-    for name in order:
-        begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
+def header(tensors: Mapping[str, Tensor]) -> bytes:
+    """The first bytes of a safetensors file: what follows, and where."""
+    told, end = {}, 0
+    for name in _order(tensors):
+        begin, end = end, end + tensors[name].nbytes
         dtype, shape = NAMES[tensors[name].dtype], list(tensors[name].shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+        told[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(told, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for name in order:
+    return len(text).to_bytes(8, "little") + text
+
+
+def stream(tensors: Mapping[str, Tensor], head: bytes) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file that begins with its `header`."""
+    yield head
+    for name in _order(tensors):
         yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Widest elements first, so that each is aligned, then by name."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))

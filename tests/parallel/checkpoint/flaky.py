@@ -1,8 +1,9 @@
-"""A disk that fails, or kills its process, at the n-th operation."""
+"""A disk that fails, or kills its process, at the n-th operation; and one that waits to be let on."""
 
 import errno
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import IO
 
@@ -55,3 +56,17 @@ class FlakyFile:
         self.file.flush()
         self.disk.strike("write")
         self.file.write(data[len(data) // 2 :])
+
+
+class GatedDisk(Disk):
+    """Opens no file before `gate` is set, or `seconds` have passed; counts the writers that wait at once."""
+
+    def __init__(self, seconds: float = 60.0) -> None:
+        self.gate, self.seconds, self.waiting, self.most = threading.Event(), seconds, 0, 0
+
+    def open(self, path: Path) -> IO[bytes]:
+        self.waiting += 1
+        self.most = max(self.most, self.waiting)
+        self.gate.wait(self.seconds)
+        self.waiting -= 1
+        return super().open(path)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from turnout.parallel.checkpoint.tensors import DTYPES, stream
+from turnout.parallel.checkpoint.tensors import DTYPES, header, stream
 
 
 def example(dtype):
@@ -21,7 +21,7 @@ def test_every_type_and_shape_comes_back_through_the_library():
         "transposed": torch.arange(6.0).view(2, 3).T,
         'a "quoted" ü': torch.ones(1),
     }
-    raw = b"".join(bytes(part) for part in stream(tensors))
+    raw = b"".join(bytes(part) for part in stream(tensors, header(tensors)))
     back = load(raw)
     assert back.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -32,5 +32,5 @@ def test_every_type_and_shape_comes_back_through_the_library():
 
 @pytest.mark.parametrize("tensors", [{}, {"a": torch.zeros(3)}])
 def test_nothing_is_added(tensors):
-    raw = b"".join(bytes(part) for part in stream(tensors))
+    raw = b"".join(bytes(part) for part in stream(tensors, header(tensors)))
     assert len(raw) == 8 + int.from_bytes(raw[:8], "little") + 12 * len(tensors)

@@ -12,12 +12,12 @@ import torch
 from turnout import CheckpointError
 from turnout.parallel import process
 from turnout.parallel.checkpoint import latest, open_checkpoint, restore, save
-from turnout.parallel.checkpoint.writer import committed
+from turnout.parallel.checkpoint.writer import Save, committed
 from turnout.parallel.config import ParallelConfig
 from turnout.parallel.mesh import build_mesh
 from turnout.parallel.shard import ShardSpec
 from turnout.tests.helpers.ranks import run_ranks
-from turnout.tests.parallel.checkpoint.flaky import FlakyDisk
+from turnout.tests.parallel.checkpoint.flaky import FlakyDisk, GatedDisk
 from turnout.tests.parallel.checkpoint.states import save_and_die, save_for_ever, state, whole, write
 
 
@@ -114,7 +114,11 @@ def test_every_failing_disk_operation_is_an_error_and_leaves_the_earlier_one(tmp
 
 
 def test_a_failed_write_names_path_and_bytes(tmp_path):
-    with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors \(\d+ bytes written\) .*Input/output error"):
+    size = (write(tmp_path, 0) / "rank-00000.safetensors").stat().st_size
+    text = (
+        rf"rank-00000\.safetensors \({size} bytes needed, \d+ written, \d+ free\) can not be saved .*Input/output error"
+    )
+    with pytest.raises(CheckpointError, match=text):
         write(tmp_path, 1, disk=FlakyDisk(2, errno.EIO))
 
 
@@ -268,3 +272,40 @@ def test_ranks_that_disagree_about_a_tensor_are_refused_on_all(tmp_path):
     assert messages[0] == messages[1]
     assert "w is" in messages[0]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("snapshot", [True, False])
+def test_a_save_behind_the_steps_holds_the_moment_it_began(tmp_path, snapshot):
+    tensors, disk = state(1), GatedDisk()
+    under_way = Save(tmp_path, 1, tensors, {"step": 1}, build_mesh(ParallelConfig()), disk=disk, snapshot=snapshot)
+    for tensor, _ in tensors.values():
+        tensor.add_(1)
+    assert not under_way.written
+    assert latest(tmp_path) is None
+    disk.gate.set()
+    under_way.wait()
+    assert latest(tmp_path) is None, "written is not yet saved"
+    assert holds(open_checkpoint(under_way.commit())) == snapshot
+
+
+def test_what_goes_wrong_in_the_thread_is_told_by_commit_whatever_it_is(tmp_path):
+    class Broken(FlakyDisk):
+        def fsync(self, descriptor):
+            raise ValueError("a defect")
+
+    under_way = Save(tmp_path, 1, state(1), {}, build_mesh(ParallelConfig()), disk=Broken(-1), snapshot=True)
+    under_way.wait()
+    with pytest.raises(CheckpointError, match=r"tmp-00000001-.*a defect"):
+        under_way.commit()
+    assert not list(tmp_path.iterdir())
+
+
+def slow_on_rank_1(root):
+    mesh = build_mesh(ParallelConfig(ep=2))
+    disk = GatedDisk(4.0 if process.rank() == 1 else 0.0)
+    return save(root, 1, sharded(mesh), {"step": 1}, mesh, disk=disk).name
+
+
+@pytest.mark.full
+def test_a_disk_that_is_slower_than_the_time_out_is_waited_for(tmp_path):
+    assert run_ranks(slow_on_rank_1, 2, tmp_path, group_timeout=1.5) == ["step-00000001"] * 2
