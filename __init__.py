@@ -31,7 +31,16 @@ class NonFiniteError(TurnoutError, ArithmeticError):
 
 
 class PeerError(TurnoutError, RuntimeError):
-    """Another rank is gone, hangs or disagrees (exit code 5)."""
+    """Another rank is gone, hangs or disagrees (exit code 5).
+
+    Args:
+        message: which operation failed, and which rank does not answer.
+        silent: processes of this machine that do not answer.
+    """
+
+    def __init__(self, message: str, silent: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.silent = silent
 
 
 class CheckpointError(TurnoutError, RuntimeError):

@@ -9,11 +9,13 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from .. import TurnoutError
+from .. import PeerError, TurnoutError
 from ..moe.train.config import RunConfig
 from .main import PREEMPTED, exit_code
 from .rundir import record_exit
@@ -70,6 +72,14 @@ def main(run: Path, config: RunConfig, *, launched: bool) -> int:
     return status
 
 
+def restarted(timeout: float) -> bool:
+    """Whether torchrun started any of the ranks again after a failure. Collective."""
+    from ..parallel import process
+
+    process.start(timeout)
+    return any(process.gather_json(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
+
+
 def share(timeout: float, value: dict[str, Any]) -> None:
     """Rank 0 of a plain torchrun start tells the others what it composed."""
     from ..parallel import process
@@ -100,6 +110,8 @@ def _train(run: Path, config: RunConfig, stop: StopSignal) -> tuple[int, str]:
         code, reason = exit_code(error), str(error)
         if code in UNANIMOUS:
             process.stop()
+        if isinstance(error, PeerError):
+            end_neighbours(error.silent)
         return code, reason
     except Exception as error:  # noqa: BLE001  (a defect of ours: its trace is shown and its rank recorded)
         traceback.print_exc()
@@ -114,3 +126,15 @@ def end_with_parent(number: int = signal.SIGKILL) -> None:
     """Have the kernel send us `number` when the process that started us dies, so that no run leaves orphans (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(number), 0, 0, 0)
+
+
+def end_neighbours(pids: Sequence[int]) -> None:
+    """Kill ranks that do not answer, so that nothing waits for one that is stopped.
+
+    Only processes that have our parent are touched: a number may belong to somebody else by now.
+    """
+    for pid in pids:
+        with suppress(OSError):
+            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+            if int(stat.rpartition(")")[2].split()[1]) == os.getppid():
+                os.kill(pid, signal.SIGKILL)

@@ -17,8 +17,8 @@ from pathlib import Path
 from .. import ConfigError
 from ..configs.typed import build, check, to_dict
 from ..moe.train.config import RunConfig
+from . import elastic, rundir
 from . import main as cli
-from . import rundir
 from .cli import write_json
 from .compose import Composed, compose
 from .launcher import launch, summary
@@ -122,18 +122,35 @@ def as_rank(args: list[str]) -> int:
     if "frozen=true" in words:
         run = Path(next(word.partition("=")[2] for word in words if word.startswith("run=")))
         return rank.main(run, rundir.frozen(run), launched=True)
-    composed, words = prepare(words, int(os.environ["WORLD_SIZE"]))
+    world = int(os.environ["WORLD_SIZE"])
+    composed, words = prepare(words, world)
+    timeout = composed.config.parallel.timeout
+    again = rank.restarted(timeout)
     if os.environ["RANK"] != "0":
-        shared = rank.receive(composed.config.parallel.timeout)
+        shared = rank.receive(timeout)
+        if "ended" in shared:
+            return int(shared["ended"])
         return rank.main(Path(shared["run"]), build(RunConfig, shared["config"]), launched=False)
-    run = directory(composed)
-    with rundir.locked(run):
-        rundir.freeze(run, composed.config, words)
-        rank.share(composed.config.parallel.timeout, {"run": str(run.resolve()), "config": to_dict(composed.config)})
-        code = rank.main(run, composed.config, launched=False)
-        show(run)
-        write_json(result, summary(run))
-        return code
+    try:
+        run = elastic.earlier(composed.run) if again else None
+        if run is not None:
+            if (code := elastic.final(run)) is not None:
+                rank.share(timeout, {"ended": code})
+                return code
+            onward = ["train.resume=true"] if (run / "checkpoints").is_dir() else []
+            composed, words = prepare(merge(words, [f"run={run}", *onward]), world)
+        run = directory(composed)
+        with rundir.locked(run):
+            rundir.freeze(run, composed.config, words)
+            elastic.mark(run)
+            rank.share(timeout, {"run": str(run.resolve()), "config": to_dict(composed.config)})
+            code = rank.main(run, composed.config, launched=False)
+            show(run)
+            write_json(result, summary(run))
+            return code
+    except ConfigError:
+        rank.share(timeout, {"ended": 2})
+        raise
 
 
 if __name__ == "__main__":

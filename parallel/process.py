@@ -8,6 +8,7 @@ a `PeerError` that names the operation. Between ranks travel tensors and JSON by
 import json
 import os
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from .. import PeerError
+from .roll import Roll
 
 _PEER_TROUBLE = re.compile(r"gloo|nccl|timed? ?out|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 
@@ -39,11 +41,13 @@ def start(timeout: float = 120.0, device_type: str | None = None) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     with naming("start of the process group"):
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        _ROLL.start()
 
 
 def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
+        _ROLL.stop()
         dist.destroy_process_group()
 
 
@@ -67,15 +71,25 @@ def local_device(device_type: str | None = None) -> torch.device:
 
 @contextmanager
 def naming(operation: str) -> Iterator[None]:
-    """Turn a failed collective inside the block into a `PeerError` that says which operation, where and why."""
+    """Turn a failed collective inside the block into a `PeerError` that says which operation, where, why, and which
+    rank does not answer (for which it watches the others' hearts for `roll.SILENCE` seconds)."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, PeerError) or not (isinstance(error, dist.DistError) or _PEER_TROUBLE.search(str(error))):
             raise
-        me = os.environ.get("RANK", "0")
-        cause = str(error).strip().splitlines()[0][:300]
-        raise PeerError(f"{operation} failed on rank {me}: a peer is gone or hangs ({cause}): see its log") from error
+        me, cause = os.environ.get("RANK", "0"), str(error).strip().splitlines()[0][:300]
+        silent = _ROLL.silent() if dist.is_initialized() else None
+        who = "every rank still answers, so one of them hangs"
+        if silent is None:
+            who = "which one is not known"
+        elif silent:
+            who = f"{', '.join(map(str, silent))} {'does' if len(silent) == 1 else 'do'} not answer"
+        here = socket.gethostname()
+        raise PeerError(
+            f"{operation} failed on rank {me}: a peer is gone or hangs: {who} ({cause}): see its log",
+            silent=tuple(each.pid for each in silent or () if each.host == here and each.pid is not None),
+        ) from error
 
 
 def barrier() -> None:
@@ -125,6 +139,7 @@ def gather_json(value: Any) -> list[Any]:
 
 
 _CPU = torch.device("cpu")
+_ROLL = Roll()  # of the process group, which is this process's as well
 
 
 def _as_tensor(data: bytes, size: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ import re
 OUR_VARIABLES: set[str] = set()
 GIVEN_VARIABLES = {
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
-    "TRITON_INTERPRET", "WANDB_API_KEY", "WANDB_MODE",
+    "TORCHELASTIC_RESTART_COUNT", "TRITON_INTERPRET", "WANDB_API_KEY", "WANDB_MODE",
 }  # fmt: skip
 
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 
 import pytest
@@ -37,23 +38,54 @@ def test_a_world_of_one_needs_no_group():
     assert process.broadcast_json("x") == "x"
 
 
-def lose_rank_1(how: int) -> str:
+def lose_rank_1(how: int | None) -> tuple[str, tuple[int, ...]]:
+    """Rank 1 sends itself a signal, or only sleeps; what rank 0 is told, and the processes that it is to end."""
     process.barrier()
     if process.rank() == 1:
-        os.kill(os.getpid(), how)
+        if how is not None:
+            os.kill(os.getpid(), how)
         time.sleep(60)
     try:
         process.all_sum(torch.ones(4), "sum of the test")
+    except PeerError as error:
+        return str(error), error.silent
+    return "no error", ()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_lost_peer_is_named_within_the_timeout(how):
+    (message, silent), lost = run_ranks(lose_rank_1, 2, int(how), group_timeout=3.0, timeout=40, dies=(1,))
+    assert message.startswith("sum of the test failed on rank 0: a peer is gone or hangs: rank 1 (process ")
+    assert f"on {socket.gethostname()}) does not answer" in message
+    assert len(silent) == 1
+    assert str(silent[0]) in message
+    assert lost is None
+
+
+def test_a_peer_that_lives_but_does_not_come_is_not_called_dead():
+    (message, silent), _ = run_ranks(lose_rank_1, 2, None, group_timeout=2.0, timeout=40, dies=(1,))
+    assert "every rank still answers, so one of them hangs" in message
+    assert silent == ()
+
+
+def lose_two() -> str:
+    if process.rank() in (1, 2):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    try:
+        process.barrier()
     except PeerError as error:
         return str(error)
     return "no error"
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-def test_a_lost_peer_becomes_a_named_error_within_the_timeout(how):
-    message, lost = run_ranks(lose_rank_1, 2, int(how), group_timeout=3.0, timeout=40, dies=(1,))
-    assert message.startswith("sum of the test failed on rank 0: a peer is gone or hangs")
-    assert lost is None
+@pytest.mark.full
+def test_every_survivor_names_every_lost_peer():
+    messages = run_ranks(lose_two, 4, group_timeout=3.0, timeout=60, dies=(1, 2))
+    for rank in (0, 3):
+        assert f"on rank {rank}: " in messages[rank]
+        assert "rank 1 (process" in messages[rank]
+        assert "rank 2 (process" in messages[rank]
+        assert f"rank {3 - rank} (process" not in messages[rank]
 
 
 def fail_on_rank_1() -> int:
