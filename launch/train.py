@@ -132,13 +132,13 @@ def as_rank(args: list[str]) -> int:
             return int(shared["ended"])
         return rank.main(Path(shared["run"]), build(RunConfig, shared["config"]), launched=False)
     try:
-        run = elastic.earlier(composed.run) if again else None
-        if run is not None:
-            if (code := elastic.final(run)) is not None:
+        earlier = elastic.earlier(composed.run) if again else None
+        if earlier is not None:
+            if (code := elastic.final(earlier)) is not None:
                 rank.share(timeout, {"ended": code})
                 return code
-            onward = ["train.resume=true"] if (run / "checkpoints").is_dir() else []
-            composed, words = prepare(merge(words, [f"run={run}", *onward]), world)
+            onward = ["train.resume=true"] if (earlier / "checkpoints").is_dir() else []
+            composed, words = prepare(merge(words, [f"run={earlier}", *onward]), world)
         run = directory(composed)
         with rundir.locked(run):
             rundir.freeze(run, composed.config, words)
