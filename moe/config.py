@@ -1,6 +1,7 @@
 """What a MoE layer and a decoder are: two frozen dataclasses, validated at birth. No torch here."""
 
 from dataclasses import dataclass, field, fields
+from math import gcd
 from typing import Any, Literal
 
 from ..configs.typed import check
@@ -302,12 +303,35 @@ class ModelConfig:
             safe = self.moe.router != "expert_choice" or self.moe.noncausal
             check(safe, "moe.router", self.moe.router, rule, "use another router, or moe.noncausal=true to force it")
 
+    def check_parts(self, tp: int) -> None:
+        """Check that `tp` ranks can share out heads and hidden units.
+
+        Raises:
+            ConfigError: they do not divide evenly; the first that does not is named.
+        """
+        check_heads(self.heads, self.kv_heads, tp)
+        rule, fix = f"must be a multiple of parallel.tp ({tp})", f"use {max(self.ffn_width // tp, 1) * tp}"
+        fits = self.ffn_width % tp == 0 or len(self.moe_layers) == self.layers
+        check(fits, "model.ffn_width", self.ffn_width, rule, fix)
+
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """The ids of the sparse blocks: from `first_dense` on the last of every `every` (GShard §2.2)."""
         if self.moe is None:
             return ()
         return tuple(i for i in range(self.moe.first_dense, self.layers) if (i + 1) % self.moe.every == 0)
+
+
+def check_heads(heads: int, kv_heads: int, tp: int) -> None:
+    """Check that `tp` ranks can have equal parts of the heads, each with the K/V heads that it reads.
+
+    Raises:
+        ConfigError: they can not; model.heads or model.kv_heads is named.
+    """
+    rule = f"must be a multiple of parallel.tp ({tp})"
+    check(heads % tp == 0, "model.heads", heads, rule, f"use parallel.tp={gcd(heads, tp)}, or other heads")
+    fits, rule = kv_heads % tp == 0 or tp % kv_heads == 0, f"must divide parallel.tp ({tp}) or be a multiple of it"
+    check(fits, "model.kv_heads", kv_heads, rule, f"use parallel.tp={gcd(kv_heads, tp)}, or other K/V heads")
 
 
 def _at_least(group: str, name: str, value: int, least: int) -> None:

@@ -1,7 +1,9 @@
-"""Apply a model's plan to a mesh: keep this rank's experts, put the all-to-all between router and experts.
+"""Apply a model's plan to a mesh: keep this rank's experts, put the all-to-all between router and experts, and divide
+the layers that tensor-parallel ranks compute together.
 
 The model knows nothing of it: its experts merely hold fewer of the stacked tensors, and its dispatcher is another
-plain object. Works on the meta device too, so that no rank ever holds all experts.
+plain object; its divided layers have smaller matrices, and hooks around them. Works on the meta device too, so that no
+rank ever holds all experts.
 
 E experts of a layer.
 """
@@ -16,6 +18,7 @@ from .dispatch.all_to_all import AllToAllDispatcher
 from .mesh import Mesh
 from .plan import match
 from .shard import ShardSpec
+from .tensor import divide
 
 
 def parallelize(model: nn.Module, mesh: Mesh) -> dict[str, ShardSpec]:
@@ -29,14 +32,15 @@ def parallelize(model: nn.Module, mesh: Mesh) -> dict[str, ShardSpec]:
         parameter name → where this rank's tensor lies in the global one, for every parameter and persistent buffer.
 
     Raises:
-        ConfigError: the number of experts can not be divided by the ranks, or the plan uses an unknown placement.
+        ConfigError: experts, heads or features can not be divided by the ranks, or the plan uses an unknown placement.
     """
     plan: Mapping[str, str] = cast(Any, model).plan() if hasattr(model, "plan") else {}
     shards = {}
     for name, tensor in list(model.state_dict(keep_vars=True).items()):
         shape = tuple(tensor.shape)
-        shards[name] = ShardSpec(shape, (0,) * len(shape))
-        if match(plan, name) == "expert" and mesh.ep_size > 1:
+        placement = match(plan, name)
+        shards[name] = ShardSpec(shape, (0,) * len(shape), parts=2 if placement == "gated" else 1)
+        if placement == "expert" and mesh.ep_size > 1:
             first = _keep_local_experts(model, name, mesh)
             shards[name] = ShardSpec(shape, (first,) + (0,) * (len(shape) - 1), along="edp")
     for name, module in model.named_modules():
@@ -44,6 +48,8 @@ def parallelize(model: nn.Module, mesh: Mesh) -> dict[str, ShardSpec]:
             total = next(s.global_shape[0] for n, s in shards.items() if n.startswith(_join(name, "experts.")))
             module.experts.first = total // mesh.ep_size * mesh.ep_rank
             module.dispatcher = AllToAllDispatcher(mesh.group("ep"), total)
+    if mesh.size("tp") > 1:
+        shards |= divide(model, plan, mesh)
     return shards
 
 

@@ -4,9 +4,15 @@ A model's `plan()` maps name patterns (as in file names: `blocks.*.ffn.experts.*
 
     replicate   every rank holds the whole tensor (also what no pattern names)
     expert      the first dimension is the expert; each rank holds its experts
-    column      output features may be split (replicated until tensor parallelism is built)
-    row         input features may be split (likewise)
-    vocab       the vocabulary may be split (likewise)
+    column      [out, in]: each tensor-parallel rank holds its output features
+    gated       column, where the first half of the output features are gates and the second what they gate: each rank
+                holds the same part of both
+    row         [out, in]: each tensor-parallel rank holds its input features
+    vocab       the vocabulary; whole on every rank, for tensor-parallel ranks share out the tokens of the head and the
+                loss instead: as few FLOPs, and nothing to exchange
+
+A module that owns matrices under `column`, `gated` or `row` is a layer that tensor-parallel ranks compute together
+(parallel/tensor.py).
 """
 
 from collections.abc import Mapping
@@ -15,7 +21,7 @@ from typing import Literal, cast, get_args
 
 from .. import ConfigError
 
-Placement = Literal["replicate", "expert", "column", "row", "vocab"]
+Placement = Literal["replicate", "expert", "column", "gated", "row", "vocab"]
 
 
 def match(plan: Mapping[str, str], name: str) -> Placement:

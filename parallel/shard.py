@@ -1,7 +1,10 @@
 """Where a rank's tensor lies in the global one: what a checkpoint must know to fit any layout. No torch here."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -13,11 +16,14 @@ class ShardSpec:
         offset: where the local tensor begins in it, one number a dimension.
         along: the dimension of the mesh (`mesh.ALONG`) along which ranks hold the same slice,
             and its gradients are summed.
+        parts: the first dimension is so many equal parts one after another (the gates and the up projection of a
+            SwiGLU); the local tensor is then the same slice of each, at `offset` in each.
     """
 
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]
     along: Literal["stage", "replicas", "edp"] = "stage"
+    parts: int = 1
 
     def __post_init__(self) -> None:
         assert len(self.global_shape) == len(self.offset), "one offset a dimension"
@@ -25,3 +31,21 @@ class ShardSpec:
     def is_whole(self, local_shape: tuple[int, ...]) -> bool:
         """Whether a local tensor of this shape is the whole one (then it is replicated)."""
         return tuple(local_shape) == self.global_shape
+
+    @property
+    def block(self) -> "ShardSpec":
+        """The same place with the parts as a dimension of their own, [parts, ...]: one block at every layout."""
+        if self.parts == 1:
+            return self
+        shape, offset = self.unfold(self.global_shape), (0, *self.offset)
+        return replace(self, global_shape=shape, offset=offset, parts=1)
+
+    def unfold(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a tensor of `shape` with the parts as a dimension of their own."""
+        return tuple(shape) if self.parts == 1 else (self.parts, shape[0] // self.parts, *shape[1:])
+
+    def take(self, whole: "Tensor", local_shape: tuple[int, ...]) -> "Tensor":
+        """This rank's part, of `local_shape`, of the whole tensor."""
+        block, local = self.block, self.unfold(local_shape)
+        place = tuple(slice(first, first + size) for first, size in zip(block.offset, local, strict=True))
+        return whole.reshape(block.global_shape)[place].reshape(local_shape)

@@ -4,10 +4,12 @@ kv_heads = heads is MHA (Vaswani 1706.03762), 1 is MQA (Shazeer 1911.02150), bet
 T tokens, D width, H heads, G kv heads, d head size.
 """
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from ...kernels import rope
-from ..config import ModelConfig
+from ..config import ModelConfig, check_heads
 from .context import AttentionSpec, Context, Heads
 
 
@@ -31,3 +33,24 @@ class Attention(nn.Module):
         k_TGd = rope(self.wk(x_TD).view(kv_heads), positions_T, self.theta)
         o_THd = ctx.attend(self.spec, q_THd, Heads(k_TGd, self.wv(x_TD).view(kv_heads)))
         return self.wo(o_THd.flatten(1))
+
+    def keep_part(self, rank: int, size: int) -> tuple[str, ...]:
+        """Attend for part `rank` of `size` equal parts of the heads, and the K/V heads that these read.
+
+        With fewer K/V heads than parts, several parts read one: then W_k and W_v stay whole.
+
+        Returns:
+            which matrices stay whole.
+
+        Raises:
+            ConfigError: the heads can not be divided so.
+        """
+        heads, kv_heads, d = self.spec.heads, self.spec.kv_heads, self.spec.head_dim
+        check_heads(heads, kv_heads, size)
+        self.spec = replace(self.spec, heads=heads // size, kv_heads=max(kv_heads // size, 1))
+        if kv_heads >= size:
+            return ()
+        first = rank * kv_heads // size * d
+        for matrix in (self.wk, self.wv):
+            matrix.register_forward_hook(lambda _, x, y_TGd: y_TGd[:, first : first + d])
+        return ("wk", "wv")

@@ -51,7 +51,7 @@ class Decoder(nn.Module):
             "head.weight": "vocab",
             "blocks.*.attention.w[qkv].weight": "column",
             "blocks.*.attention.wo.weight": "row",
-            "blocks.*.ffn.w_in.weight": "column",
+            "blocks.*.ffn.w_in.weight": "gated",
             "blocks.*.ffn.w_out.weight": "row",
             "blocks.*.ffn.experts.*": "expert",
         }

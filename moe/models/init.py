@@ -1,15 +1,18 @@
 """Initial weights that do not depend on the layout.
 
 Every matrix is drawn from its own generator, keyed by (seed, parameter name, global expert id), so one rank and eight
-expert-parallel ranks start from the same numbers. Truncated normal at ±2σ, σ = sqrt(s / fan_in), s = 0.1: the
-smaller scale that keeps sparse models stable (Switch 2101.03961 §2.4, table 3). A router names its own variances.
+expert-parallel ranks start from the same numbers; a rank that holds a part of a matrix draws all of it and keeps that.
+Truncated normal at ±2σ, σ = sqrt(s / fan_in), s = 0.1: the smaller scale that keeps sparse models stable (Switch
+2101.03961 §2.4, table 3). A router names its own variances.
 """
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from ...parallel.shard import ShardSpec
 from ..layers.experts import Experts
 from ..routing.router import Router
 from .decoder import Decoder
@@ -18,8 +21,11 @@ DENSE_SCALE = 0.1
 
 
 @torch.no_grad()
-def init_weights(model: Decoder, seed: int) -> None:
-    """Fill every parameter in place; norms become one. The parameters must be materialised (not on meta)."""
+def init_weights(model: Decoder, seed: int, shards: Mapping[str, ShardSpec] | None = None) -> None:
+    """Fill every parameter in place; norms become one. The parameters must be materialised (not on meta).
+
+    `shards` is what `parallelize` returned; None: every matrix is whole.
+    """
     scale = model.cfg.moe.init_scale if model.cfg.moe else DENSE_SCALE
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
@@ -27,25 +33,30 @@ def init_weights(model: Decoder, seed: int) -> None:
         buffer.zero_()
     for name, weight in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        stack = stacks.get(owner)
+        stack, place = stacks.get(owner), shards[name] if shards else None
         if owner in routers:
             _draw(weight, routers[owner].variance(leaf), f"{seed}/{name}")
         elif weight.ndim == 1:
             nn.init.ones_(weight)
         elif stack is None:
-            _draw(weight, scale / weight.shape[1], f"{seed}/{name}")
+            fan_in = place.global_shape[1] if place else weight.shape[1]
+            _draw(weight, scale / fan_in, f"{seed}/{name}", place)
         else:
             fan_in = model.cfg.width if name.endswith("w_in") else stack.cfg.expert_width
             for local, expert_weight in enumerate(weight):
                 _draw(expert_weight, scale / fan_in, f"{seed}/{name}/{stack.first + local}")
 
 
-def _draw(weight: Tensor, variance: float, key: str) -> None:
-    """Drawn on the CPU in float32, so that every device starts from the same bits; without variance it is zero."""
+def _draw(weight: Tensor, variance: float, key: str, place: ShardSpec | None = None) -> None:
+    """Drawn on the CPU in float32, so that every device starts from the same bits; without variance it is zero.
+
+    `place` is that of `weight` in the matrix that is drawn; None: it is the matrix.
+    """
     if not variance:
         weight.zero_()
         return
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1)
     std = variance**0.5
-    drawn = nn.init.trunc_normal_(torch.empty(weight.shape), std=std, a=-2 * std, b=2 * std, generator=generator)
-    weight.copy_(drawn)
+    whole = torch.empty(place.global_shape if place else weight.shape)
+    nn.init.trunc_normal_(whole, std=std, a=-2 * std, b=2 * std, generator=generator)
+    weight.copy_(place.take(whole, tuple(weight.shape)) if place else whole)

@@ -234,7 +234,9 @@ def whole(views: list[dict], what: str) -> dict[str, Tensor]:
             spec: ShardSpec = view["shards"][name]
             target = together.setdefault(name, torch.zeros(spec.global_shape, dtype=local.dtype))
             known = filled.setdefault(name, torch.zeros(spec.global_shape, dtype=torch.bool))
-            place = tuple(slice(o, o + n) for o, n in zip(spec.offset, local.shape, strict=True))
+            block, local = spec.block, local.view(spec.unfold(local.shape))
+            place = tuple(slice(o, o + n) for o, n in zip(block.offset, local.shape, strict=True))
+            target, known = target.view(block.global_shape), known.view(block.global_shape)
             assert torch.equal(target[place][known[place]], local[known[place]]), f"replicas of {name} differ"
             target[place], known[place] = local, True
     assert all(bool(known.all()) for known in filled.values()), "a part of a tensor is on no rank"
