@@ -271,8 +271,8 @@ class Trainer:
             tokenizer = self.run_dir / "tokenizer"
             self.setup.tokenizer.save(tokenizer)
             checkpoint = open_checkpoint(saved, verify="size")
-            whole = {name.removeprefix("model/"): checkpoint.read_all(name) for name in checkpoint.names("model/")}
-            save_model(self.run_dir / "model", self.setup.model.cfg, whole, tokenizer)
+            cfg = self.setup.model.cfg
+            save_model(self.run_dir / "model", cfg, state.whole_model(checkpoint, cfg), tokenizer)
         process.barrier()
 
     def _skip(self, loss: float, grad_norm: float) -> None:

@@ -92,7 +92,7 @@ def build_model(cfg: ModelConfig, config: RunConfig, mesh: Mesh) -> tuple[Decode
         keep_stages(model, stages(cfg, config, mesh), mesh.layout.pp * config.parallel.virtual - 1)
     model.to_empty(device=mesh.device)
     if config.train.init is None:
-        init_weights(model, config.seed)
+        init_weights(model, config.seed, shards)
         return model, shards
     source = load_model(config.train.init, dtype="float32").state_dict()
     with torch.no_grad():
@@ -102,8 +102,7 @@ def build_model(cfg: ModelConfig, config: RunConfig, mesh: Mesh) -> tuple[Decode
                     f"train.init ({config.train.init}) has no {name} of shape {shards[name].global_shape}: "
                     "start from a model of the same shape"
                 )
-            place = tuple(slice(o, o + n) for o, n in zip(shards[name].offset, weight.shape, strict=True))
-            weight.copy_(source[name][place])
+            weight.copy_(shards[name].take(source[name], tuple(weight.shape)))
     return model, shards
 
 

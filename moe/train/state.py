@@ -1,9 +1,9 @@
 """A run's whole state as named tensors and plain JSON, and back.
 
 Tensors are named `model/<parameter or buffer>` and `optim/<parameter>/<key>`, each with the place of this rank's slice
-in the global tensor, so any layout can load what another saved. The JSON holds the rest: step, cursor, counters,
-identity. Every random number of a run is keyed by (seed, step, layer, token index): step and seed ARE the random
-streams.
+in the global tensor, so any layout can load what another saved; a dense SwiGLU's input matrix [2F, D] lies there as
+[2, F, D], because gates and up projection are divided alike. The JSON holds the rest: step, cursor, counters, identity.
+Every random number of a run is keyed by (seed, step, layer, token index): step and seed ARE the random streams.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,9 @@ from ...configs.typed import build
 from ...parallel.checkpoint import Checkpoint
 from ...parallel.checkpoint import restore as fill
 from ...parallel.shard import ShardSpec
+from ..config import ModelConfig
 from ..data.rows import Cursor
+from ..models.decoder import Decoder
 from .adafactor import Adafactor, state_shapes
 from .moments import CompactAdamW
 from .optim import Muon
@@ -61,14 +63,23 @@ class Progress:
 
 def tensors(model: nn.Module, optimizers: Sequence[Optimizer], shards: Mapping[str, ShardSpec]) -> Named:
     """Every tensor of the run under its name, with its place in the global one. The optimizers must have stepped."""
-    named: Named = {f"model/{name}": (tensor, shards[name]) for name, tensor in model.state_dict().items()}
+    named: Named = {f"model/{name}": _block(tensor, shards[name]) for name, tensor in model.state_dict().items()}
     for name, weight, optimizer in _owned(model, optimizers):
         if isinstance(optimizer, Adafactor):
             assert shards[name].global_shape[-2:] == weight.shape[-2:], "means over a part of a matrix"
         whole, begin = (_shapes(optimizer, place) for place in (shards[name].global_shape, shards[name].offset))
         for key in whole:
-            named[f"optim/{name}/{key}"] = (optimizer.state[weight][key], ShardSpec(whole[key], begin[key]))
+            parts = shards[name].parts if whole[key] == shards[name].global_shape else 1
+            place = ShardSpec(whole[key], begin[key], parts=parts)
+            named[f"optim/{name}/{key}"] = _block(optimizer.state[weight][key], place)
     return named
+
+
+def whole_model(checkpoint: Checkpoint, cfg: ModelConfig) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer of a checkpoint's model, whole and in its own shape, on the CPU."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Decoder(cfg).state_dict().items()}
+    return {name: checkpoint.read_all(f"model/{name}").view(shape) for name, shape in shapes.items()}
 
 
 def restore(
@@ -110,6 +121,11 @@ def from_meta(meta: Mapping[str, Any], identity: Mapping[str, Any], tokenizer: s
             )
     known = {key: meta[key] for key in Progress.__dataclass_fields__ if key in meta}
     return build(Progress, known)
+
+
+def _block(tensor: Tensor, place: ShardSpec) -> tuple[Tensor, ShardSpec]:
+    """A tensor as one block of the global one: a view."""
+    return tensor.view(place.unfold(tuple(tensor.shape))), place.block
 
 
 def _shapes(optimizer: Optimizer, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
