@@ -166,7 +166,6 @@ class LogConfig:
 
 # Keys of `parallel` that a run can not use yet, and the value they must have.
 UNBUILT = {
-    "tp": 1,
     "fsdp": False,
     "chunks": 1,
     "exchange_rows": None,
@@ -229,7 +228,9 @@ class RunConfig:
             rule = "is not built for engine=deepspeed (it manages autocast itself)"
             check(self.train.dtype == "float32", "train.dtype", self.train.dtype, rule, "use train.dtype=float32")
             rule = "is not built for engine=deepspeed"
-            check(self.parallel.cp == 1, "parallel.cp", self.parallel.cp, rule, "use engine=native")
+            for name in ("cp", "tp"):
+                size = getattr(self.parallel, name)
+                check(size == 1, f"parallel.{name}", size, rule, "use engine=native")
 
     def _check_pipeline(self) -> None:
         parallel, layers = self.parallel, self.model.layers
@@ -250,6 +251,7 @@ class RunConfig:
             ConfigError: the mesh does not fit the ranks, or the batch does not divide over them.
         """
         layout = self.parallel.resolve(world, self.model.moe.num_experts if self.model.moe else None)
+        self.model.check_parts(layout.tp)
         rule = "needs at least 2 ranks"
         check(self.engine == "native" or world > 1, "engine", self.engine, rule, "use engine=native, or nproc=2")
         rows, micro, dp = self.train.global_batch, self.train.micro_batch, layout.dp

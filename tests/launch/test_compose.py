@@ -59,7 +59,6 @@ BAD = [
     ("moe.num_experts=7", "parallel.ep (2) must divide moe.num_experts (7): use 1 or 7"),
     ("parallel.ep=3", "parallel.ep (3) must divide the data-parallel ranks (2): use 1 or 2"),
     ("parallel.dp=4", "parallel.dp (4) must equal the number of ranks (2)"),
-    ("parallel.tp=2", "parallel.tp (2) is not built yet"),
     (
         "parallel.cp=2 train.global_batch=1 train.seq_len=255",
         "train.seq_len (255) times the 1 rows of a micro-batch must be a multiple of the 4 pieces in which parallel.cp "
@@ -89,6 +88,22 @@ BAD = [
     (
         "engine=deepspeed optim=adamw train.dtype=float32 parallel.ep=1 parallel.pp=2",
         "parallel.pp (2) sums its own gradients and is built for engine=native: use engine=native",
+    ),
+    ("parallel.tp=3", "parallel.tp (3) must fit the ranks"),
+    ("parallel.tp=2 model.heads=3 model.kv_heads=1", "model.heads (3) must be a multiple of parallel.tp (2): use"),
+    (
+        "parallel.tp=2 model.heads=6 model.kv_heads=3",
+        "model.kv_heads (3) must divide parallel.tp (2) or be a multiple of it: use parallel.tp=1",
+    ),
+    ("parallel.tp=2 model.ffn_width=513", "model.ffn_width (513) must be a multiple of parallel.tp (2): use 512"),
+    (
+        "parallel.tp=2 train.seq_len=255 train.global_batch=1",
+        "train.seq_len (255) times the 1 rows of a micro-batch must be a multiple of the 2 pieces in which parallel.cp "
+        "(1) and parallel.tp (2) divide its tokens: use 256",
+    ),
+    (
+        "engine=deepspeed optim=adamw train.dtype=float32 parallel.tp=2",
+        "parallel.tp (2) is not built for engine=deepspeed",
     ),
     ("parallel.timeout=0", "parallel.timeout (0.0) must be positive"),
     ("nproc=1", "parallel.ep (2) must divide the data-parallel ranks (1)"),

@@ -268,7 +268,7 @@ def test_layouts_that_do_not_fit_are_marked(tmp_path, capsys):
         (["world=0"], "world (0) must be at least 1"),
         (["world=3"], "train.global_batch (8) must be a multiple of the 3 data-parallel ranks: use 6"),
         (["world=2", "world=4"], "world (4) is given twice"),
-        (["parallel.tp=2"], "parallel.tp (2) is not built yet"),
+        (["world=1", "parallel.tp=2"], "parallel.tp (2) must fit the ranks"),
         (["world=2", "parallel.ep=4"], "parallel.ep (4) must divide the data-parallel ranks (2)"),
         (["accelerator=H300"], "accelerator (H300) is not a known accelerator and no file"),
         (["network=string"], "network (string) is not a known network and no file"),
