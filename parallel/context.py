@@ -11,14 +11,12 @@ size.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .process import naming
+from .gather import gather
 from .spread import Spread
 
 
@@ -41,7 +39,7 @@ class Piece:
 
 def gather_keys(k_AGd: Tensor, v_AGd: Tensor, spread: Spread) -> tuple[Tensor, Tensor]:
     """Keys and values of all tokens, in the micro-batch's order: [W, G, d]. Differentiable; collective over "cp"."""
-    kv_WGd = spread.in_order(_Gather.apply(torch.cat([k_AGd, v_AGd], -1), spread.mesh.group("cp")))
+    kv_WGd = spread.in_order(gather(torch.cat([k_AGd, v_AGd], -1), spread.mesh.group("cp"), "keys and values"))
     return kv_WGd[..., : k_AGd.shape[-1]], kv_WGd[..., k_AGd.shape[-1] :]
 
 
@@ -65,26 +63,3 @@ def pieces(cu_seqlens_B1: Tensor, spread: Spread, window: int | None = None) -> 
         cu_q_B1, cu_k_B1 = (F.pad(inside_B - start, (1, 0)) for start in (begin, key))
         found.append(Piece(slice(first, first + half), slice(key, end), cu_q_B1, cu_k_B1))
     return found
-
-
-class _Gather(torch.autograd.Function):
-    """All-gather along the first dimension; every rank's gradient holds a term of every token's.
-
-    The terms travel as they are and are added in float32 (float64 stays), in the order of the ranks.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_A: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        x_PA = x_A.new_empty(group.size(), *x_A.shape)
-        with naming("gathering of keys and values"):
-            dist.all_gather(list(x_PA.unbind()), x_A.contiguous(), group=group)
-        return x_PA.flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, grad_W: Tensor) -> tuple[Tensor, None]:
-        terms_W = torch.empty_like(grad_W, memory_format=torch.contiguous_format)
-        with naming("sum of the gradients of keys and values"):
-            dist.all_to_all_single(terms_W, grad_W.contiguous(), group=ctx.group)
-        terms_PA = terms_W.unflatten(0, (ctx.group.size(), -1))
-        return terms_PA.sum(0, dtype=torch.promote_types(grad_W.dtype, torch.float32)).to(grad_W.dtype), None
