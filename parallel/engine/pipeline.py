@@ -26,6 +26,7 @@ from ..pipeline import Stage
 from ..process import naming
 from ..shard import ShardSpec
 from .engine import Engine, StepResult
+from .scale import LossScale
 from .update import clip_and_step
 
 EXCHANGE = "exchange between pipeline stages"
@@ -44,7 +45,7 @@ class PipelineEngine(Engine):
         schedule: the order of micro-batches.
         tied: parameters that the first and the last stage both hold.
         clip: largest gradient norm; None = no limit.
-        dtype: of the forward pass under autocast; None = as the parameters are.
+        dtype: of the forward pass under autocast; None = as the parameters are. float16 brings a `scale`.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class PipelineEngine(Engine):
     ) -> None:
         self.model, self.optimizers, self.mesh = model, list(optimizers), mesh
         self.clip, self.dtype, self.shards = clip, dtype, shards
+        self.scale = LossScale() if dtype is torch.float16 else None
         self.total, self.width, self.schedule, self.tied = mesh.layout.pp * len(held), width, schedule, tied
         self.stages = {number: Stage(model, number, self.total - 1, layers) for number, layers in held.items()}
         self._given: list[tuple[Any, ...]] = []
