@@ -13,6 +13,7 @@ from turnout.moe.models.store import load_model
 from turnout.moe.train import state
 from turnout.moe.train.loop import Trainer
 from turnout.moe.train.moments import Rounding
+from turnout.moe.train.trace import read_trace
 from turnout.parallel import process
 from turnout.parallel.mesh import build_mesh
 from turnout.parallel.pipeline import keep_stages
@@ -138,6 +139,19 @@ def test_float16_in_a_pipeline_scales_its_loss_and_trains_as_float32_does(data, 
     for found, wanted in zip(rows(tmp_path / "float16"), rows(tmp_path / "float32"), strict=True):
         assert found["loss_scale"] == 2.0**16
         assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-2)
+
+
+def test_a_trace_of_a_pipeline_replays_on_one_rank_and_back(data, tmp_path):
+    words = tiny(data, *PIPED, "moe=gshard", "moe.every=1", "train.dtype=float32", "optim=adamw", "train.steps=2")
+    run_ranks(go, 2, str(tmp_path / "piped"), [*words, "moe.trace=true"])
+    found = read_trace(tmp_path / "piped", 1)
+    assert sorted(found["layers"]) == [0, 1]
+    assert all(len(part["ids"]) == len(found["index"]) for part in found["layers"].values())
+    alone = [*words, "parallel.pp=1", f"moe.replay={tmp_path / 'piped'}", "moe.trace=true"]
+    go(str(tmp_path / "one"), alone)
+    run_ranks(go, 2, str(tmp_path / "again"), [*words, f"moe.replay={tmp_path / 'one'}"])
+    assert_same_rows(tmp_path / "one", tmp_path / "piped", rel=1e-5)
+    assert fingerprint(tmp_path / "again", 2) == fingerprint(tmp_path / "piped", 2)
 
 
 def test_moments_round_by_the_draws_of_the_whole_model():
