@@ -1,7 +1,6 @@
 """Saving: whole or not at all, whatever fails and whenever the process dies."""
 
 import errno
-import multiprocessing as mp
 import random
 import shutil
 import time
@@ -16,6 +15,7 @@ from turnout.parallel.checkpoint.writer import Save, committed
 from turnout.parallel.config import ParallelConfig
 from turnout.parallel.mesh import build_mesh
 from turnout.parallel.shard import ShardSpec
+from turnout.tests.helpers.forks import context, ends, start
 from turnout.tests.helpers.ranks import run_ranks
 from turnout.tests.parallel.checkpoint.flaky import FlakyDisk, GatedDisk
 from turnout.tests.parallel.checkpoint.states import save_and_die, save_for_ever, state, whole, write
@@ -135,24 +135,14 @@ def test_a_type_that_can_not_be_saved_is_refused_by_name(tmp_path):
         save(tmp_path, 1, {"z": whole(torch.zeros(2, dtype=torch.complex64))}, {}, build_mesh(ParallelConfig()))
 
 
-@pytest.fixture(scope="module")
-def forks():
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["turnout.parallel.checkpoint.reader"])
-    return context
-
-
-def test_dying_at_any_disk_operation_leaves_a_whole_checkpoint(tmp_path, forks):
+def test_dying_at_any_disk_operation_leaves_a_whole_checkpoint(tmp_path):
     counting = FlakyDisk(-1)
     write(tmp_path / "count", 0)
     write(tmp_path / "count", 1, keep=1, disk=counting)
     for at in range(counting.count):
         root = tmp_path / str(at)
         write(root, 0)
-        child = forks.Process(target=save_and_die, args=(root, at))
-        child.start()
-        child.join(60)
-        assert child.exitcode == -9
+        assert ends([start(save_and_die, root, at)]) == [-9]
         found = latest(root)
         assert holds(found)
         assert found.step == int("rename" in counting.names[:at])
@@ -160,12 +150,11 @@ def test_dying_at_any_disk_operation_leaves_a_whole_checkpoint(tmp_path, forks):
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.full)])
-def test_dying_at_random_times_never_loses_what_was_saved(tmp_path, forks, kills):
+def test_dying_at_random_times_never_loses_what_was_saved(tmp_path, kills):
     for seed in range(kills):
         root = tmp_path / str(seed)
-        ours, theirs = forks.Pipe()
-        child = forks.Process(target=save_for_ever, args=(root, theirs))
-        child.start()
+        ours, theirs = context.Pipe()
+        child = start(save_for_ever, root, theirs)
         theirs.close()
         said = ours.recv()
         time.sleep(random.Random(seed).random() * 0.1)
