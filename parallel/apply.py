@@ -15,6 +15,7 @@ from torch import nn
 
 from .. import ConfigError
 from .dispatch.all_to_all import AllToAllDispatcher
+from .dispatch.traffic import Traffic
 from .mesh import Mesh
 from .plan import match
 from .shard import ShardSpec
@@ -35,7 +36,7 @@ def parallelize(model: nn.Module, mesh: Mesh) -> dict[str, ShardSpec]:
         ConfigError: experts, heads or features can not be divided by the ranks, or the plan uses an unknown placement.
     """
     plan: Mapping[str, str] = cast(Any, model).plan() if hasattr(model, "plan") else {}
-    shards = {}
+    shards, traffic = {}, Traffic()
     for name, tensor in list(model.state_dict(keep_vars=True).items()):
         shape = tuple(tensor.shape)
         placement = match(plan, name)
@@ -47,7 +48,7 @@ def parallelize(model: nn.Module, mesh: Mesh) -> dict[str, ShardSpec]:
         if hasattr(module, "experts") and hasattr(module, "dispatcher") and mesh.ep_size > 1:
             total = next(s.global_shape[0] for n, s in shards.items() if n.startswith(_join(name, "experts.")))
             module.experts.first = total // mesh.ep_size * mesh.ep_rank
-            module.dispatcher = AllToAllDispatcher(mesh.group("ep"), total)
+            module.dispatcher = AllToAllDispatcher(mesh, total, traffic)
     if mesh.size("tp") > 1:
         shards |= divide(model, plan, mesh)
     return shards

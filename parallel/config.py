@@ -25,6 +25,8 @@ class Layout:
         tp: ranks that divide heads and hidden units (and, between layers, tokens once more).
         pp: ranks among which the layers are divided.
         ep, edp: the same dp * cp * tp ranks, as the experts see them.
+        chunks, exchange_rows, node: how rows travel to experts, as in `ParallelConfig`; `node` is None unless there are
+            several nodes of several ranks each.
     """
 
     dp: int
@@ -33,6 +35,9 @@ class Layout:
     tp: int = 1
     pp: int = 1
     cp: int = 1
+    chunks: int = 1
+    exchange_rows: int | None = None
+    node: int | None = None
 
     @property
     def stage(self) -> int:
@@ -55,7 +60,8 @@ class Layout:
         outer, cp = divmod(outer, self.cp)
         pp, dp = divmod(outer, self.dp)
         edp, ep = divmod(rank % self.stage, self.ep)
-        return {"pp": pp, "dp": dp, "cp": cp, "tp": tp, "edp": edp, "ep": ep}
+        far, near = divmod(ep, self.node or self.ep)
+        return {"pp": pp, "dp": dp, "cp": cp, "tp": tp, "edp": edp, "ep": ep, "far": far, "near": near}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,13 +132,22 @@ class ParallelConfig:
         rule = f"must equal the number of ranks ({world}){rest}"
         fix = f"use parallel.dp={world // others} or start {dp * others} ranks"
         check(dp * others == world, "parallel.dp", dp, rule, fix)
+        rows, none = self.exchange_rows, "is about rows that travel between ranks, and parallel.ep is 1"
+        check(self.chunks == 1 or self.ep > 1, "parallel.chunks", self.chunks, none, "use parallel.ep=2 or more")
+        check(rows is None or self.ep > 1, "parallel.exchange_rows", rows, none, "use parallel.ep=2 or more")
+        rule = f"must be at least parallel.ep ({self.ep}), a row of every rank"
+        check(rows is None or rows >= self.ep, "parallel.exchange_rows", rows, rule, "use thousands, or null")
         stage = world // self.pp
         rule = f"must divide the data-parallel ranks ({dp})" if stage == dp else f"must divide dp * cp * tp ({stage})"
         check(stage % self.ep == 0, "parallel.ep", self.ep, rule, f"use {_divisors(stage)}")
         if num_experts is not None:
             rule = f"must divide moe.num_experts ({num_experts})"
             check(num_experts % self.ep == 0, "parallel.ep", self.ep, rule, f"use {_divisors(num_experts)}")
-        return Layout(dp=dp, ep=self.ep, edp=stage // self.ep, tp=self.tp, pp=self.pp, cp=self.cp)
+        node = None if self.node in (1, self.ep) else self.node
+        return Layout(
+            dp=dp, ep=self.ep, edp=stage // self.ep, tp=self.tp, pp=self.pp, cp=self.cp,
+            chunks=self.chunks, exchange_rows=self.exchange_rows, node=node,
+        )  # fmt: skip
 
 
 def _divisors(n: int) -> str:

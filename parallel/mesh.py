@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from . import process
 from .config import Layout, ParallelConfig
 
-Dimension = Literal["pp", "dp", "cp", "tp", "ep", "edp", "stage", "replicas", "row", "ends"]
+Dimension = Literal["pp", "dp", "cp", "tp", "ep", "edp", "near", "far", "stage", "replicas", "row", "ends"]
 
 # A group runs along the named dimensions: ranks that differ in nothing else belong together.
 ALONG: dict[Dimension, tuple[str, ...]] = {
@@ -30,12 +30,14 @@ ALONG: dict[Dimension, tuple[str, ...]] = {
     "stage": ("dp", "cp", "tp"),  # hold replicas of what is not divided
     "replicas": ("dp", "cp"),  # hold replicas of what tensor parallelism divides
     "row": ("cp", "tp"),  # hold the tokens of the same rows
-    "ep": ("ep",),  # hold the experts together
+    "ep": ("far", "near"),  # hold the experts together
+    "near": ("near",),  # are neighbours in one node (with parallel.node)
+    "far": ("far",),  # have the same place in every node (with parallel.node)
     "edp": ("edp",),  # hold replicas of the same experts
     "ends": ("pp",),  # first and last stage: hold replicas of a tied embedding; those between are alone
 }
 DENSE = ("pp", "dp", "cp", "tp")
-EXPERT = ("pp", "edp", "ep")
+EXPERT = ("pp", "edp", "far", "near")
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ def build_mesh(config: ParallelConfig, device_type: str | None = None, num_exper
     groups = {}
     with process.naming("creation of the mesh's groups"):
         for dim in ALONG:
+            if dim in ("near", "far") and layout.node is None:
+                continue
             partition = ranks_along(layout, dim)
             if len(partition[0]) > 1:
                 groups[dim] = _own_group(partition, config.timeout)
@@ -123,7 +127,8 @@ def build_mesh(config: ParallelConfig, device_type: str | None = None, num_exper
 
 def ranks_along(layout: Layout, dim: Dimension) -> list[list[int]]:
     """All groups along `dim`, each with its ranks in order."""
-    apart = [name for name in (EXPERT if dim in ("ep", "edp") else DENSE) if name not in ALONG[dim]]
+    expert = set(ALONG[dim]) <= {"edp", "far", "near"}
+    apart = [name for name in (EXPERT if expert else DENSE) if name not in ALONG[dim]]
 
     def elsewhere(rank: int) -> tuple[int, ...]:
         place = layout.place(rank)

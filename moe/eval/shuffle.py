@@ -4,7 +4,7 @@ Each expert takes the work of its neighbour: routing, weights and drops stay as 
 changes. Experts that specialised make the loss jump; interchangeable ones do not. It works at any expert-parallel size,
 because the routed ids are shifted and no weight moves.
 
-T tokens, D width, K choices, N rows.
+T tokens, D width, K choices.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...parallel.dispatch.local import LocalDispatcher
+from ...parallel.dispatch.local import Experts, LocalDispatcher
 from ..layers.moe import MoE
 
 
@@ -23,11 +23,13 @@ class _Shifted(LocalDispatcher):
     def __init__(self, inner: Any, shift: int) -> None:
         self.inner, self.shift = inner, shift
 
-    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, kept_TK: Tensor, num_experts: int) -> Any:
-        return self.inner.dispatch(x_TD, (ids_TK + self.shift) % num_experts, kept_TK, num_experts)
+    def dispatch(
+        self, x_TD: Tensor, ids_TK: Tensor, kept_TK: Tensor, num_experts: int, key_TK: Tensor | None = None
+    ) -> Any:
+        return self.inner.dispatch(x_TD, (ids_TK + self.shift) % num_experts, kept_TK, num_experts, key_TK)
 
-    def combine(self, y_ND: Tensor, weights_TK: Tensor, dispatched: Any) -> Tensor:
-        return self.inner.combine(y_ND, weights_TK, dispatched)
+    def combine(self, sent: Any, experts: Experts, weights_TK: Tensor) -> Tensor:
+        return self.inner.combine(sent, experts, weights_TK)
 
 
 @contextmanager

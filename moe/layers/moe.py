@@ -6,6 +6,8 @@
 T tokens, D width, K choices.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ from ..config import MoEConfig
 from ..routing.losses import attach_loss, weighted_sum
 from ..routing.record import RouteContext, Routing
 from ..routing.registry import build_router
-from .dropout import dropped_units
+from .dropout import dropped_units, row_keys
 from .experts import Experts
 from .ffn import FeedForward
 
@@ -51,22 +53,47 @@ class MoE(nn.Module):
             ConfigError: a configured loss has no gradient, or routing would be computed anew under checkpointing.
         """
         context = context or RouteContext()
-        y_TD, routing = self.routed(x_TD, context)
-        if self.shared is not None:
-            shared_TD = self.shared(x_TD)
-            y_TD = y_TD + (shared_TD if self.shared_gate is None else self.shared_gate(x_TD).sigmoid() * shared_TD)
-        loss = weighted_sum(self.cfg.losses, routing.aux, y_TD.requires_grad) if routing.aux else None
-        return y_TD if loss is None else attach_loss(y_TD, context.loss_scale * loss), routing
-
-    def routed(self, x_TD: Tensor, context: RouteContext) -> tuple[Tensor, Routing]:
-        """Σ_k w_k · E_{id_k}(x), and the routing."""
         if torch.compiler.is_dynamo_compiling():
             from .uncompiled import routed
 
-            return routed(self, x_TD, context)
+            y_TD, routing = routed(self, x_TD, context)
+            shared_TD = self.always(x_TD)
+        else:
+            routing, sent = self.send(x_TD, context)
+            shared_TD = self.always(x_TD)
+            y_TD = self.mix(routing, sent, context)
+        if shared_TD is not None:
+            y_TD = y_TD + shared_TD
+        loss = weighted_sum(self.cfg.losses, routing.aux, y_TD.requires_grad) if routing.aux else None
+        return y_TD if loss is None else attach_loss(y_TD, context.loss_scale * loss), routing
+
+    def send(self, x_TD: Tensor, context: RouteContext) -> tuple[Routing, Any]:
+        """Choose experts and let the rows set out for them; the routing, and what `mix` needs."""
         routing = self.router(x_TD, context)
-        sent = self.dispatcher.dispatch(x_TD, routing.ids_TK, routing.kept_TK, self.cfg.num_experts)
         drops = self.training and self.cfg.expert_dropout > 0
-        dropped_NF = dropped_units(self.cfg, self.router.layer, sent, self.dispatcher, context) if drops else None
-        y_ND = self.experts(sent.rows_ND, sent.ends_E, dropped_NF)
-        return self.dispatcher.combine(y_ND, routing.weights_TK, sent), routing
+        key_TK = row_keys(routing.ids_TK, context) if drops else None
+        x_TD = _travelling(x_TD)
+        return routing, self.dispatcher.dispatch(x_TD, routing.ids_TK, routing.kept_TK, self.cfg.num_experts, key_TK)
+
+    def always(self, x_TD: Tensor) -> Tensor | None:
+        """g(x) · shared(x); None without shared experts."""
+        if self.shared is None:
+            return None
+        shared_TD = self.shared(x_TD)
+        return shared_TD if self.shared_gate is None else self.shared_gate(x_TD).sigmoid() * shared_TD
+
+    def mix(self, routing: Routing, sent: Any, context: RouteContext) -> Tensor:
+        """Σ_k w_k · E_{id_k}(x), of the rows that were sent."""
+
+        def experts(rows_ND: Tensor, ends_E: Tensor, key_N: Tensor | None) -> Tensor:
+            dropped_NF = None if key_N is None else dropped_units(self.cfg, self.router.layer, key_N, context)
+            return self.experts(rows_ND, ends_E, dropped_NF)
+
+        return self.dispatcher.combine(sent, experts, routing.weights_TK)
+
+
+def _travelling(x_TD: Tensor) -> Tensor:
+    """As autocast would make the experts' operand, so that rows are copied and sent in that dtype."""
+    kind = x_TD.device.type
+    casts = torch.is_autocast_enabled(kind) and x_TD.dtype != torch.float64
+    return x_TD.to(torch.get_autocast_dtype(kind)) if casts else x_TD

@@ -19,5 +19,6 @@ if TYPE_CHECKING:
 
 @torch.compiler.disable
 def routed(layer: "MoE", x_TD: Tensor, context: RouteContext) -> tuple[Tensor, Routing]:
-    """`layer.routed(x_TD, context)`."""
-    return layer.routed(x_TD, context)
+    """Σ_k w_k · E_{id_k}(x), and the routing."""
+    routing, sent = layer.send(x_TD, context)
+    return layer.mix(routing, sent, context), routing

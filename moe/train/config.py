@@ -167,9 +167,6 @@ class LogConfig:
 # Keys of `parallel` that a run can not use yet, and the value they must have.
 UNBUILT = {
     "fsdp": False,
-    "chunks": 1,
-    "exchange_rows": None,
-    "node": None,
 }
 
 

@@ -1,125 +1,161 @@
 """Experts spread over ranks: rows travel to the rank of their expert and back (GShard 2006.16668 §3.3).
 
-    prepare     sort this rank's assignments by global expert; tell every rank how many rows each expert gets
-    exchange    one all-to-all with uneven splits
-    arrange     what arrived is sorted by (source rank, expert); the experts want (expert, source rank)
+    dispatch    sort this rank's assignments by (chunk, expert), tell every rank how many rows each expert gets, and let
+                all chunks set out
+    combine     for each chunk: wait for it, compute, let its outputs set out; then wait for all and mix
 
-Experts lie on the ranks in blocks: rank r of P holds [r * E / P, (r + 1) * E / P), so rows sorted by expert are
-already sorted by destination. The sizes travel once; the way back and both backward passes reuse them. A rank that
-sends or receives nothing takes part all the same.
+So chunk i + 1 travels while chunk i is computed, chunk 0 beside whatever is computed between the two calls, and outputs
+beside the chunks after them; the backward pass is the mirror image (`travel.py`).
 
-T tokens, D width, E experts of the layer, L experts held here, P ranks, K choices, N kept assignments sent, M received.
+Experts lie on the ranks in blocks: rank r of P holds [r * E / P, (r + 1) * E / P), so rows sorted by expert are already
+sorted by destination. The counts of all ranks go to all ranks, once a layer and for all chunks: one collective and one
+look of the host at the result, from which everybody also knows whether rounds are needed (`parts.py`) and how many rows
+pass through a node. It is P * C * E numbers, little beside the rows. A rank that sends or receives nothing takes part
+all the same.
+
+When some rank would hold more rows than `parallel.exchange_rows`, each chunk goes in rounds, one after another: there,
+compute, back. A round keeps nothing for the backward pass but the rows that this rank sent; there it is exchanged and
+computed once more.
+
+T tokens, D width, E experts of the layer, L experts held here, P ranks, C chunks, K choices, N kept assignments sent,
+M rows received.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ...kernels import combine, permute, sort_by_expert
+from ..mesh import Mesh
 from ..process import naming
-from .local import Dispatched, ends
+from .local import Experts, ends
+from .parts import Groups, crowded, cut, legs, regroup
+from .traffic import Traffic
+from .travel import Journey, Leg, way_back
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """How many rows go to and come from each rank."""
+class Part:
+    """One chunk, or a round of it: the way of its rows, and where those of each expert end when they have arrived."""
 
-    sent: list[int]
-    received: list[int]
+    legs: list[Leg]
+    ends_L: Tensor
 
-    def back(self) -> "Sizes":
-        return Sizes(self.received, self.sent)
+
+class Caravan:
+    """The rows of a part and their keys, if there are any, on the way together."""
+
+    def __init__(self, part: Part, rows_ND: Tensor, key_N: Tensor | None, traffic: Traffic) -> None:
+        self.part = part
+        self.journeys = [Journey(some, part.legs, traffic) for some in (rows_ND, key_N) if some is not None]
+
+    def advance(self) -> None:
+        """On to the next leg, if there is one."""
+        for journey in self.journeys:
+            journey.advance()
+
+    def compute(self, experts: Experts) -> Tensor:
+        """Wait until all have arrived; the experts' outputs."""
+        rows_MD, *key_M = [journey.arrive() for journey in self.journeys]
+        return experts(rows_MD, self.part.ends_L, key_M[0] if key_M else None)
 
 
 @dataclass(frozen=True)
-class Exchanged(Dispatched):
-    """`Dispatched`, and the way back.
+class Sent:
+    """What a layer exchanges.
 
     Attributes:
-        sizes: the exchange this went through.
-        arrange_M: sorted row → row as received.
-        arrived_M: row as received → sorted row.
+        caravans: the chunks on their way; none when they go in rounds.
+        rounds: part, rows and keys that are still here; none when they do not go in rounds.
+        order_N, slot_TK: as in `Dispatched`, of the rows that this rank sends, part after part.
     """
 
-    sizes: Sizes
-    arrange_M: Tensor
-    arrived_M: Tensor
+    caravans: list[Caravan]
+    rounds: list[tuple[Part, Tensor, Tensor | None]]
+    order_N: Tensor
+    slot_TK: Tensor
 
 
 class AllToAllDispatcher:
-    """The dispatcher of a layer whose experts are spread over `group`; every method is collective over it.
+    """The dispatcher of a layer whose experts are spread; `dispatch` and `combine` are collective over its ranks.
 
     Args:
-        group: the expert-parallel ranks, in the order in which they hold the experts.
+        mesh: the layout: who holds the experts, and how `parallel.chunks`, `exchange_rows` and `node` have rows travel.
         num_experts: E, of the whole layer.
+        traffic: where what travels is counted.
     """
 
-    def __init__(self, group: dist.ProcessGroup, num_experts: int) -> None:
-        self.group = group
-        self.num_experts = num_experts
+    def __init__(self, mesh: Mesh, num_experts: int, traffic: Traffic) -> None:
+        self.num_experts, self.traffic = num_experts, traffic
+        self.chunks, self.limit = mesh.layout.chunks, mesh.layout.exchange_rows
+        self.groups = Groups(mesh.group("ep"), mesh.groups.get("near"), mesh.groups.get("far"))
 
-    def dispatch(self, x_TD: Tensor, ids_TK: Tensor, kept_TK: Tensor, num_experts: int) -> Exchanged:
-        """As `LocalDispatcher.dispatch`; the rows are those of all ranks for the experts held here."""
+    def dispatch(
+        self, x_TD: Tensor, ids_TK: Tensor, kept_TK: Tensor, num_experts: int, key_TK: Tensor | None = None
+    ) -> Sent:
+        """As `LocalDispatcher.dispatch`."""
         assert num_experts == self.num_experts, "the layer and its dispatcher disagree on the number of experts"
-        order_N, slot_TK, sizes, arriving_PL = self.prepare(ids_TK, kept_TK)
-        rows_MD = self.exchange(permute(x_TD, order_N, slot_TK), sizes)
-        arrange_M, arrived_M = self.arrange(arriving_PL)
-        rows_MD = permute(rows_MD, arrange_M, arrived_M[:, None])
-        return Exchanged(rows_MD, ends(arriving_PL.sum(0)), order_N, slot_TK, sizes, arrange_M, arrived_M)
+        tokens, device = len(ids_TK), x_TD.device
+        chunk_T = torch.arange(tokens, device=device) * self.chunks // max(tokens, 1)
+        section_TK = ids_TK + num_experts * chunk_T[:, None]
+        order_N, slot_TK, counts = sort_by_expert(section_TK, kept_TK, num_experts * self.chunks)
+        counts_PCE = self._all_counts(counts)
+        in_rounds = crowded(counts_PCE, self.limit)
+        rounds = cut(counts_PCE, self.limit if in_rounds else None)
+        if in_rounds:
+            order_N = order_N[regroup(rounds, dist.get_rank(self.groups.ep)).to(device)]
+            slot_TK = torch.full_like(slot_TK, -1).view(-1).index_copy_(
+                0, order_N, torch.arange(len(order_N), device=device)
+            ).view_as(slot_TK)  # fmt: skip
+        parts = [self._part(counts_PPL, device) for each in rounds for counts_PPL in each]
+        sizes = [sum(part.legs[0].sent) for part in parts]
+        rows = permute(x_TD, order_N, slot_TK).split(sizes)
+        keys = [None] * len(parts) if key_TK is None else key_TK.flatten()[order_N].split(sizes)
+        loads = list(zip(parts, rows, keys, strict=True))
+        if in_rounds:
+            return Sent([], loads, order_N, slot_TK)
+        return Sent([Caravan(*load, self.traffic) for load in loads], [], order_N, slot_TK)
 
-    def combine(self, y_MD: Tensor, weights_TK: Tensor, sent: Exchanged) -> Tensor:
-        """As `LocalDispatcher.combine`, after the outputs have travelled back."""
-        y_MD = permute(y_MD, sent.arrived_M, sent.arrange_M[:, None])
-        return combine(self.exchange(y_MD, sent.sizes.back()), weights_TK, sent.order_N, sent.slot_TK)
+    def combine(self, sent: Sent, experts: Experts, weights_TK: Tensor) -> Tensor:
+        """As `LocalDispatcher.combine`, with the experts of all ranks."""
+        if sent.caravans:
+            outputs = self._overlapped(sent.caravans, experts)
+        else:
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            outputs = [checkpoint(self._round, experts, *load, **options) for load in sent.rounds]
+        y_ND = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return combine(y_ND, weights_TK, sent.order_N, sent.slot_TK)
 
-    def carry(self, values_TK: Tensor, sent: Exchanged) -> Tensor:
-        """As `LocalDispatcher.carry`, along the way that the rows went."""
-        values_N = values_TK.flatten()[sent.order_N]
-        return _exchange(values_N, sent.sizes, self.group, "all-to-all of row keys")[sent.arrange_M]
+    def _overlapped(self, caravans: list[Caravan], experts: Experts) -> list[Tensor]:
+        """Outputs of all chunks: while one is computed, later ones come and earlier ones return."""
+        returning: list[Journey] = []
+        caravans[0].advance()
+        for index, caravan in enumerate(caravans):
+            for later in caravans[index + 1 : index + 2]:
+                later.advance()
+            y_MD = caravan.compute(experts)
+            for earlier in returning[-1:]:
+                earlier.advance()
+            returning.append(Journey(y_MD, way_back(caravan.part.legs), self.traffic))
+        returning[-1].advance()
+        return [journey.arrive() for journey in returning]
 
-    def prepare(self, ids_TK: Tensor, kept_TK: Tensor) -> tuple[Tensor, Tensor, Sizes, Tensor]:
-        """Sort by global expert and exchange the sizes: (order_N, slot_TK, sizes, rows arriving by rank and expert)."""
-        order_N, slot_TK, counts_E = sort_by_expert(ids_TK, kept_TK, self.num_experts)
-        leaving_PL = counts_E.view(self.group.size(), -1)
-        arriving_PL = torch.empty_like(leaving_PL)
-        with naming("all-to-all of expert counts"):
-            dist.all_to_all_single(arriving_PL, leaving_PL, group=self.group)
-        sent, received = torch.stack([leaving_PL.sum(1), arriving_PL.sum(1)]).tolist()
-        return order_N, slot_TK, Sizes(sent, received), arriving_PL
+    def _round(self, experts: Experts, part: Part, rows_ND: Tensor, key_N: Tensor | None) -> Tensor:
+        """Outputs of one round: there, compute, back."""
+        y_MD = Caravan(part, rows_ND, key_N, self.traffic).compute(experts)
+        return Journey(y_MD, way_back(part.legs), self.traffic).arrive()
 
-    def exchange(self, rows_ND: Tensor, sizes: Sizes) -> Tensor:
-        """Send `sizes.sent[r]` rows to each rank r, in order; returns what arrives, by source rank. Differentiable."""
-        return _AllToAll.apply(rows_ND, sizes, self.group)
+    def _all_counts(self, counts: Tensor) -> Tensor:
+        """counts_PCE of all ranks, on the CPU."""
+        ranks = self.groups.ep.size()
+        everybody = counts.new_empty(ranks * len(counts))
+        with naming("gathering of expert counts"):
+            dist.all_gather_into_tensor(everybody, counts, group=self.groups.ep)
+        return everybody.cpu().view(ranks, self.chunks, self.num_experts)
 
-    def arrange(self, arriving_PL: Tensor) -> tuple[Tensor, Tensor]:
-        """The permutation from (source rank, expert) to (expert, source rank) order, and its inverse."""
-        ranks, local = arriving_PL.shape
-        expert_PL = torch.arange(local, device=arriving_PL.device).repeat(ranks)
-        expert_M = expert_PL.repeat_interleave(arriving_PL.reshape(-1))
-        arrange_M = expert_M.argsort(stable=True)
-        arrived_M = torch.empty_like(arrange_M)
-        arrived_M[arrange_M] = torch.arange(arrange_M.numel(), device=arrange_M.device)
-        return arrange_M, arrived_M
-
-
-class _AllToAll(torch.autograd.Function):
-    """all_to_all_single with uneven splits; its gradient is the same exchange backwards (no scaling)."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, sizes: Sizes, group: dist.ProcessGroup) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        return _exchange(rows_ND, sizes, group, "all-to-all of expert rows")
-
-    @staticmethod
-    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:
-        return _exchange(grad_MD, ctx.sizes.back(), ctx.group, "all-to-all of expert gradients"), None, None
-
-
-def _exchange(rows_ND: Tensor, sizes: Sizes, group: dist.ProcessGroup, operation: str) -> Tensor:
-    arriving = rows_ND.new_empty(sum(sizes.received), *rows_ND.shape[1:])
-    with naming(operation):
-        dist.all_to_all_single(arriving, rows_ND.contiguous(), sizes.received, sizes.sent, group=group)
-    return arriving
+    def _part(self, counts_PPL: Tensor, device: torch.device) -> Part:
+        arriving_L = counts_PPL[:, dist.get_rank(self.groups.ep)].sum(0)
+        return Part(legs(counts_PPL, self.groups, device), ends(arriving_L).to(device))

@@ -10,6 +10,7 @@ from turnout.parallel import process
 from turnout.parallel.config import ParallelConfig
 from turnout.parallel.dispatch.all_to_all import AllToAllDispatcher
 from turnout.parallel.dispatch.local import LocalDispatcher
+from turnout.parallel.dispatch.traffic import Traffic
 from turnout.parallel.mesh import build_mesh
 from turnout.tests.helpers.ranks import run_ranks
 
@@ -44,16 +45,16 @@ def mix(dispatcher, first: int, last: int, inputs: tuple[torch.Tensor, ...]) -> 
     w_EDD = matrices[first:last].requires_grad_()
     x_TD, weights_TK = x_TD.requires_grad_(), weights_TK.requires_grad_()
     sent = dispatcher.dispatch(x_TD, ids_TK, kept_TK, EXPERTS)
-    y_TD = dispatcher.combine(expert_rows(sent.rows_ND, sent.ends_E, w_EDD), weights_TK, sent)
+    y_TD = dispatcher.combine(sent, lambda rows, ends, keys: expert_rows(rows, ends, w_EDD), weights_TK)
     y_TD.float().square().sum().backward()
     parts = {"y": y_TD, "x.grad": x_TD.grad, "weights.grad": weights_TK.grad, "w.grad": w_EDD.grad}
     return {name: part.detach() for name, part in parts.items()}
 
 
-def all_to_all(case: str, top_k: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    mesh = build_mesh(ParallelConfig(ep=process.world()), num_experts=EXPERTS)
+def all_to_all(case: str, top_k: int, dtype: torch.dtype, how: dict | None = None) -> dict[str, torch.Tensor]:
+    mesh = build_mesh(ParallelConfig(ep=process.world(), **how or {}), num_experts=EXPERTS)
     local = EXPERTS // mesh.ep_size
-    dispatcher = AllToAllDispatcher(mesh.group("ep"), EXPERTS)
+    dispatcher = AllToAllDispatcher(mesh, EXPERTS, Traffic())
     first = local * mesh.ep_rank
     return mix(dispatcher, first, first + local, tokens_of(mesh.rank, case, top_k, dtype))
 
@@ -71,6 +72,35 @@ def test_all_to_all_equals_one_rank_with_all_experts(case, top_k, world):
         torch.testing.assert_close(torch.cat([part[name] for part in spread]), expected, rtol=1e-12, atol=1e-12)
 
 
+WAYS = {
+    "chunks": {"chunks": 3},
+    "rounds": {"exchange_rows": 5},
+    "chunks in rounds": {"chunks": 2, "exchange_rows": 5},
+    "nodes": {"node": 2},
+    "chunks through nodes": {"node": 2, "chunks": 2},
+    "rounds through nodes": {"node": 2, "exchange_rows": 6, "chunks": 2},
+}
+
+
+def ways(case: str) -> dict[str, dict[str, torch.Tensor]]:
+    fits = {name: how for name, how in WAYS.items() if process.world() % how.get("node", 1) == 0}
+    return {name: all_to_all(case, 2, torch.float64, how) for name, how in ({"one step": {}} | fits).items()}
+
+
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.full), 4])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in ("uneven", "hot expert") else pytest.mark.full) for case in CASES]
+)
+def test_every_way_leads_to_the_same_results(case, world):
+    for found in run_ranks(ways, world, case):
+        one_step = found.pop("one step")
+        for name, way in found.items():
+            for part, expected in one_step.items():
+                if name == "nodes" or part == "y":
+                    assert torch.equal(way[part], expected), (name, part)  # the same rows in the same places
+                torch.testing.assert_close(way[part], expected, rtol=1e-12, atol=1e-12, msg=f"{part}, {name}")
+
+
 def test_bfloat16_rows_travel_as_bfloat16():
     spread = run_ranks(all_to_all, 2, "uneven", 2, torch.bfloat16)
     for rank, part in enumerate(spread):
@@ -79,14 +109,26 @@ def test_bfloat16_rows_travel_as_bfloat16():
         assert part["y"].dtype == torch.bfloat16
 
 
+def arrived(dispatcher, x_TD, ids_TK, kept_TK, key_TK=None) -> tuple[list, list, list]:
+    """First column of the rows that reach the experts here, their ends, and their keys."""
+    seen = [], [], []
+
+    def experts(rows_ND, ends_E, key_N):
+        for found, here in zip(seen, (rows_ND[:, 0], ends_E, key_N), strict=True):
+            found.extend([] if here is None else here.tolist())
+        return rows_ND
+
+    sent = dispatcher.dispatch(x_TD, ids_TK, kept_TK, EXPERTS, key_TK)
+    dispatcher.combine(sent, experts, torch.ones(ids_TK.shape))
+    return seen
+
+
 def rows_by_source() -> tuple[list[float], list[int]]:
     """Each token carries rank * 100 + its index; 4 experts, 2 on each rank."""
     mesh = build_mesh(ParallelConfig(ep=2))
     x_T1 = torch.arange(3.0)[:, None] + 100 * mesh.rank
     ids_T1 = torch.tensor([[3], [0], [3]]) if mesh.rank == 0 else torch.tensor([[2], [3], [1]])
-    dispatcher = AllToAllDispatcher(mesh.group("ep"), EXPERTS)
-    sent = dispatcher.dispatch(x_T1, ids_T1, torch.ones_like(ids_T1, dtype=torch.bool), EXPERTS)
-    return sent.rows_ND[:, 0].tolist(), sent.ends_E.tolist()
+    return arrived(AllToAllDispatcher(mesh, EXPERTS, Traffic()), x_T1, ids_T1, torch.ones_like(ids_T1, dtype=bool))[:2]
 
 
 def test_rows_arrive_by_local_expert_then_source_rank_then_token():
@@ -100,9 +142,9 @@ def carried() -> tuple[list[int], list[float]]:
     key_TK = torch.arange(ids_TK.numel()).view_as(ids_TK) + 1000 * mesh.rank
     rows_TD = key_TK[:, :1].double().expand(-1, WIDTH).contiguous()  # a row says which token it is of
     local = LocalDispatcher()
-    dispatcher = AllToAllDispatcher(mesh.group("ep"), EXPERTS) if mesh.ep_size > 1 else local
-    sent = dispatcher.dispatch(rows_TD, ids_TK, kept_TK, EXPERTS)
-    return dispatcher.carry(key_TK, sent).tolist(), sent.rows_ND[:, 0].tolist()
+    dispatcher = AllToAllDispatcher(mesh, EXPERTS, Traffic()) if mesh.ep_size > 1 else local
+    rows, _, keys = arrived(dispatcher, rows_TD, ids_TK, kept_TK, key_TK)
+    return keys, rows
 
 
 @pytest.mark.parametrize("world", [1, 2])

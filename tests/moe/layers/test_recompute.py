@@ -128,9 +128,9 @@ class Noting(LocalDispatcher):
     def __init__(self):
         self.seen = []
 
-    def dispatch(self, x_TD, ids_TK, kept_TK, num_experts):
+    def dispatch(self, x_TD, ids_TK, kept_TK, num_experts, key_TK=None):
         self.seen.append((ids_TK, kept_TK))
-        return super().dispatch(x_TD, ids_TK, kept_TK, num_experts)
+        return super().dispatch(x_TD, ids_TK, kept_TK, num_experts, key_TK)
 
 
 @pytest.mark.parametrize("way", [plain, kept])
