@@ -5,10 +5,10 @@
     memory    = [m (3 b n + 2 (activations + logits)) + 2 weights + gradients + 2 optimizer] / memory bandwidth
     sum       = 2 (P - 1) / P · bytes / ring                      over P ranks
     ring      = link within a node, else min(link, network · ranks of the group in a node)
-    exchange  = 2 rows D (4 + b) · max((near - 1) / ep / link, (ep - near) / ep / network)      near: ranks in the node
+    exchange  = 4 rows D b · max((near - 1) / ep / link, (ep - near) / ep / network)      near: ranks in the node
 
-over m micro-batches and n parameters of a rank, b bytes a number. Rows go to their experts in float32 and come back in
-train.dtype; their gradients return the same ways. The exchange and the sum of the expert gradients wait for nothing and
+over m micro-batches and n parameters of a rank, b bytes a number. Rows go to their experts and come back in train.dtype,
+their gradients too. The exchange and the sum of the expert gradients wait for nothing and
 everything waits for them; the sum of the dense gradients runs beside the last backward pass (2/3 of a micro-batch). A
 ring that leaves a node does so through every port of its ranks there. Load is even, nothing else takes time: a run gets
 near this at best.
@@ -83,7 +83,7 @@ class Forecast:
         if moe is None:
             return 0.0
         rows = self.micro_batches * len(self.config.model.moe_layers) * self.memory.sent(moe)
-        return rows * moe.width * (WIDE + self.memory.width) * (ep - 1) / ep
+        return 2 * rows * moe.width * self.memory.width * (ep - 1) / ep
 
     @property
     def compute_seconds(self) -> float:

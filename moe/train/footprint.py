@@ -172,9 +172,9 @@ class Footprint:
 
     @property
     def buffers(self) -> int:
-        """One layer's rows as they arrive (float32) and in the experts' order: one layer travels at a time."""
+        """One layer's rows as they arrive and in the experts' order: one layer travels at a time."""
         moe = self.config.model.moe
-        return 2 * WIDE * self.received(moe) * moe.width if moe and self.layout.ep > 1 else 0
+        return 2 * self.width * self.received(moe) * moe.width if moe and self.layout.ep > 1 else 0
 
     @property
     def workspace(self) -> int:

@@ -23,6 +23,7 @@ from ...configs.typed import to_dict
 from ...kernels import cross_entropy
 from ...parallel import process
 from ...parallel.checkpoint import open_checkpoint
+from ...parallel.dispatch.all_to_all import traffic_of
 from ...parallel.mesh import Mesh
 from ..data.rows import Cursor
 from ..data.stream import validation_documents
@@ -86,7 +87,7 @@ class Trainer:
         self.counts: dict[int, Tensor] = {}  # layer → this step's load of each expert, for biases
         self.parts: list[Part] = []  # this step's micro-batches
         self.loss = torch.zeros((), dtype=torch.float64)  # of this step: this rank's part of the global batch's mean
-        self.window = Window(config.model.moe_layers, config.model.moe, mesh.device)
+        self.window = Window(config.model.moe_layers, moe, mesh.device, traffic_of(self.setup.model))
         self.metrics = Metrics(
             run, config.log, to_dict(config), writes=mesh.rank == 0, step=self.now.step, wandb_id=self.now.wandb_id
         )

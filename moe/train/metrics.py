@@ -8,7 +8,7 @@ T tokens, A losses of the routers.
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...configs.hardware import ACCELERATORS
+from ...parallel.dispatch.traffic import Traffic
 from ..config import MoEConfig
 from ..routing.record import Routing
 from ..routing.stats import RoutingStats
@@ -28,14 +29,19 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 class Window:
-    """Sums since the last row on this rank: cross entropy, what the routers did, and each of their losses.
+    """Sums since the last row on this rank: cross entropy, what the routers did, each of their losses, and traffic.
 
     Args:
         layers: ids of the MoE layers.
         moe: their configuration; None for a dense model.
+        traffic: where the exchange of rows is counted, if this rank has any.
     """
 
-    def __init__(self, layers: tuple[int, ...], moe: MoEConfig | None, device: torch.device) -> None:
+    def __init__(
+        self, layers: tuple[int, ...], moe: MoEConfig | None, device: torch.device, traffic: Traffic | None = None
+    ) -> None:
+        self.traffic = traffic or Traffic()
+        self.exchanges = traffic is not None
         self.coefficients = moe.losses if moe else {}
         self.routing = RoutingStats(layers, moe.num_experts if moe else 0, device)
         self.losses = torch.zeros(1 + len(self.coefficients), dtype=torch.float64, device=device)
@@ -45,6 +51,7 @@ class Window:
         """Begin a new window."""
         self.losses.zero_()
         self.routing.clear()
+        self.traffic.clear()
         self.tokens = self.steps = 0
         self.since = time.perf_counter()
 
@@ -67,18 +74,21 @@ class Window:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside does not count against tokens per second (evaluation, saving)."""
+        """Time spent inside does not count against tokens per second, nor what is exchanged (evaluation, saving)."""
         start = time.perf_counter()
-        yield
+        with self.traffic.ignored():
+            yield
         self.since += time.perf_counter() - start
 
     def report(self, reduce: Reduce, flops_per_token: float, peak: float | None) -> dict[str, Any]:
         """The window over all ranks, as the fields of a row; every rank calls it."""
-        counted = self.routing.tensor
-        total = reduce(torch.cat([self.losses, counted.flatten()])).cpu()
-        nats, *sums_A = total[: len(self.losses)].tolist()
+        counted, seconds = self.routing.tensor, time.perf_counter() - self.since
+        exchanged = torch.tensor([self.exchanges, self.traffic.bytes, *self.traffic.seconds()]).to(self.losses)
+        total = reduce(torch.cat([self.losses, exchanged, counted.flatten()])).cpu()
+        first, last = len(self.losses), len(self.losses) + len(exchanged)
+        nats, *sums_A = total[:first].tolist()
         aux = {name: value / max(self.steps, 1) for name, value in zip(self.coefficients, sums_A, strict=True)}
-        speed = self.tokens / (time.perf_counter() - self.since)
+        speed = self.tokens / seconds
         return {
             "loss": nats / max(self.tokens, 1),
             "aux_loss": sum((self.coefficients[name] * value for name, value in aux.items()), 0.0),
@@ -86,7 +96,21 @@ class Window:
             "z_loss": aux.get("z", 0.0),
             "tokens_per_second": speed,
             "mfu": speed * flops_per_token / peak if peak else None,
-            **self.routing.fields(total[len(self.losses) :].view(counted.shape)),
+            **self._exchanged(total[first:last].tolist(), seconds),
+            **self.routing.fields(total[last:].view(counted.shape)),
+        }
+
+    def _exchanged(self, sums: Sequence[float], seconds: float) -> dict[str, float]:
+        """A rank's mean traffic of one optimizer step; nothing when no rank has any."""
+        ranks, *totals = sums
+        if not ranks:
+            return {}
+        sent, waited, under_way = (total / ranks / max(self.steps, 1) for total in totals)
+        return {
+            "all_to_all_bytes": sent,
+            "all_to_all_seconds": waited,
+            "all_to_all_under_way": under_way,
+            "all_to_all_share": waited * self.steps / seconds,
         }
 
 

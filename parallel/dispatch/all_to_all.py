@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...kernels import combine, permute, sort_by_expert
@@ -159,3 +159,9 @@ class AllToAllDispatcher:
     def _part(self, counts_PPL: Tensor, device: torch.device) -> Part:
         arriving_L = counts_PPL[:, dist.get_rank(self.groups.ep)].sum(0)
         return Part(legs(counts_PPL, self.groups, device), ends(arriving_L).to(device))
+
+
+def traffic_of(model: nn.Module) -> Traffic | None:
+    """Where `model` counts what its layers exchange; None when none of its experts are spread."""
+    dispatchers = (getattr(module, "dispatcher", None) for module in model.modules())
+    return next((found.traffic for found in dispatchers if isinstance(found, AllToAllDispatcher)), None)

@@ -29,7 +29,7 @@ from turnout.moe.train.loop import Trainer
 from turnout.moe.train.optim import build_optimizers
 from turnout.parallel import process
 from turnout.parallel.config import Layout, ParallelConfig
-from turnout.parallel.dispatch import all_to_all
+from turnout.parallel.dispatch import travel
 from turnout.parallel.mesh import build_mesh
 from turnout.tests.helpers.ranks import run_ranks
 from turnout.tests.helpers.runs import corpus, tiny
@@ -155,7 +155,8 @@ def saved_bytes(run: str, words: list[str]) -> tuple[int, int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        trainer._forward(0)
+        logits_TV = trainer.setup.engine.forward(*trainer._inputs(0))
+        loss = trainer._loss(0, logits_TV)
     trainer.metrics.close()
     held = Footprint(config, config.layout(process.world()), cpu=True)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), held.casts + held.activations
@@ -196,16 +197,15 @@ def saved_and_sent(run: str, words: list[str]) -> tuple[int, int, int, float]:
     """`saved_bytes`, and the bytes that this rank gives to forward exchanges, those for itself included; foretold."""
     sent = []
 
-    def exchange(rows_ND, sizes, group, operation):
-        if operation == "all-to-all of expert rows":
-            sent.append(rows_ND.nbytes)
-        return real(rows_ND, sizes, group, operation)
+    def start(flight, rows_ND, leg, what):
+        sent.append(rows_ND.nbytes)
+        return real(flight, rows_ND, leg, what)
 
-    real, all_to_all._exchange = all_to_all._exchange, exchange
+    real, travel._Flight.start = travel._Flight.start, start
     try:
         saved, foretold = saved_bytes(run, words)
     finally:
-        all_to_all._exchange = real
+        travel._Flight.start = real
     config = compose(words, world=process.world()).config
     found = forecast.Forecast(config, config.layout(process.world()), ACCELERATORS["cpu"], NETWORKS["eth10"])
     return saved, foretold, sum(sent), found.exchange_bytes * 2

@@ -26,7 +26,8 @@ TORCHRUN = ("-m", "torch.distributed.run")
 TRAIN_KEYS = [
     "kind", "step", "tokens", "seconds", "loss", "aux_loss", "aux/balance", "aux/z", "z_loss", "tokens_per_second",
     "mfu", "drop_fraction", "layer_drop_fraction", "moe_layers", "expert_load", "load_max_mean", "load_cv",
-    "router_entropy", "dead_experts", "router_logit_norm", "grad_norm", "lr",
+    "router_entropy", "dead_experts", "router_logit_norm", "grad_norm", "lr", "all_to_all_bytes", "all_to_all_seconds",
+    "all_to_all_under_way", "all_to_all_share",
 ]  # fmt: skip
 EVAL_KEYS = ["kind", "step", "val_loss", "bits_per_byte"]
 

@@ -23,6 +23,7 @@ from turnout.moe.train.alarm import Event
 from turnout.moe.train.config import LogConfig
 from turnout.moe.train.metrics import Metrics, Window, peak_flops, progress_line
 from turnout.moe.train.sinks import flat
+from turnout.parallel.dispatch.traffic import Traffic
 
 CPU = torch.device("cpu")
 MOE = MoEConfig(width=8, expert_width=8, num_experts=2)
@@ -129,6 +130,37 @@ def test_a_pause_does_not_count_against_the_speed():
     with window.paused():
         time.sleep(0.2)
     assert window.report(lambda total: total, 1.0, None)["tokens_per_second"] > 100 / 0.1
+
+
+class Counted(Traffic):
+    """Two exchanges, of which a second was waited for and which took four."""
+
+    def seconds(self):
+        return 1.0, 4.0
+
+
+def test_traffic_is_a_rank_s_mean_of_a_step():
+    window = Window((), None, CPU, traffic=Counted())
+    window.traffic.bytes = 600
+    window.since -= 10
+    window.end_step(1)
+    window.end_step(1)
+    row = window.report(lambda mine: 3 * mine, 1.0, None)  # three ranks like this one
+    assert (row["all_to_all_bytes"], row["all_to_all_seconds"], row["all_to_all_under_way"]) == (300.0, 0.5, 2.0)
+    assert row["all_to_all_share"] == pytest.approx(0.1, rel=0.01)
+    one_of_two = window.report(lambda mine: mine, 1.0, None)
+    assert one_of_two["all_to_all_bytes"] == 300.0, "a rank without experts to spread is no part of the mean"
+    window.clear()
+    assert window.traffic.bytes == 0
+    assert not any(name.startswith("all_to_all") for name in Window((), None, CPU).report(alone, 1.0, None))
+
+
+def test_what_is_exchanged_in_a_pause_does_not_count():
+    window = Window((), None, CPU, traffic=Traffic())
+    assert window.traffic.counting
+    with window.paused():
+        assert not window.traffic.counting
+    assert window.traffic.counting
 
 
 SHARED = {"shared_experts": 2, "shared_width": 24, "shared_gate": True}

@@ -208,9 +208,10 @@ def go(root, words, runs):
 
 
 def told(run):
-    """All rows of a run, without its times."""
-    times = ("seconds", "tokens_per_second")
-    return [{k: v for k, v in row.items() if k not in times} for kind in ("train", "eval") for row in rows(run, kind)]
+    """All rows of a run, without its times and what was exchanged."""
+    times = ("seconds", "tokens_per_second", "all_to_all")
+    both = [row for kind in ("train", "eval") for row in rows(run, kind)]
+    return [{key: value for key, value in row.items() if not key.startswith(times)} for row in both]
 
 
 def decided(run, step):
