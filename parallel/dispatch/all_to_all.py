@@ -22,6 +22,7 @@ M rows received.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -124,8 +125,8 @@ class AllToAllDispatcher:
         if sent.caravans:
             outputs = self._overlapped(sent.caravans, experts)
         else:
-            options = {"use_reentrant": False, "preserve_rng_state": False}
-            outputs = [checkpoint(self._round, experts, *load, **options) for load in sent.rounds]
+            again = partial(checkpoint, self._round, experts, use_reentrant=False, preserve_rng_state=False)
+            outputs = [again(*load) for load in sent.rounds]
         y_ND = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         return combine(y_ND, weights_TK, sent.order_N, sent.slot_TK)
 

@@ -156,7 +156,7 @@ def saved_bytes(run: str, words: list[str]) -> tuple[int, int]:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logits_TV = trainer.setup.engine.forward(*trainer._inputs(0))
-        loss = trainer._loss(0, logits_TV)
+        trainer._loss(0, logits_TV)
     trainer.metrics.close()
     held = Footprint(config, config.layout(process.world()), cpu=True)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), held.casts + held.activations
