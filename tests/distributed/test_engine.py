@@ -68,7 +68,7 @@ def lose_rank_1(ep: int, when: str) -> str:
 @pytest.mark.parametrize(
     ("ep", "when", "operation"),
     [
-        (2, "forward", "all-to-all of expert counts"),
+        (2, "forward", "gathering of expert counts"),
         (2, "backward", "all-to-all of expert gradients"),
         (1, "backward", "sum of the dense gradients"),
     ],
