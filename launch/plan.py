@@ -57,6 +57,7 @@ def main(args: list[str]) -> int:
     check(config.engine == "native", "engine", config.engine, rule, "use engine=native")
     rule, fix = "is not planned: what it keeps is not in the formulas", "use train.recompute=none"
     check(config.train.recompute == "none", "train.recompute", config.train.recompute, rule, fix)
+    check(not config.train.compile, "train.compile", config.train.compile, rule, "use train.compile=false")
     chosen = Forecast(config, config.layout(world), chip, net)
     table = list(layouts(config, world, chip, net))
     show(chosen, table, options)

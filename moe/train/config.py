@@ -88,6 +88,7 @@ class TrainConfig:
             scales the loss.
         recompute: activations that the backward pass computes again instead of keeping them: `none`; `selective`, the
             inside of feed-forward networks and experts; `full`, all of every block but its input.
+        compile: compile the blocks' training pass with torch.compile; attention, routing and experts stay as they are.
         init: a run or model directory whose weights the run starts from.
         resume: true = go on from the run's newest checkpoint if there is one; or a run or checkpoint directory.
         profile: steps that a profiler records after a short warm-up, into `profile/` of the run; null = none.
@@ -109,6 +110,7 @@ class TrainConfig:
     save_failures: int = 0
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     recompute: Literal["none", "selective", "full"] = "none"
+    compile: bool = False
     init: str | None = None
     resume: bool | str = False
     profile: int | None = None

@@ -81,6 +81,7 @@ class Trainer:
         moe = config.model.moe
         self.alarm = CollapseAlarm(config.log.alarm, PATIENCE, moe.top_k if moe else 1)
         self.profile = Profile(config.train.profile, run, mesh.rank)
+        self.compiling = config.train.compile  # until the first step is done
         self.skipped = 0  # steps in a row that were not finite, behind `now.cursor`
         self.biased = moe is not None and moe.bias_rate > 0
         self.tally: dict[tuple[int, str], Tensor] = {}  # sums of this step's earlier micro-batches, for losses
@@ -115,6 +116,8 @@ class Trainer:
                 if taken is None:
                     continue
                 grad_norm, lr = taken
+                if self.compiling:
+                    self._tell_compiled()
                 if self.now.step % self.config.log.every == 0:
                     self._report(grad_norm, lr, seconds - before)
                 if train.eval_every and self.now.step % train.eval_every == 0:
@@ -242,6 +245,14 @@ class Trainer:
         self.metrics.write(row, remaining)
         for event in self.alarm.check(row):
             self.metrics.alarm(event)
+
+    def _tell_compiled(self) -> None:
+        """A row about the time that compiling took, once."""
+        from .compiled import compile_seconds
+
+        self.compiling, seconds = False, round(compile_seconds(), 3)
+        row = {"kind": "compile", "step": self.now.step, "compile_seconds": seconds}
+        self.metrics.event(row, f"compiled the blocks in {seconds:.1f} s")
 
     def _evaluate(self, limit: int | None) -> None:
         """A row about held-out text, of which `limit` bytes (None: all) are read. Collective."""

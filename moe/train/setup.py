@@ -56,6 +56,10 @@ def prepare_run(config: RunConfig, run: Path, mesh: Mesh) -> Setup:
     agree({"tokenizer": tokenizer.digest, "tokens of the training stream": len(stream)})
     rows = Rows(stream, config.train.seq_len, config.seed)
     model, shards = build_model(dataclasses.replace(config.model, eos_token_id=tokenizer.eos_id), config, mesh)
+    if config.train.compile:
+        from .compiled import compile_blocks  # imports the compiler
+
+        compile_blocks(model)
     recompute(model, config.train.recompute)
     return Setup(
         tokenizer=tokenizer,

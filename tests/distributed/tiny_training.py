@@ -55,6 +55,7 @@ class Case:
     zero: int = 1
     steps: int = 3
     recompute: str = "none"
+    compile: str | None = None  # backend
     sizes: tuple[tuple[str, Any], ...] = ()
     moe: tuple[tuple[str, Any], ...] = ()
     model: tuple[tuple[str, Any], ...] = ()
@@ -172,6 +173,10 @@ def train(case: Case) -> dict:
     if mesh.layout.pp > 1:
         stages = stages_of(case, model, mesh)
         keep_stages(model, stages, mesh.layout.pp * len(stages) - 1)
+    if case.compile:
+        from turnout.moe.train.compiled import compile_blocks
+
+        compile_blocks(model, case.compile)
     recompute(model, case.recompute)
     engine = build_engine(case, model, mesh, shards)
     rows = rows_of(case, mesh.dp_rank, mesh.dp_size)
