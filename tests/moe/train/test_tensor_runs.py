@@ -17,15 +17,14 @@ from turnout.tests.helpers.ranks import run_ranks
 from turnout.tests.helpers.runs import corpus, rows, tiny
 
 
-def go(run: str, words: list[str], steps: int) -> dict:
-    """Take up to `steps` steps, save, export; this rank's state and where it lies."""
+def go(run: str, words: list[str], steps: int | None = None) -> dict:
+    """Take up to `steps` steps (None: all, then evaluate and export) and save; this rank's state and where it lies."""
     config = compose(words, world=process.world()).config
     Path(run).mkdir(exist_ok=True)
     votes = iter(range(10**9))
     mesh = build_mesh(config.parallel, "cpu", config.model.moe.num_experts)
     trainer = Trainer(config, Path(run), mesh, lambda: next(votes) == steps)
     trainer.run()
-    trainer._export(trainer.saved)
     named = state.tensors(trainer.setup.model, trainer.setup.engine.optimizers, trainer.setup.shards)
     return {
         "state": {name: tensor.clone() for name, (tensor, _) in named.items()},
@@ -35,9 +34,8 @@ def go(run: str, words: list[str], steps: int) -> dict:
 
 @pytest.fixture
 def words(tmp_path):
-    router = ["moe.router=topk_softmax", "moe.capacity_factor=null", "moe.num_experts=4"]
-    fixed = ["optim=adamw", "train.dtype=float32", "train.save_every=null", "train.steps=100"]
-    return tiny(corpus(tmp_path), *router, *fixed)
+    fixed = ["optim=adamw", "train.dtype=float32", "train.save_every=null", "train.steps=100", "moe.num_experts=4"]
+    return tiny(corpus(tmp_path), "moe=mixtral", "moe.every=2", *fixed)
 
 
 def test_a_run_of_two_ranks_goes_on_at_one_and_back_with_equal_state(tmp_path, words):
@@ -54,13 +52,15 @@ def test_a_run_of_two_ranks_goes_on_at_one_and_back_with_equal_state(tmp_path, w
     assert latest(tmp_path / "run" / "checkpoints").step == 5
 
 
-def test_a_run_of_two_ranks_trains_and_exports_what_one_rank_does(tmp_path, words):
-    run_ranks(go, 2, str(tmp_path / "two"), [*words, "parallel.tp=2"], 3)
-    go(str(tmp_path / "one"), words, 3)
-    for name in ("loss", "aux_loss", "grad_norm"):
-        two, one = ([row[name] for row in rows(tmp_path / run)] for run in ("two", "one"))
+@pytest.mark.parametrize("settings", [[], ["moe=switch", "train.micro_batch=1"]], ids=["dropless", "rows cut, drops"])
+def test_a_run_of_two_ranks_trains_evaluates_and_exports_what_one_rank_does(tmp_path, words, settings):
+    words = [*words, "train.steps=3", *settings]
+    run_ranks(go, 2, str(tmp_path / "two"), [*words, "parallel.tp=2"])
+    go(str(tmp_path / "one"), words)
+    for kind, name in (("train", "loss"), ("train", "aux_loss"), ("train", "grad_norm"), ("eval", "val_loss")):
+        two, one = ([row[name] for row in rows(tmp_path / run, kind)] for run in ("two", "one"))
         assert two == pytest.approx(one, rel=1e-5), name
-        assert len(one) == 3
+        assert len(one) == (3 if kind == "train" else 1)
     two, one = (dict(load_model(tmp_path / run).named_parameters()) for run in ("two", "one"))
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-4, msg=name)
@@ -68,7 +68,7 @@ def test_a_run_of_two_ranks_trains_and_exports_what_one_rank_does(tmp_path, word
 
 @pytest.mark.parametrize("divided", [[], ["parallel.tp=2"]], ids=["whole", "divided"])
 def test_a_run_starts_from_the_weights_of_another(tmp_path, words, divided):
-    run_ranks(go, 2, str(tmp_path / "first"), [*words, "parallel.tp=2"], 1)
+    run_ranks(go, 2, str(tmp_path / "first"), [*words, "train.steps=1", "parallel.tp=2"])
     trained = dict(load_model(tmp_path / "first").named_parameters())
     more = [*words, f"train.init={tmp_path / 'first'}", *divided]
     started = whole(run_ranks(start, 2, str(tmp_path / "second"), more), "state")
