@@ -17,7 +17,7 @@ from turnout.parallel.mesh import build_mesh
 from turnout.parallel.spread import Spread
 from turnout.tests.distributed.test_layouts import BOUND, assert_same_training, distance, one_rank
 from turnout.tests.distributed.test_recompute import assert_same
-from turnout.tests.distributed.tiny_training import Case, gathered, summed, train
+from turnout.tests.distributed.tiny_training import ROWS, Case, gathered, train
 from turnout.tests.helpers.ranks import run_ranks
 
 # Attention ------------------------------------------------------------------------------------------------------------
@@ -80,8 +80,12 @@ def test_gradients_of_keys_are_summed_in_float32():
 
 # Training -------------------------------------------------------------------------------------------------------------
 
-CP2, DP2_CP2_EP2 = (2, (("cp", 2),), 1), (4, (("cp", 2),), 2)
-LAYOUTS = [pytest.param(CP2, id="cp2"), pytest.param(DP2_CP2_EP2, id="dp2 cp2 ep2", marks=pytest.mark.full)]
+# Ranks, sizes, ep. Many rows divide between rows: only in micro-batches of few are rows cut inside.
+LAYOUTS = [
+    pytest.param((2, (("cp", 2),), 1), id="cp2"),
+    pytest.param((4, (("cp", 2),), 2), id="dp2 cp2 ep2", marks=pytest.mark.full),
+    pytest.param((4, (("cp", 4),), 4), id="cp4 ep4", marks=pytest.mark.full),
+]
 
 
 def moe(**settings):
@@ -104,29 +108,28 @@ LOSSES = {  # statistics over other tokens of the row, or of the step
     for over in ("sequence", "global_batch")
     for router, losses in {
         "noisy_topk": {**BALANCED, "load_loss": 0.1},
-        "deepseek_v3": {**BALANCED, "sequence_loss": 0.1, "global_batch_loss": 0.1, "jitter": 0.0},
+        "deepseek_v3": {**BALANCED, "sequence_loss": 0.1, "jitter": 0.0},
     }.items()
 }
 
 
-def check(settings, layout):
+def check(settings, layout, rows):
+    """Train in micro-batches of so many `rows`, None = all."""
     world, sizes, ep = layout
     case = Case(documents=True, **settings)
     expected = [one_rank(case)]
-    views = run_ranks(train, world, dataclasses.replace(case, sizes=sizes, ep=ep))
+    micro = ROWS // (world // dict(sizes)["cp"]) // rows if rows else 1
+    views = run_ranks(train, world, dataclasses.replace(case, sizes=sizes, ep=ep, micro_batches=micro))
     for name in ("ids/0", "kept/0", "ids/1", "kept/1"):
         assert torch.equal(gathered(views, name), gathered(expected, name)), f"routing differs: {name}"
     assert_same_training(views, expected, BOUND[torch.float64])
-    losses = {key.split("/")[0] for key in expected[0]["parts"][0] if "/" in key} - {"ids", "kept", "logits", "counts"}
-    for name in losses:
-        assert distance(summed(views, f"{name}/"), summed(expected, f"{name}/")) <= BOUND[torch.float64], name
     return expected[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("settings", DROPS.values(), ids=DROPS)
 def test_decisions_that_look_at_other_tokens_are_those_of_one_rank(settings, layout):
-    expected = check(settings, layout)
+    expected = check(settings, layout, rows=2)
     ids, kept = expected["parts"][0]["ids/0"], expected["parts"][0]["kept/0"]
     assert not kept.all()
     assert kept.any()
@@ -136,7 +139,8 @@ def test_decisions_that_look_at_other_tokens_are_those_of_one_rank(settings, lay
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("settings", LOSSES.values(), ids=LOSSES)
 def test_balance_losses_are_those_of_one_rank(settings, layout):
-    parts = check(settings, layout)["parts"][0]
+    per_row = dict(settings["moe"])["balance_over"] == "sequence"  # over the step accumulation is outside the promise
+    parts = check(settings, layout, rows=1 if per_row else None)["parts"][0]
     assert {"balance/0", "device/0", "importance/0"} < parts.keys()
 
 
