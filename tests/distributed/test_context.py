@@ -5,12 +5,15 @@ Per tensor ‖a − b‖ / ‖b‖ against one rank: at most 1e-9 in float64.
 
 import collections
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
+from turnout.launch.compose import compose
 from turnout.moe.layers.context import AttentionSpec, Heads
 from turnout.moe.models.context import VarlenContext
+from turnout.moe.train.loop import train as train_run
 from turnout.parallel import context, process
 from turnout.parallel.config import ParallelConfig
 from turnout.parallel.mesh import build_mesh
@@ -19,6 +22,7 @@ from turnout.tests.distributed.test_layouts import BOUND, assert_same_training, 
 from turnout.tests.distributed.test_recompute import assert_same
 from turnout.tests.distributed.tiny_training import ROWS, Case, gathered, train
 from turnout.tests.helpers.ranks import run_ranks
+from turnout.tests.helpers.runs import corpus, rows, tiny
 
 # Attention ------------------------------------------------------------------------------------------------------------
 
@@ -100,7 +104,7 @@ DROPS = {  # decisions that depend on other tokens of the row
     "rerouted": {"router": "gshard", "capacity_factor": 0.5, **moe(drop_order="choice_major", reroute=2)},
     "hash": {"router": "hash", "capacity_factor": 0.5, **moe(top_k=1, jitter=0.0)},
     "expert_choice": {"router": "expert_choice", "capacity_factor": 0.75, **moe(noncausal=True)},
-    "sinkhorn": {"router": "sinkhorn", "capacity_factor": 0.75, **moe(top_k=1)},
+    "sinkhorn": {"router": "sinkhorn", "capacity_factor": None, **moe(top_k=1)},
     "deepseek_v3": {"router": "deepseek_v3", "capacity_factor": 0.75, **moe(sequence_loss=0.1, jitter=0.0)},
 }
 LOSSES = {  # statistics over other tokens of the row, or of the step
@@ -113,12 +117,12 @@ LOSSES = {  # statistics over other tokens of the row, or of the step
 }
 
 
-def check(settings, layout, rows):
-    """Train in micro-batches of so many `rows`, None = all."""
+def check(settings, layout, micro_rows):
+    """Train in micro-batches of so many rows, None = all."""
     world, sizes, ep = layout
     case = Case(documents=True, **settings)
     expected = [one_rank(case)]
-    micro = ROWS // (world // dict(sizes)["cp"]) // rows if rows else 1
+    micro = ROWS // (world // dict(sizes)["cp"]) // micro_rows if micro_rows else 1
     views = run_ranks(train, world, dataclasses.replace(case, sizes=sizes, ep=ep, micro_batches=micro))
     for name in ("ids/0", "kept/0", "ids/1", "kept/1"):
         assert torch.equal(gathered(views, name), gathered(expected, name)), f"routing differs: {name}"
@@ -129,10 +133,10 @@ def check(settings, layout, rows):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("settings", DROPS.values(), ids=DROPS)
 def test_decisions_that_look_at_other_tokens_are_those_of_one_rank(settings, layout):
-    expected = check(settings, layout, rows=2)
+    expected = check(settings, layout, micro_rows=2)
     ids, kept = expected["parts"][0]["ids/0"], expected["parts"][0]["kept/0"]
-    assert not kept.all()
     assert kept.any()
+    assert settings["capacity_factor"] is None or kept.float().mean() < 84 / 96, "12 of 96 tokens are padding"
     assert ids.unique().numel() > 1
 
 
@@ -140,7 +144,7 @@ def test_decisions_that_look_at_other_tokens_are_those_of_one_rank(settings, lay
 @pytest.mark.parametrize("settings", LOSSES.values(), ids=LOSSES)
 def test_balance_losses_are_those_of_one_rank(settings, layout):
     per_row = dict(settings["moe"])["balance_over"] == "sequence"  # over the step accumulation is outside the promise
-    parts = check(settings, layout, rows=1 if per_row else None)["parts"][0]
+    parts = check(settings, layout, micro_rows=1 if per_row else None)["parts"][0]
     assert {"balance/0", "device/0", "importance/0"} < parts.keys()
 
 
@@ -181,3 +185,43 @@ def test_recomputation_gives_the_same_bits_and_neither_gathers_nor_sums_over_the
 def test_a_dropless_router_gathers_nothing():
     case = Case(router="topk_softmax", capacity_factor=None, sizes=(("cp", 2),), **moe(balance_loss=0.0))
     assert all("gather" not in view["calls"] for view in run_ranks(counted, 2, case))
+
+
+# Whole runs -----------------------------------------------------------------------------------------------------------
+
+
+def go(run, words):
+    """Train as this rank of however many there are."""
+    config = compose(words, world=process.world()).config
+    Path(run).mkdir(exist_ok=True)
+    train_run(config, Path(run), build_mesh(config.parallel, "cpu", config.model.moe.num_experts), lambda: False)
+
+
+def assert_same_rows(ours, theirs, steps):
+    """Training and evaluation at these steps tell the same: in float32, and rounding grows from step to step."""
+    names = {"train": ("loss", "aux_loss", "z_loss", "grad_norm", "router_entropy"), "eval": ("val_loss",)}
+    for kind, compared in names.items():
+        found, wanted = ({row["step"]: row for row in rows(run, kind)} for run in (ours, theirs))
+        assert [step for step in steps if step in wanted] == list(found), kind
+        for step, row in found.items():
+            for name in compared:
+                torch.testing.assert_close(row[name], wanted[step][name], rtol=1e-3, atol=1e-5, msg=f"{name} at {step}")
+
+
+def test_a_run_writes_the_rows_of_one_rank_and_goes_on_at_another_layout(tmp_path):
+    words = tiny(
+        corpus(tmp_path), "moe=gshard", "moe.capacity_factor=0.75", "train.dtype=float32", "train.eval_every=2"
+    )
+    two_ranks = ["train.micro_batch=1", "parallel.cp=2", "parallel.ep=2"]  # every row on both ranks
+    runs = {name: tmp_path / name for name in ("one", "two", "one from two", "two from one")}
+    go(str(runs["one"]), words)
+    run_ranks(go, 2, str(runs["two"]), [*words, *two_ranks])
+    go(str(runs["one from two"]), [*words, f"train.resume={runs['two']}/checkpoints/step-00000004"])
+    again = [*words, *two_ranks, f"train.resume={runs['one']}/checkpoints/step-00000004"]
+    run_ranks(go, 2, str(runs["two from one"]), again)
+    assert rows(runs["two"])[0]["expert_load"] == rows(runs["one"])[0]["expert_load"]
+    assert rows(runs["two"])[0]["drop_fraction"] == rows(runs["one"])[0]["drop_fraction"] > 0
+    assert rows(runs["two"])[0]["loss"] == pytest.approx(rows(runs["one"])[0]["loss"], rel=1e-6)
+    assert_same_rows(runs["two"], runs["one"], range(1, 7))
+    assert_same_rows(runs["one from two"], runs["one"], (5, 6))
+    assert_same_rows(runs["two from one"], runs["one"], (5, 6))
