@@ -7,8 +7,8 @@
     ring      = link within a node, else min(link, network · ranks of the group in a node)
     exchange  = 4 rows D b · max((near - 1) / ep / link, (ep - near) / ep / network)      near: ranks in the node
 
-over m micro-batches and n parameters of a rank, b bytes a number. Rows go to their experts and come back in
-train.dtype, their gradients too. The exchange and the sum of the expert gradients wait for nothing and
+over m micro-batches and n parameters of a rank, b bytes a number. Rows travel to their experts and back in train.dtype;
+their gradients return the same ways. The exchange and the sum of the expert gradients wait for nothing and
 everything waits for them; the sum of the dense gradients runs beside the last backward pass (2/3 of a micro-batch). A
 ring that leaves a node does so through every port of its ranks there. Load is even, nothing else takes time: a run gets
 near this at best.

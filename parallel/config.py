@@ -25,8 +25,6 @@ class Layout:
         tp: ranks that divide heads and hidden units (and, between layers, tokens once more).
         pp: ranks among which the layers are divided.
         ep, edp: the same dp * cp * tp ranks, as the experts see them.
-        chunks, exchange_rows, node: how rows travel to experts, as in `ParallelConfig`; `node` is None unless there are
-            several nodes of several ranks each.
     """
 
     dp: int
@@ -35,9 +33,6 @@ class Layout:
     tp: int = 1
     pp: int = 1
     cp: int = 1
-    chunks: int = 1
-    exchange_rows: int | None = None
-    node: int | None = None
 
     @property
     def stage(self) -> int:
@@ -60,8 +55,16 @@ class Layout:
         outer, cp = divmod(outer, self.cp)
         pp, dp = divmod(outer, self.dp)
         edp, ep = divmod(rank % self.stage, self.ep)
-        far, near = divmod(ep, self.node or self.ep)
-        return {"pp": pp, "dp": dp, "cp": cp, "tp": tp, "edp": edp, "ep": ep, "far": far, "near": near}
+        return {"pp": pp, "dp": dp, "cp": cp, "tp": tp, "edp": edp, "ep": ep}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """How rows travel to experts, as `ParallelConfig` says; `node` only if there are several nodes of several ranks."""
+
+    chunks: int = 1
+    rows: int | None = None
+    node: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +146,13 @@ class ParallelConfig:
         if num_experts is not None:
             rule = f"must divide moe.num_experts ({num_experts})"
             check(num_experts % self.ep == 0, "parallel.ep", self.ep, rule, f"use {_divisors(num_experts)}")
+        return Layout(dp=dp, ep=self.ep, edp=stage // self.ep, tp=self.tp, pp=self.pp, cp=self.cp)
+
+    @property
+    def exchange(self) -> Exchange:
+        """How rows travel to experts."""
         node = None if self.node in (1, self.ep) else self.node
-        return Layout(
-            dp=dp, ep=self.ep, edp=stage // self.ep, tp=self.tp, pp=self.pp, cp=self.cp,
-            chunks=self.chunks, exchange_rows=self.exchange_rows, node=node,
-        )  # fmt: skip
+        return Exchange(chunks=self.chunks, rows=self.exchange_rows, node=node)
 
 
 def _divisors(n: int) -> str:

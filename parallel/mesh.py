@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import process
-from .config import Layout, ParallelConfig
+from .config import Exchange, Layout, ParallelConfig
 
 Dimension = Literal["pp", "dp", "cp", "tp", "ep", "edp", "near", "far", "stage", "replicas", "row", "ends"]
 
@@ -30,14 +30,12 @@ ALONG: dict[Dimension, tuple[str, ...]] = {
     "stage": ("dp", "cp", "tp"),  # hold replicas of what is not divided
     "replicas": ("dp", "cp"),  # hold replicas of what tensor parallelism divides
     "row": ("cp", "tp"),  # hold the tokens of the same rows
-    "ep": ("far", "near"),  # hold the experts together
-    "near": ("near",),  # are neighbours in one node (with parallel.node)
-    "far": ("far",),  # have the same place in every node (with parallel.node)
+    "ep": ("ep",),  # hold the experts together
     "edp": ("edp",),  # hold replicas of the same experts
     "ends": ("pp",),  # first and last stage: hold replicas of a tied embedding; those between are alone
 }
 DENSE = ("pp", "dp", "cp", "tp")
-EXPERT = ("pp", "edp", "far", "near")
+EXPERT = ("pp", "edp", "ep")
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,9 @@ class Mesh:
         layout: how many ranks there are along each dimension.
         place: this rank's number along each dimension.
         device: where its tensors live.
-        groups: the ranks along each dimension of more than one rank.
+        groups: the ranks along each dimension of more than one rank; with `parallel.node` also those of `ep` that are
+            "near", in the same node, and "far", at the same place of every node.
+        exchange: how rows travel to experts.
     """
 
     rank: int
@@ -58,6 +58,7 @@ class Mesh:
     place: dict[str, int]
     device: torch.device
     groups: dict[Dimension, dist.ProcessGroup] = field(default_factory=dict)
+    exchange: Exchange = field(default_factory=Exchange)
 
     @staticmethod
     def alone(device: torch.device) -> "Mesh":
@@ -113,22 +114,30 @@ def build_mesh(config: ParallelConfig, device_type: str | None = None, num_exper
     """
     rank, world = process.rank(), process.world()
     layout = config.resolve(world, num_experts)
-    groups = {}
+    groups: dict[Dimension, dist.ProcessGroup] = {}
+    exchange = config.exchange
     with process.naming("creation of the mesh's groups"):
         for dim in ALONG:
-            if dim in ("near", "far") and layout.node is None:
-                continue
             partition = ranks_along(layout, dim)
             if len(partition[0]) > 1:
                 groups[dim] = _own_group(partition, config.timeout)
-    device = process.local_device(device_type)
-    return Mesh(rank=rank, world=world, layout=layout, place=layout.place(rank), device=device, groups=groups)
+        if exchange.node is not None:
+            near, far = through_nodes(layout, exchange.node)
+            groups["near"], groups["far"] = _own_group(near, config.timeout), _own_group(far, config.timeout)
+    device, place = process.local_device(device_type), layout.place(rank)
+    return Mesh(rank=rank, world=world, layout=layout, place=place, device=device, groups=groups, exchange=exchange)
+
+
+def through_nodes(layout: Layout, node: int) -> tuple[list[list[int]], list[list[int]]]:
+    """All groups of `node` expert-parallel neighbours, and all groups of those at the same place of every node."""
+    rows = ranks_along(layout, "ep")
+    near = [row[first : first + node] for row in rows for first in range(0, len(row), node)]
+    return near, [row[place::node] for row in rows for place in range(node)]
 
 
 def ranks_along(layout: Layout, dim: Dimension) -> list[list[int]]:
     """All groups along `dim`, each with its ranks in order."""
-    expert = set(ALONG[dim]) <= {"edp", "far", "near"}
-    apart = [name for name in (EXPERT if expert else DENSE) if name not in ALONG[dim]]
+    apart = [name for name in (EXPERT if dim in ("ep", "edp") else DENSE) if name not in ALONG[dim]]
 
     def elsewhere(rank: int) -> tuple[int, ...]:
         place = layout.place(rank)

@@ -91,7 +91,7 @@ class AllToAllDispatcher:
 
     def __init__(self, mesh: Mesh, num_experts: int, traffic: Traffic) -> None:
         self.num_experts, self.traffic = num_experts, traffic
-        self.chunks, self.limit = mesh.layout.chunks, mesh.layout.exchange_rows
+        self.chunks, self.limit = mesh.exchange.chunks, mesh.exchange.rows
         self.groups = Groups(mesh.group("ep"), mesh.groups.get("near"), mesh.groups.get("far"))
 
     def dispatch(
@@ -152,9 +152,9 @@ class AllToAllDispatcher:
     def _all_counts(self, counts: Tensor) -> Tensor:
         """counts_PCE of all ranks, on the CPU."""
         ranks = self.groups.ep.size()
-        everybody = counts.new_empty(ranks * len(counts))
+        everybody = counts.new_empty(ranks, len(counts))
         with naming("gathering of expert counts"):
-            dist.all_gather_into_tensor(everybody, counts, group=self.groups.ep)
+            dist.all_gather(list(everybody), counts, group=self.groups.ep)
         return everybody.cpu().view(ranks, self.chunks, self.num_experts)
 
     def _part(self, counts_PPL: Tensor, device: torch.device) -> Part:

@@ -4,7 +4,7 @@ import pytest
 
 from turnout import ConfigError
 from turnout.parallel.config import Layout, ParallelConfig
-from turnout.parallel.mesh import ranks_along
+from turnout.parallel.mesh import ranks_along, through_nodes
 from turnout.parallel.plan import match
 from turnout.parallel.shard import ShardSpec
 
@@ -31,6 +31,9 @@ def test_sizes_resolve_against_the_world(sizes, world, layout):
         ({"ep": 3}, 4, r"parallel\.ep \(3\) must divide the data-parallel ranks \(4\): use 1, 2 or 4"),
         ({"tp": 3}, 4, r"parallel\.tp \(3\) must fit the ranks: .* divide their number \(4\)"),
         ({"pp": 2, "ep": 4}, 4, r"parallel\.ep \(4\) must divide the data-parallel ranks \(2\): use 1 or 2"),
+        ({"chunks": 2}, 2, r"parallel\.chunks \(2\) is about rows that travel.*: use parallel\.ep=2 or more"),
+        ({"exchange_rows": 9}, 2, r"parallel\.exchange_rows \(9\) is about rows that travel"),
+        ({"exchange_rows": 3, "ep": 4}, 4, r"parallel\.exchange_rows \(3\) must be at least parallel\.ep \(4\)"),
         ({"ep": 6}, 6, r"parallel\.ep \(6\) must divide moe\.num_experts \(8\): use 1, 2, 4 or 8"),
     ],
 )
@@ -49,6 +52,19 @@ def test_every_rank_has_its_own_place_and_pipeline_ranks_are_outermost():
     assert ranks_along(layout, "ep")[0] == [0, 1, 2, 3]
     assert ranks_along(layout, "replicas")[0] == [0, 2, 4, 6]
     assert ranks_along(layout, "pp")[1] == [1, 9]
+
+
+def test_nodes_are_neighbours_and_those_at_their_places():
+    layout = ParallelConfig(tp=2, ep=4, pp=2).resolve(16)
+    near, far = through_nodes(layout, 2)
+    assert near[:2] == [[0, 1], [2, 3]]
+    assert far[:2] == [[0, 2], [1, 3]]
+    assert sorted(rank for group in far for rank in group) == list(range(16))
+
+
+@pytest.mark.parametrize(("node", "expected"), [(None, None), (1, None), (2, 2), (4, None)])
+def test_rows_go_through_nodes_where_there_are_several_of_several_ranks(node, expected):
+    assert ParallelConfig(ep=4, node=node).exchange.node == expected
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,21 @@ def test_every_way_leads_to_the_same_results(case, world):
                 torch.testing.assert_close(way[part], expected, rtol=1e-12, atol=1e-12, msg=f"{part}, {name}")
 
 
+def sizes_of_messages() -> list[tuple[int, list[int]]]:
+    """Ranks and rows of each leg of this rank's rows: three to every expert, of four ranks in two nodes."""
+    mesh = build_mesh(ParallelConfig(ep=4, node=2), num_experts=EXPERTS)
+    ids_TK = torch.arange(EXPERTS).repeat(3)[:, None]
+    dispatcher = AllToAllDispatcher(mesh, EXPERTS, Traffic())
+    sent = dispatcher.dispatch(torch.ones(len(ids_TK), WIDTH), ids_TK, torch.ones_like(ids_TK, dtype=bool), EXPERTS)
+    found = [(leg.group.size(), leg.sent) for leg in sent.caravans[0].part.legs]
+    dispatcher.combine(sent, lambda rows, ends, keys: rows, torch.ones(ids_TK.shape))
+    return found
+
+
+def test_a_message_between_nodes_has_the_rows_of_a_whole_node():
+    assert run_ranks(sizes_of_messages, 4) == [[(2, [6, 6]), (2, [6, 6])]] * 4  # not 3 rows for each of two ranks
+
+
 def test_bfloat16_rows_travel_as_bfloat16():
     spread = run_ranks(all_to_all, 2, "uneven", 2, torch.bfloat16)
     for rank, part in enumerate(spread):
