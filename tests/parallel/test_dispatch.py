@@ -171,3 +171,49 @@ def test_an_integer_of_each_assignment_arrives_with_its_row(world):
     )
     for keys, rows in found:
         assert [key - key % 2 for key in keys] == rows
+
+
+class Noted(torch.autograd.Function):
+    """x as it is; notes when it passes forward and when its gradient passes backward."""
+
+    @staticmethod
+    def forward(ctx, x, name, log):
+        ctx.name, ctx.log = name, log
+        log.append(name)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.log.append(ctx.name)
+        return grad, None, None
+
+
+def order_of_events() -> tuple[list[str], list[str]]:
+    """When exchanges start and are waited for, in a layer of two chunks with something computed beside it."""
+    log: list[str] = []
+
+    class Logged(Traffic):
+        def started(self, work, sent, device):
+            log.append("start")
+
+        def wait(self, work, device):
+            log.append("wait")
+            work.wait()
+
+    mesh = build_mesh(ParallelConfig(ep=2, chunks=2), num_experts=EXPERTS)
+    dispatcher = AllToAllDispatcher(mesh, EXPERTS, Logged())
+    x_TD, ids_TK, weights_TK, kept_TK = tokens_of(mesh.rank, "even", 2, torch.float64)
+    x_TD.requires_grad_()
+    sent = dispatcher.dispatch(x_TD, ids_TK, kept_TK, EXPERTS)
+    beside_TD = Noted.apply(x_TD, "shared", log)
+    y_TD = dispatcher.combine(sent, lambda rows, ends, keys: Noted.apply(rows, "experts", log), weights_TK)
+    forward = log.copy()
+    (y_TD + beside_TD).sum().backward()
+    return forward, log[len(forward) :]
+
+
+def test_chunks_travel_while_others_and_the_shared_expert_are_computed_and_the_backward_pass_mirrors_it():
+    forward = ["start", "start", "shared", "wait", "experts", "start", "wait", "experts", "start", "wait", "wait"]
+    swapped = {"start": "wait", "wait": "start"}
+    backward = [swapped.get(event, event) for event in reversed(forward)]
+    assert run_ranks(order_of_events, 2) == [(forward, backward)] * 2

@@ -60,7 +60,16 @@ def test_a_run_twice_is_the_same_bits(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "moe", ["switch", "gshard", "deepseek_v3", "switch optim=adafactor", "switch optim.state_dtype=bfloat16"]
+    "moe",
+    [
+        "switch",
+        "gshard",
+        "deepseek_v3",
+        "switch optim=adafactor",
+        "switch optim.state_dtype=bfloat16",
+        "gshard parallel.chunks=2",
+        "gshard parallel.exchange_rows=20",
+    ],
 )
 def test_a_run_stopped_at_two_ranks_resumes_to_the_same_bits(data, tmp_path, moe):
     words = tiny(data, *f"moe={moe}".split(), "train.save_every=null")
