@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 TRAIN_ROW = {
     "kind", "step", "tokens", "seconds", "loss", "aux_loss", "aux/balance", "aux/z", "z_loss", "grad_norm", "lr",
     "tokens_per_second", "mfu", "drop_fraction", "layer_drop_fraction", "moe_layers", "expert_load", "load_max_mean",
-    "load_cv", "router_entropy", "dead_experts", "router_logit_norm",
+    "load_cv", "router_entropy", "dead_experts", "router_logit_norm", "all_to_all_bytes", "all_to_all_seconds",
+    "all_to_all_share", "all_to_all_under_way",
 }  # fmt: skip
 EVAL_ROW = {"kind", "step", "val_loss", "bits_per_byte"}
 

@@ -100,7 +100,7 @@ def collapsed(limit: int | None, chunks: int = 1) -> dict[str, int]:
     return {"peak": measured.peak, "rows": experts.most, "calls": experts.calls}
 
 
-@pytest.mark.parametrize("chunks", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.parametrize("chunks", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_the_peak_of_a_collapsed_layer_is_bound_by_the_limit(chunks):
     peaks = {}
     for world in (2, 4):
