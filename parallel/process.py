@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from .. import PeerError
+from .meeting import meet
 from .roll import Roll
 
 _PEER_TROUBLE = re.compile(r"gloo|nccl|timed? ?out|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
@@ -40,8 +41,12 @@ def start(timeout: float = 120.0, device_type: str | None = None) -> None:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     with naming("start of the process group"):
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-        _ROLL.start()
+        limit = timedelta(seconds=timeout)
+        shared, me, size = next(dist.rendezvous("env://", timeout=limit))
+        name = meet(dist.PrefixStore("turnout", shared), me, size, timeout)
+        store = dist.PrefixStore(name, shared)
+        dist.init_process_group(backend, store=store, rank=me, world_size=size, timeout=limit)
+        _ROLL.start(name)
 
 
 def stop() -> None:

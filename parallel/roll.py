@@ -1,6 +1,6 @@
 """Who still answers: every rank's heart beats in the rendezvous' store, and whoever loses a peer looks who fell silent.
 
-    roll.start()        # once the process group stands
+    roll.start(name)    # once the process group of that name (`meeting`) stands
     roll.silent()       # after a failure, on one rank alone: the ranks that do not answer
     roll.stop()
 
@@ -43,12 +43,11 @@ class Roll:
         self._world = 0
         self._stopped = threading.Event()
 
-    def start(self) -> None:
-        """Begin to beat, in the store that torchrun's environment names."""
+    def start(self, name: str) -> None:
+        """Begin to beat under `name`, in the store that torchrun's environment says."""
         env = os.environ
         store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout=ANSWER, wait_for_workers=False)
-        attempt = f"{env.get('TORCHELASTIC_RUN_ID', '')}/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        self._store, self._world = dist.PrefixStore(f"turnout/{attempt}", store), dist.get_world_size()
+        self._store, self._world = dist.PrefixStore(f"{name}/hearts", store), dist.get_world_size()
         self._stopped = threading.Event()
         arguments = (self._store, dist.get_rank(), self._stopped)
         threading.Thread(target=_beat, args=arguments, name="heart", daemon=True).start()

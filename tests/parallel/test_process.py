@@ -3,13 +3,16 @@
 import os
 import signal
 import socket
+import threading
 import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from turnout import PeerError
 from turnout.parallel import process
+from turnout.parallel.meeting import meet
 from turnout.tests.helpers.ranks import RankError, run_ranks
 
 
@@ -98,3 +101,35 @@ def test_the_rank_helper_reports_the_traceback_of_the_failing_rank():
     with pytest.raises(RankError, match="a reason to read"):
         run_ranks(fail_on_rank_1, 2)
     assert run_ranks("turnout.parallel.process:rank", 2) == [0, 1]
+
+
+def test_attempts_on_one_store_never_meet_each_other():
+    """Rank 1 of the first attempt dies after its hello; the second attempt's ranks come one by one."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def come(rank, found, timeout=20.0):
+        mine = dist.TCPStore("127.0.0.1", store.port, is_master=False)
+        found[rank] = meet(mine, rank, 3, timeout)
+
+    def attempt(ranks, pause):
+        found = {}
+        threads = [threading.Thread(target=come, args=(rank, found)) for rank in ranks]
+        for thread in threads:
+            thread.start()
+            time.sleep(pause)
+        for thread in threads:
+            thread.join()
+        return found
+
+    store.set("hello/1", "of a rank that is dead")
+    names = [attempt(order, pause) for order, pause in (((0, 2, 1), 0.3), ((1, 2, 0), 0.1), ((0, 1, 2), 0.0))]
+    assert all(len(set(found.values())) == 1 and len(found) == 3 for found in names)
+    assert len({found[0] for found in names}) == 3
+
+
+def test_a_rank_that_does_not_come_is_named():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(RuntimeError, match=r"timed out: rank 1, rank 2 did not come in 0\.1 seconds"):
+        meet(store, 0, 3, 0.1)
+    with pytest.raises(RuntimeError, match="not every rank came"):
+        meet(store, 1, 3, 0.1)
