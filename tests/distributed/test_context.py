@@ -100,7 +100,7 @@ BALANCED = {"balance_loss": 0.1, "device_loss": 0.1, "device_groups": 2, "import
 DROPS = {  # decisions that depend on other tokens of the row
     "choice_major": {"router": "gshard", "capacity_factor": 0.75, **moe(drop_order="choice_major")},
     "random": {"capacity_factor": 0.5, **moe(drop_order="random")},
-    "probability": {"router": "gshard", "capacity_factor": 0.75, **moe(drop_order="probability")},
+    "probability": {"router": "gshard", "capacity_factor": 0.75, **moe(drop_order="probability", expert_dropout=0.2)},
     "rerouted": {"router": "gshard", "capacity_factor": 0.5, **moe(drop_order="choice_major", reroute=2)},
     "hash": {"router": "hash", "capacity_factor": 0.5, **moe(top_k=1, jitter=0.0)},
     "expert_choice": {"router": "expert_choice", "capacity_factor": 0.75, **moe(noncausal=True)},
