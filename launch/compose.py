@@ -16,7 +16,7 @@ from hydra import initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from .. import ConfigError
@@ -26,6 +26,7 @@ from ..moe.config import ModelConfig, MoEConfig
 from ..moe.data.config import DataConfig
 from ..moe.train.config import LogConfig, OptimConfig, RunConfig, TrainConfig
 from ..parallel.config import ParallelConfig
+from .auto import Choice, Machines, choose, detect, gpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,21 +79,34 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True)
 class Composed:
-    """A run ready to start: `config` fits `world` ranks. `name` is the experiment's, for the run's directory."""
+    """A run ready to start: `config` fits `world` ranks.
+
+    Attributes:
+        name: the experiment's, for the run's directory.
+        choice: what `parallel=auto` picked, and `config` has.
+    """
 
     config: RunConfig
     world: int
     run: str | None
     name: str
+    choice: Choice | None = None
 
 
-def compose(overrides: Sequence[str], world: int | None = None, *, check_layout: bool = True) -> Composed:
+def compose(
+    overrides: Sequence[str],
+    world: int | None = None,
+    *,
+    check_layout: bool = True,
+    machines: Machines | None = None,
+) -> Composed:
     """Compose and validate one run.
 
     Args:
         overrides: `key=value` in Hydra's override grammar, without sweeps.
         world: ranks, when something else (torchrun) has already decided; None = `nproc`.
         check_layout: whether the run must fit its ranks; False for words that are only a part of a run's.
+        machines: what `parallel=auto` chooses for; None = this machine, and others like it.
 
     Raises:
         ConfigError: whatever can not work, before any process is started.
@@ -101,15 +115,20 @@ def compose(overrides: Sequence[str], world: int | None = None, *, check_layout:
     swept = next((o for o in parsed if o.is_sweep_override()), None)
     if swept is not None:
         raise ConfigError(f"{swept.input_line!r} is a sweep: use -m, as in `turnout train -m ...`")
-    plain = _plain(overrides)
+    plain, auto = _plain(overrides)
     launch = build(Launch, {key: plain.pop(key) for key in ("nproc", "run")})
     config = _typed(plain)
     if world is None:
         world = launch.nproc or max(accelerators(), 1)
+    choice = None
+    if auto and check_layout:
+        given = {override.key_or_group for override in parsed}
+        choice = choose(config, world, machines or detect(world, gpus()), given)
+        config = choice.config
     if check_layout:
         config.layout(world)
     name = next((str(o.value()) for o in reversed(parsed) if o.key_or_group == "experiment"), "train")
-    return Composed(config=config, world=world, run=launch.run, name=name)
+    return Composed(config=config, world=world, run=launch.run, name=name, choice=choice)
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
@@ -158,12 +177,15 @@ def _check_key(override: Override, known: Sequence[str]) -> None:
             raise ConfigError(f"{key} ({value}) is not one of its options: {fix}")
 
 
-def _plain(overrides: Sequence[str]) -> dict[str, Any]:
-    """What Hydra composes, as plain values with every interpolation resolved."""
+def _plain(overrides: Sequence[str]) -> tuple[dict[str, Any], bool]:
+    """What Hydra composes, as plain values with every interpolation resolved; and whether it is `parallel=auto`."""
     register(GROUPS)
     try:
         with initialize_config_module(f"{__package__.rpartition('.')[0]}.configs", version_base="1.3"):
-            composed = hydra_compose("train", overrides=list(overrides))
+            composed = hydra_compose("train", overrides=list(overrides), return_hydra_config=True)
+        auto = composed.hydra.runtime.choices["parallel"] == "auto"
+        with open_dict(composed):
+            del composed["hydra"]
         plain: Any = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         line = " ".join(str(error).split())
@@ -172,7 +194,7 @@ def _plain(overrides: Sequence[str]) -> dict[str, Any]:
         for key, value in values.items() if isinstance(values, dict) else ():
             if value == MISSING:
                 raise ConfigError(f"{group}.{key} is missing: give it a value, as in {group}.{key}=VALUE")
-    return plain
+    return plain, auto
 
 
 def _typed(plain: dict[str, Any]) -> RunConfig:

@@ -6,23 +6,30 @@ turnout plan experiment=switch_pydocs world=64 train.global_batch=512 accelerato
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..configs.hardware import accelerator, network
+from ..configs.hardware import Accelerator, Network, accelerator, network
 from ..configs.typed import check
 from ..moe import shapes
 from ..moe.flops import experts_met, flops_per_token
 from ..moe.train.config import RunConfig
+from .auto import Choice, Machines
 from .cli import Options, parse, write_json
 from .compose import GROUPS, ROOT_KEYS, compose
-from .forecast import Forecast, layouts
+from .forecast import Forecast
+from .layouts import best_first, layouts
+from .rank_map import rank_map
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SUMMARY = "what a run needs on every rank, and how fast it can be: turnout plan world=64"
 HELP = """\
 usage: turnout plan [experiment=NAME] [any setting of `turnout train`] [key=value ...]
 
 Arithmetic on the configuration: nothing is allocated, no torch is loaded. Memory of one rank, FLOPs, bytes on the wire,
-a bound on speed, and every layout that the batch and the experts allow. docs/planning.md says how it is computed.
+a bound on speed, which rank does what, and the layouts that the run allows, the best first (parallel=auto takes that
+one). docs/planning.md says how it is computed.
 
   world=null         ranks; null = nproc, or the accelerators of this machine
   accelerator=H100   B200, H200, H100, A100, L40S, cpu, or a .yaml file
@@ -32,6 +39,8 @@ a bound on speed, and every layout that the batch and the experts allow. docs/pl
 example: turnout plan experiment=switch_pydocs world=8 accelerator=H200 network=ib400
 """
 GIB = 2**30
+SHOWN = 12  # layouts in the table
+WORLDS = tuple(2**i for i in range(13))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,20 +60,26 @@ def main(args: list[str]) -> int:
     own, words = split(args)
     _, options = parse(PlanOptions, own, words=())
     chip, net = accelerator(options.accelerator), network(options.network)
-    composed = compose(words, options.world)
+    machines = Machines(accelerator=chip, network=net, words=f"{options.accelerator}, {options.network}")
+    composed = compose(words, options.world, machines=machines)
     config, world = composed.config, composed.world
-    rule = "is not planned: ZeRO shards the optimizer's state its own way"
-    check(config.engine == "native", "engine", config.engine, rule, "use engine=native")
-    rule, fix = "is not planned: what it keeps is not in the formulas", "use train.recompute=none"
-    check(config.train.recompute == "none", "train.recompute", config.train.recompute, rule, fix)
-    check(not config.train.compile, "train.compile", config.train.compile, rule, "use train.compile=false")
+    rule, fix = "is not planned: what it keeps is not in the formulas", "use train.compile=false"
+    check(not config.train.compile, "train.compile", config.train.compile, rule, fix)
     chosen = Forecast(config, config.layout(world), chip, net)
-    table = list(layouts(config, world, chip, net))
-    show(chosen, table, options)
+    table = best_first(list(layouts(config, world, chip, net)))
+    worlds = list(at_other_sizes(config, world, chip, net))
+    show(chosen, table, worlds, options, composed.choice)
     plan = {"accelerator": options.accelerator, "network": options.network, "parameters": parameters(config)}
-    rows = [summary(forecast) for forecast in table]
-    write_json(options.json, {**plan, **summary(chosen), **details(chosen), "layouts": rows})
+    rows = {"layouts": [summary(each) for each in table], "worlds": [summary(each) for each in worlds]}
+    write_json(options.json, {**plan, **summary(chosen), **details(chosen), **rows})
     return 0
+
+
+def at_other_sizes(config: RunConfig, world: int, chip: Accelerator, net: Network) -> Iterator[Forecast]:
+    """The run on every power of two of ranks that it divides over, with the ep that is best there."""
+    for ranks in sorted({*WORLDS} - {world}):
+        found = best_first(list(layouts(config, ranks, chip, net, ("tp", "cp", "pp", "fsdp", "virtual"))))
+        yield from found[:1]
 
 
 def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -102,27 +117,28 @@ def summary(forecast: Forecast) -> dict[str, Any]:
     """A row of the table."""
     layout = forecast.layout
     return {
-        "world": layout.dp, "ep": layout.ep, "edp": layout.edp, "bytes": forecast.memory.total,
+        "world": layout.world, "pp": layout.pp, "dp": layout.dp, "cp": layout.cp, "tp": layout.tp, "ep": layout.ep,
+        "edp": layout.edp, "fsdp": forecast.config.parallel.fsdp, "bytes": forecast.memory.total,
         "worst_bytes": forecast.worst.total, "fits": forecast.fits, "seconds": forecast.seconds,
         "tokens_per_second": forecast.tokens_per_second, "mfu": forecast.mfu,
     }  # fmt: skip
 
 
 def details(forecast: Forecast) -> dict[str, Any]:
-    """Where the bytes, the FLOPs and the seconds of the chosen layout are."""
-    model, train, held = forecast.config.model, forecast.config.train, forecast.memory
+    """Where the bytes, the FLOPs and the seconds of the chosen layout are; bytes and seconds of its slowest stage."""
+    model, train, slow = forecast.config.model, forecast.config.train, forecast.slowest
+    kv = forecast.memory.kv_token
     return {
-        "memory": {name: getattr(held, name) for name in MEMORY},
+        "memory": {name: getattr(forecast.memory, name) for name in MEMORY},
         "worst": {name: getattr(forecast.worst, name) for name in MEMORY},
-        "kv_cache": {"token": held.kv_token, "sequence": held.kv_token * model.max_seq_len},
+        "stages": [{"stage": s.held.stage, "layers": s.held.layers, "bytes": s.held.total} for s in forecast.stages],
+        "kv_cache": {"token": kv, "sequence": kv * model.max_seq_len},
         "flops": {"token": flops_per_token(model, train.seq_len), "step": forecast.flops},
-        "wire": {
-            "dense": forecast.dense_bytes, "experts": forecast.expert_bytes,
-            "forward": forecast.exchange_bytes, "backward": forecast.exchange_bytes,
-        },
+        "wire": {"gradients": slow.gradient_bytes, **{name: getattr(slow, f"{name}_bytes") for name in WIRE}},
         "time": {
-            "compute": forecast.compute_seconds, "memory": forecast.memory_seconds,
-            "exposed": forecast.exposed_seconds,
+            "compute": slow.compute_seconds, "memory": slow.memory_seconds,
+            **{name: getattr(slow, f"{name}_seconds") for name in WIRE},
+            "sums": forecast.sum_seconds, "bubble": forecast.bubble_seconds, "exposed": forecast.exposed_seconds,
         },
     }  # fmt: skip
 
@@ -133,54 +149,92 @@ MEMORY = {
     "optimizer": "optimizer state",
     "casts": "weights in train.dtype",
     "activations": "kept for backward",
-    "logits": "gradient of the logits",
+    "travelling": "received from other stages",
+    "logits": "gradients of the loss and the logits",
     "buffers": "all-to-all buffers",
     "workspace": "optimizer's workspace",
     "total": "peak",
 }
 
 
-def show(chosen: Forecast, table: Sequence[Forecast], options: PlanOptions) -> None:
+WIRE = {
+    "exchange": "rows to experts and back",
+    "tensor": "tokens gathered and summed (tp)",
+    "context": "keys and values (cp)",
+    "pipeline": "activations and gradients (pp)",
+    "gather": "weights (fsdp)",
+}
+
+
+def show(
+    chosen: Forecast, table: Sequence[Forecast], worlds: Sequence[Forecast], options: PlanOptions, choice: Choice | None
+) -> None:
     """The plan for a person, 100 columns wide."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=100, highlight=False)
-    console.print(f"{options.accelerator}, {options.network}: {chosen.layout.dp} ranks, ep {chosen.layout.ep}")
-    for line in _lines(chosen):
+    console, layout = Console(width=100, highlight=False), chosen.layout
+    for line in choice.lines() if choice else ():
         console.print(line)
-    found = Table("of one rank", title="memory")
+    sizes = " x ".join(f"{name} {getattr(layout, name)}" for name in ("pp", "dp", "cp", "tp"))
+    console.print(f"{options.accelerator}, {options.network}: {layout.world} ranks = {sizes}, ep {layout.ep}")
+    for line in (*_lines(chosen), *rank_map(layout, chosen.accelerator.node)):
+        console.print(line)
+    where = f" (stage {chosen.memory.stage} of {layout.pp}, the fullest)" if layout.pp > 1 else ""
+    found = Table("of one rank" + where, title="memory")
     found.add_column("even load", justify="right")
     found.add_column("all tokens to one rank", justify="right")
     for name, words in MEMORY.items():
         found.add_row(words, size(getattr(chosen.memory, name)), size(getattr(chosen.worst, name)))
     console.print(found)
-    found = Table(title="layouts")
-    for column in ("ranks", "ep", "edp", "memory", "worst", "step", "tokens/s", "MFU", "fits"):
+    fewer = [row for number, row in enumerate(table) if number < SHOWN or _same(row, chosen)]
+    console.print(_table(f"layouts of {layout.world} ranks, the best first", fewer, chosen))
+    if len(table) > len(fewer):
+        late = sum(not row.fits for row in table) - sum(not row.fits for row in fewer)
+        console.print(f"{len(table) - len(fewer)} more layouts are in json=PATH; {late} of them do not fit")
+    if worlds:
+        console.print(_table("other numbers of ranks", worlds, chosen))
+
+
+def _table(title: str, rows: Sequence[Forecast], chosen: Forecast) -> "Table":
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    found = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("ranks", "pp", "dp", "cp", "tp", "ep", "fsdp", "memory", "worst", "step", "tokens/s", "MFU", "fits"):
         found.add_column(column, justify="right")
-    for row, after in zip(table, [*table[1:], None], strict=True):
-        layout = row.layout
+    for row in rows:
+        layout, mark = row.layout, " *" if _same(row, chosen) else ""
+        sizes = (layout.world, layout.pp, layout.dp, layout.cp, layout.tp, layout.ep)
         found.add_row(
-            str(layout.dp), str(layout.ep), str(layout.edp), size(row.memory.total), size(row.worst.total),
+            *map(str, sizes), "yes" if row.config.parallel.fsdp else "", size(row.memory.total), size(row.worst.total),
             seconds(row.seconds), f"{row.tokens_per_second:,.0f}", f"{row.mfu:.1%}",
-            "yes" if row.fits else "NO", end_section=after is None or after.layout.dp != layout.dp,
+            ("yes" if row.fits else "NO") + mark,
         )  # fmt: skip
-    console.print(found)
+    return found
+
+
+def _same(one: Forecast, other: Forecast) -> bool:
+    return one.layout == other.layout and one.config.parallel.fsdp == other.config.parallel.fsdp
 
 
 def _lines(chosen: Forecast) -> Iterator[str]:
-    kinds, held, model = parameters(chosen.config), chosen.memory, chosen.config.model
+    kinds, held, model, slow = parameters(chosen.config), chosen.memory, chosen.config.model, chosen.slowest
     yield "parameters  " + ", ".join(f"{value:,} {name}" for name, value in kinds.items())
     flops = flops_per_token(model, chosen.config.train.seq_len)
     yield f"FLOPs       {flops:.4g} a token, {chosen.flops:.4g} a step"
+    sums = slow.gradient_bytes
     yield (
-        f"wire        a rank sends in a step: dense gradients {size(chosen.dense_bytes)}, expert gradients "
-        f"{size(chosen.expert_bytes)},\n            dispatch and combine {size(chosen.exchange_bytes)} forward, "
-        f"{size(chosen.exchange_bytes)} backward"
+        f"wire        a rank sends in a step: gradients {size(sum(sums.values()))}, of these its experts' "
+        f"{size(sums['edp'])}"
     )
+    for name, words in WIRE.items():
+        if sent := getattr(slow, f"{name}_bytes"):
+            yield f"            {words} {size(sent)}" + ("" if name in ("pipeline", "gather") else " forward")
     yield (
-        f"step        at best {seconds(chosen.seconds)}: compute {seconds(chosen.compute_seconds)} or memory "
-        f"{seconds(chosen.memory_seconds)}, exposed communication {seconds(chosen.exposed_seconds)}"
+        f"step        at best {seconds(chosen.seconds)}: compute {seconds(slow.compute_seconds)} or memory "
+        f"{seconds(slow.memory_seconds)}, exposed communication {seconds(chosen.exposed_seconds)}"
+        + (f",\n            pipeline bubble {seconds(chosen.bubble_seconds)}" if chosen.layout.pp > 1 else "")
     )
     yield f"            {chosen.tokens_per_second:,.0f} tokens/s, MFU at most {chosen.mfu:.1%}"
     yield f"KV cache    {size(held.kv_token)} a token, {size(held.kv_token * model.max_seq_len)} a longest sequence"

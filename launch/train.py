@@ -22,6 +22,7 @@ from . import main as cli
 from .cli import write_json
 from .compose import Composed, compose
 from .launcher import launch, summary
+from .rank_map import rank_map
 
 SUMMARY = "train a model: turnout train experiment=switch_pydocs nproc=2"
 HELP = """\
@@ -34,7 +35,8 @@ Writes runs/<id>/: config.yaml, metrics.jsonl, plots.png, checkpoints/, model/ (
 Exit codes: 0 done, 2 configuration, 3 data, 4 non-finite, 5 peer lost, 6 storage, 143 preempted and saved.
 
 keys:      train.{steps,seconds,global_batch,micro_batch,seq_len,eval_every,save_every,init,resume}
-           optim.{name,lr,...}  moe.{num_experts,router,trace,replay,...}  parallel.{dp,ep}  seed  engine
+           optim.{name,lr,...}  moe.{num_experts,router,trace,replay,...}  parallel.{pp,dp,cp,tp,ep,...}  seed  engine
+           parallel=auto picks the layout that `turnout plan` foretells to be fastest of those that fit
 example:   turnout train experiment=switch_pydocs nproc=2 moe.num_experts=16
 on nodes:  torchrun --nnodes 2 ... -m turnout.launch.train experiment=switch_pydocs run=DIR
 """
@@ -49,10 +51,20 @@ def main(args: list[str]) -> int:
         return sweep.main([word for word in words if word not in ("-m", "--multirun")], result)
     composed, words = prepare(words)
     run = directory(composed)
+    if result is None:
+        announce(composed)
     code = launch(run, composed, words)
     show(run)
     write_json(result, summary(run))
     return code
+
+
+def announce(composed: Composed) -> None:
+    """Say what `parallel=auto` chose and which rank does what."""
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", composed.world))
+    chosen = composed.choice.lines() if composed.choice else ()
+    for line in (*chosen, *rank_map(composed.config.layout(composed.world), node)):
+        print(line, flush=True)
 
 
 def show(run: Path) -> None:
@@ -144,6 +156,8 @@ def as_rank(args: list[str]) -> int:
             rundir.freeze(run, composed.config, words)
             elastic.mark(run)
             rank.share(timeout, {"run": str(run.resolve()), "config": to_dict(composed.config)})
+            if result is None:
+                announce(composed)
             code = rank.main(run, composed.config, launched=False)
             show(run)
             write_json(result, summary(run))

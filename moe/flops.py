@@ -1,5 +1,7 @@
 """FLOPs of a model, from its configuration. No torch here: the trainer's `mfu` and `turnout plan` share the formula."""
 
+from functools import cache
+
 from .config import ModelConfig, MoEConfig
 
 
@@ -8,12 +10,18 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
 
     (Kaplan et al. 2001.08361 §2.1; PaLM 2204.02311 appendix B, halved for the causal mask.)
     """
-    attention = cfg.width * cfg.head_dim * (2 * cfg.heads + 2 * cfg.kv_heads)
-    sparse = len(cfg.moe_layers)
+    return sum(flops_by_part(cfg, seq_len, tuple(range(cfg.layers))))
+
+
+@cache
+def flops_by_part(cfg: ModelConfig, seq_len: int, layers: tuple[int, ...]) -> tuple[float, float, float]:
+    """The same of these layers' attention, of their feed-forward slots, and of the head if the last is among them."""
+    attention = cfg.width * cfg.head_dim * (2 * cfg.heads + 2 * cfg.kv_heads) + cfg.heads * cfg.head_dim * seq_len
+    sparse = len(set(layers).intersection(cfg.moe_layers))
     dense = 3 * cfg.width * cfg.ffn_width
     routed = _sparse_weights(cfg.moe) if cfg.moe else 0.0
-    weights = cfg.layers * attention + (cfg.layers - sparse) * dense + sparse * routed + cfg.vocab_size * cfg.width
-    return 6.0 * (weights + cfg.layers * cfg.heads * cfg.head_dim * seq_len)
+    head = cfg.vocab_size * cfg.width if cfg.layers - 1 in layers else 0
+    return 6.0 * len(layers) * attention, 6.0 * ((len(layers) - sparse) * dense + sparse * routed), 6.0 * head
 
 
 def experts_met(moe: MoEConfig) -> float:

@@ -4,11 +4,18 @@ No torch here.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
+from typing import Literal
 
 from .config import ModelConfig, MoEConfig
 
 Shapes = dict[str, tuple[int, ...]]
+# What tensor parallelism divides of a block: keys' and values' matrices stay whole where ranks share a head of them.
+KEYS = ("attention.wk.weight", "attention.wv.weight")
+ROWS = ("attention.wo.weight", "ffn.w_out.weight")
+DIVIDED = ("attention.wq.weight", "ffn.w_in.weight", *KEYS, *ROWS)
 
 
 def shapes(cfg: ModelConfig) -> Shapes:
@@ -22,14 +29,80 @@ def shapes(cfg: ModelConfig) -> Shapes:
     return found
 
 
-def local(whole: Shapes, ep: int) -> Shapes:
-    """What one rank holds: everything, and of the experts its share."""
-    return {name: (shape[0] // ep, *shape[1:]) if is_expert(name) else shape for name, shape in whole.items()}
+@dataclass(frozen=True)
+class Part:
+    """A parameter as one rank holds it, alike in `times` layers (which `*` stands for in its name).
+
+    Attributes:
+        along: the dimension of the mesh along which ranks hold the same (`parallel/mesh.py`).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    along: Literal["stage", "replicas", "edp"]
+    times: int = 1
+
+    @property
+    def count(self) -> int:
+        """Numbers in all of them."""
+        return self.times * prod(self.shape)
+
+
+@cache
+def held(cfg: ModelConfig, layers: tuple[int, ...], ep: int = 1, tp: int = 1) -> list[Part]:
+    """What a rank holds that computes `layers`: the embedding with the first of all, norm and head with the last."""
+    embed, dense, sparse, end = _parts(cfg, ep, tp)
+    many = len(set(layers).intersection(cfg.moe_layers))
+    first, last = 0 in layers, cfg.layers - 1 in layers
+    found = [*embed] if first or (last and cfg.tie_embeddings) else []
+    for kind, times in ((dense, len(layers) - many), (sparse, many)):
+        found += [replace(part, times=times) for part in kind if times]
+    return [*found, *end] if last else found
+
+
+def block(cfg: ModelConfig, sparse: bool, ep: int = 1, tp: int = 1) -> list[Part]:
+    """What a rank holds of one such block; empty when the model has none."""
+    return _parts(cfg, ep, tp)[1 + sparse]
+
+
+@cache
+def _parts(cfg: ModelConfig, ep: int, tp: int) -> tuple[list[Part], list[Part], list[Part], list[Part]]:
+    """Embedding, a dense block, a sparse block, and what ends the model."""
+    blocks = []
+    for sparse in (False, True):
+        layer = next((i for i in range(cfg.layers) if (i in cfg.moe_layers) == sparse), None)
+        named = () if layer is None else _block(cfg, layer)
+        blocks.append([_part(cfg, f"blocks.*.{name}", shape, ep, tp) for name, shape in named])
+    ends = [_part(cfg, name, shape, ep, tp) for name, shape in shapes(cfg).items() if not name.startswith("blocks.")]
+    return ends[:1], blocks[0], blocks[1], ends[1:]
+
+
+def _part(cfg: ModelConfig, name: str, shape: tuple[int, ...], ep: int, tp: int) -> Part:
+    if is_expert(name):
+        return Part(name, (shape[0] // ep, *shape[1:]), "edp" if ep > 1 else "stage")
+    leaf = name.removeprefix("blocks.*.")
+    if tp == 1 or leaf not in DIVIDED or (leaf in KEYS and cfg.kv_heads < tp):
+        return Part(name, shape, "stage")
+    local = (shape[0], shape[1] // tp) if leaf in ROWS else (shape[0] // tp, shape[1])
+    return Part(name, local, "replicas")
 
 
 def count(found: Shapes) -> int:
     """Numbers in all of them."""
     return sum(prod(shape) for shape in found.values())
+
+
+def kv_token(layers: int, kv_heads: int, head_dim: int, width: int) -> int:
+    """Bytes of one token's keys and values in serving: 2 · layers · G · d · `width` bytes a number."""
+    return 2 * layers * kv_heads * head_dim * width
+
+
+def latent_token(layers: int, latent: int, rope: int, width: int) -> int:
+    """The same of multi-head latent attention: one latent and one rotary key for all heads, layers · (c + r) · `width`.
+
+    (DeepSeek-V2 2405.04434 §2.1.4, table 1: (d_c + d_h^R) l.)
+    """
+    return layers * (latent + rope) * width
 
 
 def is_expert(name: str) -> bool:

@@ -1,40 +1,51 @@
 """What one rank of a training run holds in memory, in bytes, from the frozen configuration alone. No torch here.
 
-    Footprint(config, layout, cpu=False).total
+    Footprint(config, layout, stage=0, cpu=False).total
 
-T tokens of a micro-batch in R rows of S, D width, H heads, G kv heads, d head size, F hidden width, E experts,
-K choices, V vocabulary, b bytes of a number in `train.dtype`. Under bfloat16 autocast matrix products keep bfloat16
-copies of their operands; the residual stream, the norms, the routers and the loss stay float32. Kept for backward:
+W tokens of a micro-batch in R rows of S; of these a rank attends for A = W / cp and holds T = A / tp between layers. D
+width, H heads, G kv heads (of a tp rank), d head size, F hidden width, E experts, K choices, V vocabulary, b bytes of a
+number in `train.dtype`. Under bfloat16 autocast matrix products keep bfloat16 copies of their operands; the residual
+stream, the norms, the routers and the loss stay float32. Kept for backward:
 
     norm            T (8 D + 4)                                  input, normalised input, 1 / rms
-    attention       T (i + 8 d + b (3 H d + 2 G d)) + A          operand(s) of q, k, v: i = 3 · 2 D or 4 D; cos and sin;
-                                                                 q, k, v, o, operand of W_o
-    A               T H S b, the probabilities (bfloat16 on a CPU), or 4 T H + b (H / G) S², logsumexp and mask
-    feed-forward    T b (D + a F), a = 4 (SwiGLU), 2 (GELU), 1 (ReLU)
+    attention       i + A (8 d + 3 b H d) + 2 W b G d + P        operand(s) of q, k, v: i = T · 3 · 2 D or T · 4 D, and
+                                                                 A b D when tp gathers it; cos and sin; q, o, operand of
+                                                                 W_o; k and v, which cp gathers
+    P               A H S b, the probabilities (bfloat16 on a CPU), or 4 A H + b (H / G) S², logsumexp and mask
+    feed-forward    A b (D + a F / tp), a = 4 (SwiGLU), 2 (GELU), 1 (ReLU)
     sparse          T (4 D + 20 E + 20 K + 16)                   router, and the order of the assignments
                     + N' b (D + a F) + N b D                     N' rows computed here, N rows sent and back again
                     + N' F with expert dropout                   its mask
                     + 16 N' when experts are spread              the order of arrival
-    shared experts  a feed-forward, and with a gate 2 b T D more
+    shared experts  a feed-forward of T tokens, and with a gate 2 b T D more
     head            T (b D + 4 V + 16)                           operand, log-probabilities, ids
 
-N is at most T K and at most the slots of all experts. Segments shorter than a row keep less of A; masks of a byte a
-token and sums of a number an expert are left out.
+N is T K, or with slots what finds one when every token draws its experts evenly. Segments shorter than a row keep less
+of P; masks of a byte a token and sums of a number an expert are left out. `train.recompute` keeps less and has one
+block's rest again in the backward pass: `selective` keeps the input in place of all that a feed-forward network
+or an expert stack keeps, `full` of a block T · 4 D and the record of its routing, T (16 E + 16 K).
+
+A pipeline rank keeps this for every micro-batch in flight: all of them under gpipe; min(m, pp - stage) under 1f1b; and
+min(m v, (v - 1) pp + 2 (pp - stage) - 1) parts of 1 / v each when v interleave (Narayanan et al. 2104.04473 §2.2).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
-from math import ceil, prod
+from functools import cache, cached_property
+from math import ceil, erfc, exp, pi, sqrt
 
 from ...parallel.config import Layout
+from ...parallel.stages import held as stages_of
 from .. import shapes
-from ..config import MoEConfig
+from ..config import ModelConfig, MoEConfig
+from ..shapes import Part
 from .config import RunConfig
+from .held import WIDE, Held
 
-WIDE = 4  # bytes of float32: parameters, gradients, optimizer, residual stream
 EXPLICIT = 1 << 23  # kernels/torch_ops/attention.py: the most scores that are written out
 KEPT = {"swiglu": 4, "gelu": 2, "relu": 1}  # hidden widths that an activation function keeps
+BUCKET = WIDE * 500_000_000  # DeepSpeed's buffer of gradients that are summed together
 
 
 @dataclass(frozen=True)
@@ -46,34 +57,46 @@ class Footprint:
         layout: how its ranks share it.
         cpu: whether attention takes the CPU's form.
         collapsed: every token of every rank asks for experts of this one, as far as capacity lets it.
+        stage: which of the pipeline's ranks.
     """
 
     config: RunConfig
     layout: Layout
     cpu: bool = False
     collapsed: bool = False
+    stage: int = 0
 
     # What lasts -------------------------------------------------------------------------------------------------------
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Those computed here."""
+        return _layers(self.config.model.layers, self.layout.pp, self.config.parallel.virtual, self.stage)
+
     @cached_property
-    def shapes(self) -> shapes.Shapes:
-        """Parameters held here."""
-        return shapes.local(shapes.shapes(self.config.model), self.layout.ep)
+    def held(self) -> Held:
+        """Weights, gradients, states."""
+        return Held(self.config, self.layout, self.layers)
 
     @property
     def weights(self) -> int:
         """Parameters, float32."""
-        return WIDE * shapes.count(self.shapes)
+        return self.held.weights
 
     @property
     def gradients(self) -> int:
-        """Gradients, float32: as many."""
-        return self.weights
+        """Gradients, float32."""
+        return self.held.gradients
 
-    @cached_property
+    @property
     def optimizer(self) -> int:
-        """AdamW: mean, square and (float32) a counter for each tensor; Muon: a momentum; Adafactor: a row, a column."""
-        return sum(self._state(name, shape) for name, shape in self.shapes.items())
+        """The optimizer's states."""
+        return self.held.optimizer
+
+    @property
+    def workspace(self) -> int:
+        """What the optimizer's step takes for a moment."""
+        return self.held.workspace
 
     # What a micro-batch keeps -----------------------------------------------------------------------------------------
 
@@ -83,9 +106,19 @@ class Footprint:
         return self.config.train.micro_batch or self.config.train.global_batch // self.layout.dp
 
     @property
+    def read(self) -> int:
+        """W."""
+        return self.rows * self.config.train.seq_len
+
+    @property
+    def attended(self) -> int:
+        """A."""
+        return self.read // self.layout.cp
+
+    @property
     def tokens(self) -> int:
         """T."""
-        return self.rows * self.config.train.seq_len
+        return self.attended // self.layout.tp
 
     @property
     def width(self) -> int:
@@ -93,69 +126,135 @@ class Footprint:
         return WIDE if self.config.train.dtype == "float32" else 2
 
     @property
-    def casts(self) -> int:
-        """Bfloat16 copies of the matrices, kept for backward; the head's too, the embedding's lookup needs none."""
-        if self.width == WIDE:
-            return 0
-        head = "embed.weight" if self.config.model.tie_embeddings else "head.weight"
-        used = (prod(s) for n, s in self.shapes.items() if n == head or shapes.is_hidden_matrix(n, len(s)))
-        return self.width * sum(used)
+    def _sparse_layers(self) -> int:
+        return sum(layer in self.layers for layer in self.config.model.moe_layers)
 
     @property
     def activations(self) -> int:
-        """Saved for backward, without `casts`."""
-        model = self.config.model
-        sparse, dense = len(model.moe_layers), model.layers - len(model.moe_layers)
-        norms = (2 * model.layers + 1) * self.tokens * (2 * WIDE * model.width + WIDE)
-        found = norms + model.layers * self.attention + dense * self.feed_forward(model.ffn_width) + self.head
-        return found + sparse * self.sparse(model.moe) if model.moe else found
+        """Saved for backward by the micro-batches in flight, without `casts`."""
+        ends = (self.norm + self.head) * (self.in_flight if self.config.parallel.schedule == "gpipe" else 1)
+        virtual = self.config.parallel.virtual
+        return ceil(self.blocks * self.in_flight / virtual) + (ends if self._last else 0)
+
+    @cached_property
+    def blocks(self) -> int:
+        """Saved by all blocks here for one micro-batch."""
+        return sum(count * self.kept(sparse) for sparse, count in self._blocks)
 
     @property
+    def in_flight(self) -> int:
+        """Micro-batches, or with virtual stages parts of them, whose backward pass is still to come."""
+        layout, parallel = self.layout, self.config.parallel
+        count = self.config.micro_batches(layout.dp)
+        if layout.pp == 1:
+            return 1
+        if parallel.schedule == "gpipe":
+            return count
+        if parallel.virtual == 1:
+            return min(count, layout.pp - self.stage)
+        return min(count * parallel.virtual, (parallel.virtual - 1) * layout.pp + 2 * (layout.pp - self.stage) - 1)
+
+    def kept(self, sparse: bool) -> int:
+        """Saved by one block."""
+        how, model, moe = self.config.train.recompute, self.config.model, self.config.model.moe
+        if how == "full":
+            routed = 16 * (moe.num_experts + choices(moe)) if sparse and moe else 0
+            return self.tokens * (WIDE * model.width + routed)
+        found = 2 * self.norm + self.attention
+        if how == "none":
+            return found + self._feed(sparse)
+        if sparse and moe:
+            return found + self.router(moe) + self.width * moe.width * self.received(moe) + self.exchanged(moe)
+        return found + self._operand * model.width
+
+    def again(self, sparse: bool) -> int:
+        """What the backward pass of one block takes: two hidden gradients, and what is computed again of it."""
+        how, model, moe = self.config.train.recompute, self.config.model, self.config.model.moe
+        hidden = self.received(moe) * moe.expert_width if sparse and moe else self.tokens * model.ffn_width
+        gradients = 2 * self.width * hidden
+        if how == "none":
+            return gradients
+        full, parts = how == "full", self._block(sparse)
+        weights = self._casts(part for part in parts if full or ".ffn." in part.name)
+        return gradients + weights + (2 * self.norm + self.attention if full else 0) + self._feed(sparse)
+
+    @property
+    def norm(self) -> int:
+        """One norm."""
+        return self.tokens * (2 * WIDE * self.config.model.width + WIDE)
+
+    @cached_property
     def attention(self) -> int:
         """One block's attention."""
-        model, tokens, b, length = self.config.model, self.tokens, self.width, self.config.train.seq_len
-        d, heads, kv_heads = model.head_dim, model.heads, model.kv_heads
-        operands = (3 * b if b < WIDE else WIDE) * model.width
-        each = operands + 2 * WIDE * d + b * d * (3 * heads + 2 * kv_heads)
-        if self.cpu and b < WIDE and tokens * heads * length <= EXPLICIT:
-            return tokens * (each + heads * length * b)
-        return tokens * (each + WIDE * heads) + b * (heads // kv_heads) * length**2
+        model, b, length, tp = self.config.model, self.width, self.config.train.seq_len, self.layout.tp
+        here, d, heads, kv_heads = self.attended, model.head_dim, model.heads // tp, max(model.kv_heads // tp, 1)
+        operands = self.tokens * model.width * (3 * b if b < WIDE else WIDE) if tp == 1 else here * b * model.width
+        found = operands + here * (2 * WIDE * d + 3 * b * heads * d) + self.read * 2 * b * kv_heads * d
+        if self.cpu and b < WIDE and here * heads * length <= EXPLICIT:
+            return found + here * heads * length * b
+        return found + here * WIDE * heads + b * (heads // kv_heads) * length**2
 
-    def feed_forward(self, hidden: int, activation: str = "swiglu") -> int:
-        """One dense feed-forward network of that hidden width."""
-        return self.tokens * self.width * (self.config.model.width + KEPT[activation] * hidden)
+    def feed_forward(self, hidden: int, activation: str = "swiglu", tp: int = 1) -> int:
+        """One dense feed-forward network of that hidden width, divided over `tp` ranks."""
+        return self.tokens * tp * self.width * (self.config.model.width + KEPT[activation] * hidden // tp)
 
     def sparse(self, moe: MoEConfig) -> int:
         """One MoE layer: router, experts, shared experts."""
-        tokens, b, sent, here = self.tokens, self.width, self.sent(moe), self.received(moe)
         kept = KEPT[moe.activation] * moe.expert_width
-        each = b * (moe.width + kept) + (moe.expert_width if moe.expert_dropout else 0)
-        found = tokens * (WIDE * moe.width + 20 * moe.num_experts + 20 * choices(moe) + 16) + sent * b * moe.width
-        found += here * (each + (16 if self.layout.ep > 1 else 0))
+        each = self.width * (moe.width + kept) + (moe.expert_width if moe.expert_dropout else 0)
+        found = self.router(moe) + self.received(moe) * each + self.exchanged(moe)
         if moe.shared_experts:
             found += self.feed_forward(moe.shared_width or moe.shared_experts * moe.expert_width, moe.activation)
-        return found + 2 * b * tokens * moe.width if moe.shared_gate else found
+        return found + 2 * self.width * self.tokens * moe.width if moe.shared_gate else found
+
+    def router(self, moe: MoEConfig) -> int:
+        """What chooses, and the order of the assignments."""
+        return self.tokens * (WIDE * moe.width + 20 * moe.num_experts + 20 * choices(moe) + 16)
+
+    def exchanged(self, moe: MoEConfig) -> int:
+        """Rows that come back from the experts, and the order in which they arrive."""
+        return self.sent(moe) * self.width * moe.width + (16 * self.received(moe) if self.layout.ep > 1 else 0)
 
     def sent(self, moe: MoEConfig) -> int:
-        """N: kept assignments of this rank's tokens, at most."""
-        wanted = self.tokens * choices(moe)
-        return min(wanted, self.slots(moe) * moe.num_experts) if self.slots(moe) else wanted
+        """N: assignments of this rank's tokens that find a slot, in the mean of tokens that choose alike and apart.
+
+        Collapsed: those that may find one. Under expert choice all slots are taken.
+        """
+        wanted, row = self.tokens * choices(moe), self.layout.cp * self.layout.tp
+        if not self.slots(moe):
+            return wanted
+        if self.collapsed or moe.router == "expert_choice":
+            return min(wanted, self.slots(moe) * moe.num_experts // row)
+        groups = 1 if moe.group == "rank" else self.rows
+        asked = wanted * row / groups / moe.num_experts
+        kept = mean_up_to(self.slots(moe) / groups, asked, asked * (1 - 1 / moe.num_experts))
+        return min(wanted, ceil(kept * groups * moe.num_experts / row))
 
     def received(self, moe: MoEConfig) -> int:
-        """N': rows that the experts here compute: as many as are sent when load is even, or all that can come."""
-        if not self.collapsed or self.layout.ep == 1:
-            return self.sent(moe)
-        ep, experts = self.layout.ep, moe.num_experts // self.layout.ep
-        most = self.tokens * min(choices(moe), experts)
-        return ep * (min(most, self.slots(moe) * experts) if self.slots(moe) else most)
+        """N': rows that the experts here compute at once: what is sent when load is even, or all that can come."""
+        layout, most = self.layout, self.config.parallel.exchange_rows
+        if not self.collapsed or layout.ep == 1:
+            found = self.sent(moe)
+        else:
+            experts, row = moe.num_experts // layout.ep, layout.cp * layout.tp
+            of_each = self.tokens * min(choices(moe), experts)
+            found = layout.ep * min(of_each, self.slots(moe) * experts // row or of_each)
+        return found if most is None or layout.ep == 1 else min(found, most)
 
     def slots(self, moe: MoEConfig) -> int:
-        """Slots of one expert over this rank's groups (`capacity.py`'s formula); 0 = dropless."""
+        """Slots of one expert over the micro-batch's groups (`capacity.py`'s formula); 0 = dropless."""
         if moe.capacity_factor is None or moe.router == "dense":
             return 0
-        groups, size = (1, self.tokens) if moe.group == "rank" else (self.rows, self.tokens // self.rows)
+        groups, size = (1, self.read) if moe.group == "rank" else (self.rows, self.config.train.seq_len)
         wanted = ceil(Fraction(str(moe.capacity_factor)) * size * moe.top_k / moe.num_experts)
         return groups * min(max(wanted, moe.min_capacity), size)
+
+    @property
+    def travelling(self) -> int:
+        """What a pipeline's schedule receives into: x of every micro-batch, and its gradient, in float32."""
+        layout, count = self.layout, self.config.micro_batches(self.layout.dp)
+        ways = self.config.parallel.virtual * 2 - (self.stage == 0) - (self.stage == layout.pp - 1)
+        return ways * count * WIDE * self.tokens * self.config.model.width
 
     @property
     def head(self) -> int:
@@ -165,59 +264,120 @@ class Footprint:
 
     # What comes and goes ----------------------------------------------------------------------------------------------
 
+    @cached_property
+    def casts(self) -> int:
+        """Copies of the matrices in `train.dtype`, kept for backward; the head's too, a lookup needs none.
+
+        Every micro-batch in flight has its own. Under FSDP2 what is gathered: the model's ends, two blocks at a time.
+        """
+        if self.config.parallel.fsdp:
+            ends = sum(part.count for part in self.held.parts if not part.name.startswith("blocks."))
+            sizes = (sum(p.count for p in self._block(sparse)) for sparse, _ in self._blocks)
+            return self.width * (ends + min(2, len(self.layers)) * max(sizes))
+        again = {"none": "-", "selective": ".ffn.", "full": "blocks."}[self.config.train.recompute]
+        each = self._casts(part for part in self.held.parts if again not in part.name)
+        return ceil(each * self.in_flight / self.config.parallel.virtual)
+
+    def _casts(self, parts: Iterable[Part]) -> int:
+        """Of these under autocast."""
+        head = "embed.weight" if self.config.model.tie_embeddings else "head.weight"
+        used = (p for p in parts if shapes.is_hidden_matrix(p.name, len(p.shape)) or (self._last and p.name == head))
+        return 0 if self.width == WIDE else self.width * sum(part.count for part in used)
+
     @property
     def logits(self) -> int:
-        """Beside the log-probabilities: their gradient in float32, and under bfloat16 in that too."""
-        return self.tokens * self.config.model.vocab_size * (WIDE + (self.width if self.width < WIDE else 0))
+        """Beside the log-probabilities: their gradient and the logits', in float32."""
+        return 2 * WIDE * self.tokens * self.config.model.vocab_size if self._last else 0
 
     @property
     def buffers(self) -> int:
-        """One layer's rows as they arrive and in the experts' order: one layer travels at a time."""
-        moe = self.config.model.moe
-        return 2 * self.width * self.received(moe) * moe.width if moe and self.layout.ep > 1 else 0
+        """One layer's rows as they arrive and in the experts' order: one layer travels at a time.
 
-    @property
-    def workspace(self) -> int:
-        """Muon's step: about three bfloat16 copies of all matrices of its most common shape. AdamW works in place.
-
-        Adafactor and AdamW in bfloat16 take about three and five float32 copies of the largest tensor.
+        Of `parallel.chunks` parts two are there at once. DeepSpeed has a buffer for gradients.
         """
-        optim = self.config.optim
-        copies = 3 if optim.name == "adafactor" else 5 if optim.state_dtype == "bfloat16" else 0
-        largest = max(prod(shape) for name, shape in self.shapes.items() if not self._muon(name, shape))
-        groups: dict[tuple[int, ...], int] = {}
-        for name, shape in self.shapes.items():
-            if self._muon(name, shape):
-                key = (*shape[-2:], name.endswith("w_out"))
-                groups[key] = groups.get(key, 0) + prod(shape)
-        return max(3 * 2 * max(groups.values(), default=0), copies * WIDE * largest)
+        moe, parts = self.config.model.moe, self.config.parallel.chunks
+        bucket = BUCKET if 0 < self.held.zero < 3 else 0
+        if moe is None or self.layout.ep == 1 or not self.sparse_layers:
+            return bucket
+        return bucket + ceil(2 * self.width * self.received(moe) * moe.width * min(1, 2 / parts))
 
-    @property
+    @cached_property
     def total(self) -> int:
-        """The peak: what lasts, and the larger of a micro-batch and an optimizer step."""
-        micro = self.casts + self.activations + max(self.logits, self.buffers)
-        return self.weights + self.gradients + self.optimizer + max(micro, self.workspace)
+        """The peak: what lasts, and the largest of a forward pass's end, a loss, a block's backward pass and a step."""
+        ends = (self.norm + self.head) if self._last else 0
+        kept = self.activations - ends
+        block = max(self.again(sparse) for sparse, _ in self._blocks)
+        micro = self.casts + kept + max(ends + self.logits, block + self.buffers)
+        if not self.config.parallel.fsdp:
+            cached = self._casts(part for part in self.held.parts if not shapes.is_expert(part.name))
+            micro = max(micro, cached + kept + ends)
+        lasting = self.weights + self.gradients + self.optimizer + self.travelling
+        return lasting + max(micro, self.workspace)
 
     @property
     def kv_token(self) -> int:
-        """Keys and values of one token in serving, in `train.dtype`: 2 · layers · G · d · b."""
+        """Keys and values of one token in serving, in `train.dtype`."""
         model = self.config.model
-        return 2 * model.layers * model.kv_heads * model.head_dim * self.width
+        return shapes.kv_token(model.layers, model.kv_heads, model.head_dim, self.width)
 
-    def _state(self, name: str, shape: tuple[int, ...]) -> int:
-        """Bytes of a parameter's optimizer state."""
-        optim = self.config.optim
-        if optim.name == "adafactor" and len(shape) > 1:
-            return WIDE * (prod(shape[:-1]) + prod(shape[:-2]) * shape[-1])
-        if optim.name == "adafactor":
-            return WIDE * prod(shape)
-        number, counter = (2, 0) if optim.state_dtype == "bfloat16" else (WIDE, WIDE)
-        return number * prod(shape) if self._muon(name, shape) else 2 * number * prod(shape) + counter
+    def _feed(self, sparse: bool) -> int:
+        """The feed-forward slot of one block."""
+        model = self.config.model
+        return self.sparse(model.moe) if sparse and model.moe else self.feed_forward(model.ffn_width, tp=self.layout.tp)
 
-    def _muon(self, name: str, shape: tuple[int, ...]) -> bool:
-        return self.config.optim.name == "muon" and shapes.is_hidden_matrix(name, len(shape))
+    @property
+    def _operand(self) -> int:
+        """Bytes a feature of the rows that go into a dense feed-forward network, in the type they come in."""
+        return WIDE * self.tokens if self.layout.tp == 1 else self.width * self.attended
+
+    @cached_property
+    def _blocks(self) -> list[tuple[bool, int]]:
+        """(sparse?, number) of the kinds of blocks here."""
+        sparse = self.sparse_layers
+        return [(kind, count) for kind, count in ((False, len(self.layers) - sparse), (True, sparse)) if count]
+
+    def _block(self, sparse: bool) -> list[Part]:
+        return shapes.block(self.config.model, sparse, self.layout.ep, self.layout.tp)
+
+    @cached_property
+    def sparse_layers(self) -> int:
+        """Of `layers`, how many are sparse."""
+        return _sparse(self.config.model, self.layers)
+
+    @property
+    def _last(self) -> bool:
+        return self.config.model.layers - 1 in self.layers
+
+
+@cache
+def kinds(model: ModelConfig, pp: int, virtual: int) -> list[int]:
+    """The first of each kind of a pipeline's stages: kinds differ in blocks, and in having a beginning or an end."""
+    found: dict[tuple[int, int, bool, bool], int] = {}
+    for stage in range(pp):
+        layers = _layers(model.layers, pp, virtual, stage)
+        found.setdefault((len(layers), _sparse(model, layers), 0 in layers, model.layers - 1 in layers), stage)
+    return list(found.values())
+
+
+@cache
+def _sparse(model: ModelConfig, layers: tuple[int, ...]) -> int:
+    return len(set(layers).intersection(model.moe_layers))
+
+
+@cache
+def _layers(layers: int, pp: int, virtual: int, stage: int) -> tuple[int, ...]:
+    return tuple(layer for some in stages_of(layers, pp, virtual, stage).values() for layer in some)
 
 
 def choices(moe: MoEConfig) -> int:
     """K of the routing record: under expert choice every expert is a choice of every token."""
     return moe.num_experts if moe.router == "expert_choice" else moe.top_k
+
+
+def mean_up_to(most: float, mean: float, variance: float) -> float:
+    """E[min(X, most)] of a normal X."""
+    if variance <= 0:
+        return min(mean, most)
+    z = (most - mean) / sqrt(variance)
+    above, density = 0.5 * erfc(z / sqrt(2)), exp(-z * z / 2) / sqrt(2 * pi)
+    return mean - sqrt(variance) * density + (most - mean) * above

@@ -6,7 +6,6 @@ import weakref
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
@@ -22,6 +21,7 @@ from turnout.moe.train.recompute import recompute
 from turnout.moe.train.trace import read_trace
 from turnout.parallel import process
 from turnout.parallel.mesh import build_mesh
+from turnout.tests.helpers.memory import Memory
 from turnout.tests.helpers.ranks import run_ranks
 from turnout.tests.helpers.runs import corpus, fingerprint, rows, tiny
 
@@ -129,27 +129,6 @@ def test_a_step_leaves_nothing_behind(how, router):
     gc.collect()
     assert left[0]() is None
     assert left[1].expired()
-
-
-class Memory(TorchDispatchMode):
-    """Bytes of the tensors that live, of those made inside; `peak` is the most at any time."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages, self.peak = {}, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **kwargs or {})
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.storages[StorageWeakRef(storage)] = storage.nbytes()
-        self.peak = max(self.peak, self.living())
-        return result
-
-    def living(self):
-        self.storages = {ref: size for ref, size in self.storages.items() if not ref.expired()}
-        return sum(self.storages.values())
 
 
 def memory(how, **changes):
