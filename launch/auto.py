@@ -111,8 +111,8 @@ def detect(world: int, models: Sequence[str]) -> Machines:
     """
     network = NETWORKS[NETWORK]
     if not models:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        chip = replace(ACCELERATORS["cpu"], memory=memory / world, node=world)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world
+        chip = replace(ACCELERATORS["cpu"], memory=memory, node=world)
         return Machines(accelerator=chip, network=network, words=f"{world} ranks of this machine's processors")
     known = next((name for name in ACCELERATORS if name in models[0]), None)
     chip, size = ACCELERATORS[known or UNKNOWN], re.search(r"(\d+) ?GB", models[0])
