@@ -223,9 +223,7 @@ class RunConfig:
             dtype = self.optim.state_dtype
             check(dtype == "float32", "optim.state_dtype", dtype, rule, "use optim.state_dtype=float32")
             rule = "is not built for engine=deepspeed (the loss is scaled by our engine, not by ZeRO's)"
-            check(self.train.dtype != "float16", "train.dtype", self.train.dtype, rule, "use train.dtype=float32")
-            rule = "is not built for engine=deepspeed (it manages autocast itself)"
-            check(self.train.dtype == "float32", "train.dtype", self.train.dtype, rule, "use train.dtype=float32")
+            check(self.train.dtype != "float16", "train.dtype", self.train.dtype, rule, "use train.dtype=bfloat16")
             rule = "is not built for engine=deepspeed"
             for name in ("cp", "tp"):
                 size = getattr(self.parallel, name)

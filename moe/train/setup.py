@@ -118,8 +118,6 @@ def stages(cfg: ModelConfig, config: RunConfig, mesh: Mesh) -> dict[int, range]:
 def build_engine(config: RunConfig, model: Decoder, mesh: Mesh, shards: dict[str, ShardSpec]) -> Engine:
     """The engine that `engine` names, over the optimizers that `optim` names."""
     optimizers, clip = build_optimizers(model, config.optim, shards, config.seed), config.optim.clip
-    if config.engine == "deepspeed":
-        return DeepSpeedEngine(model, optimizers, mesh, shards, clip=clip, stage=config.parallel.zero)
     dtype = None if config.train.dtype == "float32" else getattr(torch, config.train.dtype)
     if mesh.layout.pp > 1:
         return PipelineEngine(
@@ -127,6 +125,9 @@ def build_engine(config: RunConfig, model: Decoder, mesh: Mesh, shards: dict[str
             schedule=config.parallel.schedule, tied=("embed.weight",) if model.cfg.tie_embeddings else (),
             clip=clip, dtype=dtype,
         )  # fmt: skip
+    if config.engine == "deepspeed":
+        stage = config.parallel.zero
+        return DeepSpeedEngine(model, optimizers, mesh, shards, clip=clip, stage=stage, dtype=dtype)
     return NativeEngine(model, optimizers, mesh, shards, clip=clip, dtype=dtype)
 
 

@@ -8,7 +8,8 @@ do to the numbers is switched off: it sums and does not average, its clip is off
 ZeRO-2 sums gradients in the order in which the backward pass makes them, so every rank must have tokens: without any, a
 rank makes them in another order. `turnout train` deals rows out evenly.
 
-Float32 only. One elementwise optimizer (AdamW, Adam, SGD): ZeRO updates flat pieces, so it can not hold matrices.
+Parameters are float32, the forward pass may be bfloat16 under autocast. One elementwise optimizer (AdamW, Adam, SGD):
+ZeRO updates flat pieces, so it can not hold matrices.
 """
 
 import importlib
@@ -32,8 +33,9 @@ from .native import sum_divided
 ELEMENTWISE = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 
 
-def settings(stage: int) -> dict[str, Any]:
-    """DeepSpeed's JSON configuration: ZeRO, plain sums, no clip, no loss scaling."""
+def settings(stage: int, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """DeepSpeed's JSON configuration: ZeRO, plain sums in float32, no clip, no loss scaling, autocast to `dtype`."""
+    autocast = {"enabled": True, "dtype": str(dtype).removeprefix("torch."), "lower_precision_safe_modules": []}
     return {
         "train_micro_batch_size_per_gpu": 1,  # only scales DeepSpeed's own counters
         "gradient_accumulation_steps": 1,
@@ -42,6 +44,7 @@ def settings(stage: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage, "overlap_comm": False, "compute_grad_norm": False},
         "steps_per_print": None,
+        **({} if dtype is None else {"torch_autocast": autocast}),
     }
 
 
@@ -63,16 +66,17 @@ class DeepSpeedEngine(DirectEngine):
         *,
         clip: float | None = None,
         stage: int = 1,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        _check(model, optimizers, mesh)
+        _check(model, optimizers, mesh, dtype)
         self.model, self.optimizers, self.mesh, self.clip = model, list(optimizers), mesh, clip
-        self.shards, parameters = shards, dict(model.named_parameters())
+        self.dtype, self.shards, parameters = dtype, shards, dict(model.named_parameters())
         self.divided = [name for name in parameters if shards[name].along != "stage"]
         self._experts = [parameters[name] for name in self.divided]
         self._dense = [p for name, p in parameters.items() if name not in self.divided and p.requires_grad]
         self._dense_optimizer = _part_of(self.optimizers[0], self._dense)
         self._expert_optimizers = [_part_of(self.optimizers[0], self._experts)] if self._experts else []
-        self._engine = _initialize(model, self._dense_optimizer, mesh, self._experts, stage)
+        self._engine = _initialize(model, self._dense_optimizer, mesh, self._experts, settings(stage, dtype))
         self._zero = self._engine.optimizer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -176,7 +180,9 @@ def _follow(source: torch.optim.Optimizer, *parts: torch.optim.Optimizer) -> Non
         group.update({key: value for key, value in settings_now.items() if key != "params"})
 
 
-def _check(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], mesh: Mesh) -> None:
+def _check(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], mesh: Mesh, dtype: torch.dtype | None
+) -> None:
     if mesh.world == 1:
         raise ConfigError("engine (deepspeed) needs at least 2 ranks: use engine=native on one rank")
     if len(optimizers) != 1 or not isinstance(optimizers[0], ELEMENTWISE):
@@ -184,10 +190,12 @@ def _check(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], mesh: 
         raise ConfigError(f"optim ({names}) can not run in ZeRO's flat pieces: use optim.name=adamw or engine=native")
     if any(p.dtype != torch.float32 for p in model.parameters()):
         raise ConfigError("the parameters' dtype must be float32 for engine=deepspeed: use engine=native")
+    if dtype not in (None, torch.bfloat16):
+        raise ConfigError(f"dtype ({dtype}) can not be autocast to under ZeRO: use bfloat16 or engine=native")
 
 
 def _initialize(
-    model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, experts: Sequence[Any], stage: int
+    model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, experts: Sequence[Any], config: dict[str, Any]
 ) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
@@ -209,7 +217,7 @@ def _initialize(
             parameter.allreduce, parameter.group_name = False, f"ep_size_{mesh.ep_size}"
     with naming("start of DeepSpeed"):
         engine = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings(stage), mpu=_Topology(mesh), dist_init_required=False
+            model=model, optimizer=optimizer, config=config, mpu=_Topology(mesh), dist_init_required=False
         )[0]
     if engine.gradient_average:  # an older release ignores the setting and would divide by the ranks
         raise ConfigError(f"deepspeed ({deepspeed.__version__}) can not sum gradients: install deepspeed>=0.19.8")
