@@ -211,7 +211,8 @@ class RunConfig:
         for name, value in UNBUILT.items():
             found = getattr(self.parallel, name)
             check(found == value, f"parallel.{name}", found, "is not built yet", f"leave it at {value}")
-        check(self.parallel.zero < 3, "parallel.zero", self.parallel.zero, "is not built yet", "use 1 or 2")
+        rule = "is not built: DeepSpeed then averages gradients, cuts spread experts as if whole, hangs if recomputed"
+        check(self.parallel.zero < 3, "parallel.zero", self.parallel.zero, rule, "use 1 or 2")
         rule = "is read by engine=deepspeed only"
         stage, fits = self.parallel.zero, self.engine == "deepspeed" or self.parallel.zero == 1
         check(fits, "parallel.zero", stage, rule, "use engine=deepspeed, or leave it out")

@@ -13,7 +13,7 @@ import torch
 from turnout import ConfigError
 from turnout.parallel.apply import parallelize
 from turnout.parallel.config import ParallelConfig
-from turnout.parallel.engine.deepspeed import DeepSpeedEngine
+from turnout.parallel.engine.deepspeed import DeepSpeedEngine, settings
 from turnout.parallel.mesh import build_mesh
 from turnout.tests.distributed.tiny_training import (
     ROWS,
@@ -42,8 +42,19 @@ def engines(case: Case, stages: tuple[int, ...] = (1, 2)) -> tuple[dict, ...]:
     return train(case), *(train(dataclasses.replace(case, engine="deepspeed", zero=stage)) for stage in stages)
 
 
-def quick() -> tuple[tuple[dict, ...], dict, dict]:
-    return engines(QUICK), resume_and_poison(1), resume_and_poison(2)
+def quick() -> tuple[tuple[dict, ...], dict, dict, str]:
+    return engines(QUICK), resume_and_poison(1), resume_and_poison(2), why_not(3)
+
+
+def why_not(stage: int) -> str:
+    """What DeepSpeed itself says to the stage with sums."""
+    from deepspeed import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig({**settings(stage), "zero_optimization": {"stage": stage}})
+    except ValueError as error:
+        return str(error)
+    return "it works"
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +144,10 @@ def test_a_nan_on_one_rank_moves_nothing_under_zero(seen, stage):
     for view in seen:
         assert view[stage]["still"]
         assert view[stage]["finite"] == [False, True]
+
+
+def test_deepspeed_can_not_sum_in_stage_3(seen):
+    assert all(view[3] == "gradient_allreduce_op='sum' is not supported with ZeRO stage 3" for view in seen)
 
 
 def test_what_zero_can_not_train_is_refused():

@@ -138,6 +138,10 @@ BAD = [
         "engine=deepspeed optim=adamw optim.state_dtype=bfloat16",
         "optim.state_dtype (bfloat16) is not built for engine=",
     ),
+    (
+        "engine=deepspeed optim=adamw parallel.zero=3",
+        "parallel.zero (3) is not built: DeepSpeed then averages gradients, cuts spread experts",
+    ),
     ("parallel.zero=2", "parallel.zero (2) is read by engine=deepspeed only: use engine=deepspeed"),
     (
         "engine=deepspeed optim=adamw train.dtype=float16",
