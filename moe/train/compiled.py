@@ -44,8 +44,8 @@ def compile_blocks(model: Decoder, backend: str = "inductor") -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise ConfigError(f"train.compile (true) needs a C++ compiler: install g++, or {OFF}") from error
-    for block in model.blocks:
-        block.compute = _compiled(block, backend)
+    for block in (module for module in model.blocks.children() if isinstance(module, Block)):
+        setattr(block, "compute", _compiled(block, backend))  # noqa: B010 (a method is replaced)
 
 
 def compile_seconds() -> float:
@@ -72,7 +72,8 @@ def _compiled(block: Block, backend: str) -> Callable[..., Any]:
     forward pass took.
     """
     eager = block.compute
-    fast = torch.compile(eager, backend=backend, dynamic=False, isolate_recompiles=True)
+    settings: Any = {"backend": backend, "dynamic": False, "isolate_recompiles": True}
+    fast = torch.compile(eager, **settings)
 
     def compute(x_TD: Tensor, positions_T: Tensor, ctx: Context) -> tuple[Tensor, Routing | None]:
         if not block.training:
