@@ -4,6 +4,7 @@ middle; and the same bits however it recomputes."""
 import pytest
 import torch
 
+from turnout.tests.distributed import tiny_training
 from turnout.tests.distributed.test_layouts import BOUND, PRECISIONS, assert_same_training
 from turnout.tests.distributed.test_matrix import alone, check
 from turnout.tests.distributed.test_recompute import assert_same, train_all
@@ -50,6 +51,24 @@ def test_recomputing_changes_no_bit(changes):
     for view in views:
         assert_same(view["selective"], view["none"])
         assert_same(view["full"], view["none"])
+
+
+def compiled(divided: Case, backend: str) -> dict:
+    """`train` with compiled blocks."""
+    from turnout.moe.train.compiled import compile_blocks
+
+    plain, tiny_training.recompute = tiny_training.recompute, lambda model, _: compile_blocks(model.train(), backend)
+    try:
+        return tiny_training.train(divided)
+    finally:
+        tiny_training.recompute = plain
+
+
+@pytest.mark.full
+def test_compiled_blocks_are_divided_too():
+    divided = case(2, 1, dtype=torch.float32, optimizer="sgd")
+    views = run_ranks(compiled, 2, divided, "aot_eager", timeout=300)
+    assert_same_training(views, alone(divided), BOUND[torch.float32])
 
 
 def assert_trains_like_one_rank(divided: Case, world: int) -> None:
