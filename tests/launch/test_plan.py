@@ -36,6 +36,14 @@ def test_the_verb_loads_no_torch_and_writes_what_it_shows(tmp_path):
     assert f"{plan['parameters']['total']:,} total" in result.stdout
 
 
+def test_layouts_in_which_rows_can_not_travel_as_asked_are_left_out(tmp_path, capsys):
+    words = ["world=4", "experiment=gshard_pydocs", "parallel.ep=4", "parallel.node=2", "parallel.chunks=2"]
+    assert main(["plan", *words, f"json={tmp_path / 'plan.json'}"]) == 0
+    rows = json.loads((tmp_path / "plan.json").read_text())["layouts"]
+    assert {row["ep"] for row in rows if row["world"] == 4} == {2, 4}
+    capsys.readouterr()
+
+
 def test_layouts_that_do_not_fit_are_marked_and_come_last(tmp_path, capsys):
     path = tmp_path / "mine.yaml"
     path.write_text("{bfloat16: 1e12, float32: 5e11, memory: 180e6, bandwidth: 1e11, link: 1e9, node: 4}")
