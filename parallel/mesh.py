@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from . import process
 from .config import Exchange, Layout, ParallelConfig
 
-Dimension = Literal["pp", "dp", "cp", "tp", "ep", "edp", "near", "far", "stage", "replicas", "row", "ends"]
+Dimension = Literal["pp", "dp", "cp", "tp", "ep", "edp", "near", "far", "stage", "replicas", "row", "ends", "alone"]
 
 # A group runs along the named dimensions: ranks that differ in nothing else belong together.
 ALONG: dict[Dimension, tuple[str, ...]] = {
@@ -33,6 +33,7 @@ ALONG: dict[Dimension, tuple[str, ...]] = {
     "ep": ("ep",),  # hold the experts together
     "edp": ("edp",),  # hold replicas of the same experts
     "ends": ("pp",),  # first and last stage: hold replicas of a tied embedding; those between are alone
+    "alone": (),  # hold what no other rank does
 }
 DENSE = ("pp", "dp", "cp", "tp")
 EXPERT = ("pp", "edp", "ep")

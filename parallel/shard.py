@@ -15,14 +15,14 @@ class ShardSpec:
         global_shape: shape of the whole tensor.
         offset: where the local tensor begins in it, one number a dimension.
         along: the dimension of the mesh (`mesh.ALONG`) along which ranks hold the same slice,
-            and its gradients are summed.
+            and its gradients are summed; "alone" when no other rank holds it.
         parts: the first dimension is so many equal parts one after another (the gates and the up projection of a
             SwiGLU); the local tensor is then the same slice of each, at `offset` in each.
     """
 
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]
-    along: Literal["stage", "replicas", "edp"] = "stage"
+    along: Literal["stage", "replicas", "edp", "alone"] = "stage"
     parts: int = 1
 
     def __post_init__(self) -> None:
@@ -46,6 +46,9 @@ class ShardSpec:
 
     def take(self, whole: "Tensor", local_shape: tuple[int, ...]) -> "Tensor":
         """This rank's part, of `local_shape`, of the whole tensor."""
-        block, local = self.block, self.unfold(local_shape)
-        place = tuple(slice(first, first + size) for first, size in zip(block.offset, local, strict=True))
-        return whole.reshape(block.global_shape)[place].reshape(local_shape)
+        return whole.reshape(self.block.global_shape)[self.place(local_shape)].reshape(local_shape)
+
+    def place(self, local_shape: tuple[int, ...]) -> tuple[slice, ...]:
+        """Where a local tensor of this shape lies in the whole one, once both have the parts as a dimension."""
+        local = self.unfold(local_shape)
+        return tuple(slice(first, first + size) for first, size in zip(self.block.offset, local, strict=True))

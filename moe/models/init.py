@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ...parallel.fsdp import own_parameters
 from ...parallel.shard import ShardSpec
 from ..layers.experts import Experts
 from ..routing.router import Router
@@ -24,14 +25,14 @@ DENSE_SCALE = 0.1
 def init_weights(model: Decoder, seed: int, shards: Mapping[str, ShardSpec] | None = None) -> None:
     """Fill every parameter in place; norms become one. The parameters must be materialised (not on meta).
 
-    `shards` is what `parallelize` returned; None: every matrix is whole.
+    `shards` is what `parallelize`, or `fsdp.divide`, returned; None: every matrix is whole.
     """
     scale = model.cfg.moe.init_scale if model.cfg.moe else DENSE_SCALE
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
     for buffer in (buffer for router in routers.values() for buffer in router.buffers()):
         buffer.zero_()
-    for name, weight in model.named_parameters():
+    for name, weight in own_parameters(model).items():
         owner, _, leaf = name.rpartition(".")
         stack, place = stacks.get(owner), shards[name] if shards else None
         if owner in routers:
@@ -44,7 +45,8 @@ def init_weights(model: Decoder, seed: int, shards: Mapping[str, ShardSpec] | No
         else:
             fan_in = model.cfg.width if name.endswith("w_in") else stack.cfg.expert_width
             for local, expert_weight in enumerate(weight):
-                _draw(expert_weight, scale / fan_in, f"{seed}/{name}/{stack.first + local}")
+                first = place.offset[0] if place else stack.first
+                _draw(expert_weight, scale / fan_in, f"{seed}/{name}/{first + local}")
 
 
 def _draw(weight: Tensor, variance: float, key: str, place: ShardSpec | None = None) -> None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ...parallel.whole import Whole
+
 FACTORS: Mapping[str, int] = {"row_square": -1, "column_square": -2}  # state → the parameter's axis it is a mean over
 DECAY = 0.8
 EPS = 1e-30
@@ -25,26 +27,35 @@ class Adafactor(Optimizer):
         u = g / √(r_R c_C / mean(r_R))           w ← (1 - lr · decay) w - lr · u / max(1, rms(u))
 
     Every matrix of a stack is a matrix of its own, its clip by rms(u) too, so experts may lie on any ranks. Vectors
-    (algorithm 5) keep all their squares. The state is float32: [E, R] and [E, C].
+    (algorithm 5) keep all their squares. The state is float32: [E, R] and [E, C]. A matrix that ranks hold in slices is
+    computed whole, on one of them, which alone has its state (parallel/whole.py).
 
     Args:
         params: parameters or groups of them.
         lr: peak learning rate.
         weight_decay: decoupled decay, times the learning rate.
+        whole: brings divided matrices together; None = none is divided.
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], lr: float, weight_decay: float = 0.0
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float,
+        weight_decay: float = 0.0,
+        whole: Whole | None = None,
     ) -> None:
+        self.whole = whole or Whole()
         super().__init__(params, {"lr": lr, "peak": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Move every parameter that has a gradient."""
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    update = clip_rms(self._direction(weight, weight.grad.float()))
+            for some in self.whole.batches([weight for weight in group["params"] if weight.grad is not None]):
+                grads = {weight: weight.grad.float() for weight in some}
+                whole = self.whole.gather(grads)
+                updates = {weight: clip_rms(self._direction(weight, grad)) for weight, grad in whole.items()}
+                for weight, update in self.whole.own(updates, grads).items():
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
                     weight.add_(update, alpha=-group["lr"])
 
@@ -52,7 +63,7 @@ class Adafactor(Optimizer):
         """Update the squares; the gradient over the root of their estimate."""
         state = self.state[weight]
         if not state:
-            shapes = state_shapes(tuple(weight.shape))
+            shapes = state_shapes(tuple(grad.shape))
             state.update({key: torch.zeros(shape, device=weight.device) for key, shape in shapes.items()}, step=0)
         state["step"] += 1
         square, new = grad.square() + EPS, state["step"] ** -DECAY

@@ -166,12 +166,6 @@ class LogConfig:
         check(self.alarm is None or 0 < self.alarm < 1, "log.alarm", self.alarm, rule, fix)
 
 
-# Keys of `parallel` that a run can not use yet, and the value they must have.
-UNBUILT = {
-    "fsdp": False,
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that a training run computes from. `model.moe` holds the `moe` group.
@@ -208,9 +202,11 @@ class RunConfig:
             value, rule = getattr(self, name), "needs routers, which a dense model does not have"
             check(model.moe is not None or not value, f"moe.{name}", value, rule, "leave it out")
         check(self.replay != "", "moe.replay", repr(self.replay), "must name a directory", "use moe.replay=runs/NAME")
-        for name, value in UNBUILT.items():
-            found = getattr(self.parallel, name)
-            check(found == value, f"parallel.{name}", found, "is not built yet", f"leave it at {value}")
+        if self.parallel.fsdp:
+            rule = "is not for engine=deepspeed, which has ZeRO for it"
+            check(self.engine == "native", "parallel.fsdp", True, rule, "use engine=native, or parallel.zero")
+            rule = "can not divide matrices that tensor parallelism divides already"
+            check(self.parallel.tp == 1, "parallel.fsdp", True, rule, "use parallel.tp=1, or parallel.fsdp=false")
         rule = "is not built: DeepSpeed then averages gradients, cuts spread experts as if whole, hangs if recomputed"
         check(self.parallel.zero < 3, "parallel.zero", self.parallel.zero, rule, "use 1 or 2")
         rule = "is read by engine=deepspeed only"
@@ -263,6 +259,10 @@ class RunConfig:
         rule += f"({layout.cp}) and parallel.tp ({layout.tp}) divide its tokens"
         check(seq_len * each % pieces == 0, "train.seq_len", seq_len, rule, f"use {-(-seq_len // pieces) * pieces}")
         self._check_micro_batches(layout)
+        rule = f"must be a multiple of the {layout.stage} ranks over which parallel.fsdp cuts a dense SwiGLU's columns"
+        cuts = self.parallel.fsdp and len(self.model.moe_layers) < self.model.layers
+        width, ranks = self.model.width, layout.stage
+        check(not cuts or width % ranks == 0, "model.width", width, rule, f"use {-(-width // ranks) * ranks}")
         return layout
 
     def _check_micro_batches(self, layout: Layout) -> None:

@@ -1,12 +1,13 @@
 """Moments in bfloat16: computed in float32, rounded stochastically as they are stored, and AdamW on them.
 
 A moving average moves by less than half of bfloat16's last place when 1 - β is below about 1/256: to nearest, it would
-then stand still. A stochastic rounding is right on average. Its draws are named by (seed, step, parameter, global row),
-so layouts and resumed runs round alike.
+then stand still. A stochastic rounding is right on average. Its draws are named by (seed, parameter's name, step, place
+in the global parameter), so layouts and resumed runs round alike.
 
 R rows of a parameter, C its last dimension.
 """
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -23,31 +24,46 @@ CHUNK = 2**20  # draws at a time: they take more memory than what they round
 
 
 class Rounding:
-    """Stores the moments of a model's parameters in bfloat16.
+    """Stores the moments of parameters in bfloat16.
 
     Args:
-        model: holds the parameters.
-        shards: where each lies in the global one; they are numbered in its order. None = all are here and whole.
+        parameters: name → what this rank holds of it.
+        shards: where that lies in the global one; None = all are whole.
         seed: of the run.
     """
 
-    def __init__(self, model: nn.Module, shards: Mapping[str, ShardSpec] | None, seed: int) -> None:
-        self._seed, self._places = seed, {}
-        numbers = {name: number for number, name in enumerate(shards or dict(model.named_parameters()))}
-        for name, weight in model.named_parameters():
-            first = shards[name].offset[0] if shards and weight.ndim > 1 else 0
-            self._places[weight] = numbers[name], first * math.prod(weight.shape[1:-1])
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], shards: Mapping[str, ShardSpec] | None, seed: int
+    ) -> None:
+        self._seeds, self._specs = {}, {}
+        for name, weight in parameters.items():
+            self._seeds[weight] = _seed(f"{seed}/{name}")
+            shape = tuple(weight.shape)
+            self._specs[weight] = shards[name] if shards else ShardSpec(shape, (0,) * len(shape))
 
     def store(self, weight: nn.Parameter, step: int, moments: Mapping[Tensor, Tensor]) -> None:
         """Round new float32 moments of `weight` (values) into the bfloat16 ones (keys)."""
-        number, first = self._places[weight]
-        columns = weight.shape[-1]
-        count = columns * len(moments)
+        if not weight.numel():
+            return
+        spec, columns = self._specs[weight], weight.shape[-1]
+        whole, first = spec.global_shape[-1], spec.offset[-1]
         stored = [(kept.view(-1, columns), new.reshape(-1, columns)) for kept, new in moments.items()]
-        for row_R in torch.arange(weight.numel() // columns, device=weight.device).split(max(1, CHUNK // count)):
-            draws = uniform(self._seed, first + row_R, step=step, layer=number, purpose=ROUND, count=count)
-            for (kept_RC, new_RC), draw_RC in zip(stored, draws.split(columns, dim=1), strict=True):
-                kept_RC[row_R] = round_stochastically(new_RC[row_R], draw_RC)
+        count = whole * len(moments)
+        rows_R = _rows(spec, tuple(weight.shape), weight.device)
+        for some in torch.arange(len(rows_R), device=weight.device).split(max(1, CHUNK // count)):
+            draws = uniform(self._seeds[weight], rows_R[some], step=step, layer=0, purpose=ROUND, count=count)
+            for (kept_RC, new_RC), draw_RC in zip(stored, draws.split(whole, dim=1), strict=True):
+                kept_RC[some] = round_stochastically(new_RC[some], draw_RC[:, first : first + columns])
+
+
+def _rows(spec: ShardSpec, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 [R], the global number of each row (all but the last dimension, flat) of a local tensor of `shape`."""
+    rows = torch.arange(math.prod(spec.global_shape[:-1]), device=device).view(spec.block.global_shape[:-1])
+    return rows[spec.place(shape)[:-1]].flatten()
+
+
+def _seed(key: str) -> int:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
 
 
 def round_stochastically(x: Tensor, draw: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ...parallel import process
+from ...parallel.fsdp import own
 from ..data.rows import Cursor
 
 NOTE = "nonfinite.json"
@@ -24,7 +25,7 @@ def leave_note(run: Path, model: nn.Module, step: int, cursor: Cursor, loss: flo
         the same in words.
     """
     losses = process.gather_json(repr(loss))
-    broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    broken = [name for name, tensor in model.state_dict().items() if not own(tensor).isfinite().all()]
     before = sorted({name for names in process.gather_json(broken) for name in names})
     if process.rank() == 0:
         content: dict[str, Any] = {"step": step, "cursor": vars(cursor), "losses": losses}

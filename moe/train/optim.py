@@ -3,7 +3,8 @@
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): the update of a matrix is its Nesterov momentum, brought
 near the closest orthogonal matrix by five Newton-Schulz iterations. Experts are a batch of matrices, and matrices of
 one shape are iterated together, in bfloat16 (which the iteration tolerates, four times faster on a CPU); the state is
-float32, or bfloat16 stochastically rounded (moments.py), as AdamW's then is.
+float32, or bfloat16 stochastically rounded (moments.py), as AdamW's then is. A matrix that ranks hold in slices is
+iterated whole, on one of them (parallel/whole.py).
 
 B matrices, R rows, C columns.
 """
@@ -14,7 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from ...parallel.fsdp import own_parameters
+from ...parallel.mesh import Mesh
 from ...parallel.shard import ShardSpec
+from ...parallel.whole import Whole
 from ..shapes import is_hidden_matrix, is_router
 from .adafactor import Adafactor
 from .config import OptimConfig
@@ -25,13 +29,22 @@ ITERATIONS = 5
 
 
 def build_optimizers(
-    model: nn.Module, cfg: OptimConfig, shards: Mapping[str, ShardSpec] | None = None, seed: int = 0
+    model: nn.Module,
+    cfg: OptimConfig,
+    shards: Mapping[str, ShardSpec] | None = None,
+    seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> list[Optimizer]:
     """The optimizers of a model's parameters, each parameter in exactly one; `peak` of a group is its highest rate.
 
-    `shards` (None: all parameters are whole) and `seed` key how bfloat16 states are rounded.
+    Args:
+        model: its `own_parameters` are moved.
+        cfg: which optimizers, and their settings.
+        shards: where each parameter lies in the global one; None = all are whole.
+        seed: with `shards`, keys how bfloat16 states are rounded.
+        mesh: the layout, when ranks hold matrices in slices. Collective then.
     """
-    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    named = [(name, weight) for name, weight in own_parameters(model).items() if weight.requires_grad]
     hidden = [(n, w) for n, w in named if cfg.name == "muon" and is_hidden_matrix(n, w.ndim)]
     taken = {name for name, _ in hidden}
     by_decay: dict[float, list[nn.Parameter]] = {}
@@ -41,17 +54,18 @@ def build_optimizers(
             by_decay.setdefault(cfg.weight_decay if decays else 0.0, []).append(weight)
     groups = [{"params": w, "lr": cfg.lr, "peak": cfg.lr, "weight_decay": decay} for decay, w in by_decay.items()]
     if cfg.name == "adafactor":
-        return [Adafactor(groups, lr=cfg.lr)]
+        return [Adafactor(groups, lr=cfg.lr, whole=Whole(dict(named), shards, mesh))]
     betas, rounding = (cfg.beta1, cfg.beta2), None
     adamw: Optimizer
     if cfg.state_dtype == "bfloat16":
-        rounding = Rounding(model, shards, seed)
+        rounding = Rounding(dict(named), shards, seed)
         adamw = CompactAdamW(groups, betas=betas, eps=cfg.eps, rounding=rounding)
     else:
         adamw = AdamW(groups, betas=betas, eps=cfg.eps, fused=True)
     if not hidden:
         return [adamw]
-    return [adamw, Muon(hidden, cfg.muon_lr, cfg.momentum, cfg.weight_decay, rounding)]
+    whole = Whole(dict(hidden), shards, mesh)
+    return [adamw, Muon(hidden, cfg.muon_lr, cfg.momentum, cfg.weight_decay, rounding, whole)]
 
 
 def set_rate(optimizers: Sequence[Optimizer], factor: float) -> None:
@@ -72,6 +86,7 @@ class Muon(Optimizer):
         momentum: Nesterov momentum in [0, 1).
         weight_decay: decoupled decay, times the learning rate.
         rounding: holds the momentum in bfloat16; None = float32.
+        whole: brings divided matrices together; None = none is divided.
     """
 
     def __init__(
@@ -81,11 +96,14 @@ class Muon(Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         rounding: Rounding | None = None,
+        whole: Whole | None = None,
     ) -> None:
+        self.whole = whole or Whole()
         shapes: dict[tuple[int, int, bool], list[nn.Parameter]] = {}
         for name, weight in named:
             flipped = weight.ndim == 3 and name.endswith("w_out")
-            shapes.setdefault((*weight.shape[-2:], flipped), []).append(weight)
+            rows, columns = self.whole.shape(weight)[-2:]
+            shapes.setdefault((rows, columns, flipped), []).append(weight)
         groups = []
         for (rows, columns, flipped), weights in shapes.items():
             ratio = columns / rows if flipped else rows / columns
@@ -97,18 +115,14 @@ class Muon(Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Move every parameter that has a gradient."""
         for group in self.param_groups:
-            moving = [(weight, weight.grad) for weight in group["params"] if weight.grad is not None]
-            if not moving:
-                continue
-            weights = [weight for weight, _ in moving]
-            stack_BRC = torch.cat([self._look_ahead(weight, grad, group["momentum"]) for weight, grad in moving])
-            updates = orthogonalize(stack_BRC).split([weight.shape[:-2].numel() for weight in weights])
-            for weight, update in zip(weights, updates, strict=True):
+            grads = {weight: weight.grad for weight in group["params"] if weight.grad is not None}
+            ahead = {weight: self._look_ahead(weight, grad, group["momentum"]) for weight, grad in grads.items()}
+            for weight, update in self.whole.own(_directions(self.whole.gather(ahead)), ahead).items():
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update.view_as(weight), alpha=-group["lr"] * group["scale"])
+                weight.add_(update, alpha=-group["lr"] * group["scale"])
 
     def _look_ahead(self, weight: nn.Parameter, grad: Tensor, momentum: float) -> Tensor:
-        """Update the momentum; the Nesterov direction, as a batch of matrices in bfloat16."""
+        """Update the momentum; the Nesterov direction in bfloat16, of the weight's shape."""
         state = self.state[weight]
         if not state:
             state.update(momentum=torch.zeros_like(weight, dtype=self.state_dtype), step=0)
@@ -116,8 +130,16 @@ class Muon(Optimizer):
         mean = state["momentum"].float().lerp_(grad.float(), 1 - momentum)
         if self.rounding is not None:
             self.rounding.store(weight, state["step"], {state["momentum"]: mean})
-        ahead = torch.lerp(grad.float(), mean, momentum)
-        return ahead.reshape(-1, *weight.shape[-2:]).bfloat16()
+        return torch.lerp(grad.float(), mean, momentum).bfloat16()
+
+
+def _directions(ahead: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+    """The orthogonal directions of matrices and stacks of one [R, C], iterated as one batch."""
+    if not ahead:
+        return {}
+    matrices = [some.reshape(-1, *some.shape[-2:]) for some in ahead.values()]
+    updates = orthogonalize(torch.cat(matrices)).split([len(some) for some in matrices])
+    return {weight: update.view_as(some) for (weight, some), update in zip(ahead.items(), updates, strict=True)}
 
 
 def orthogonalize(g_BRC: Tensor) -> Tensor:

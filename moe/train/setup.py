@@ -13,8 +13,10 @@ from ...parallel.apply import parallelize
 from ...parallel.checkpoint import Checkpoint, latest, open_checkpoint
 from ...parallel.engine.deepspeed import DeepSpeedEngine
 from ...parallel.engine.engine import Engine
+from ...parallel.engine.fsdp import FsdpEngine
 from ...parallel.engine.native import NativeEngine
 from ...parallel.engine.pipeline import PipelineEngine
+from ...parallel.fsdp import divide, own
 from ...parallel.mesh import Mesh
 from ...parallel.pipeline import keep_stages
 from ...parallel.shard import ShardSpec
@@ -26,6 +28,7 @@ from ..data.tokenizer import Tokenizer
 from ..models.decoder import Decoder
 from ..models.init import init_weights
 from ..models.store import load_model
+from ..shapes import is_router
 from . import state
 from .config import RunConfig, flatten, identity
 from .optim import build_optimizers
@@ -94,6 +97,8 @@ def build_model(cfg: ModelConfig, config: RunConfig, mesh: Mesh) -> tuple[Decode
     shards = parallelize(model, mesh)
     if mesh.layout.pp > 1:
         keep_stages(model, stages(cfg, config, mesh), mesh.layout.pp * config.parallel.virtual - 1)
+    if config.parallel.fsdp:
+        shards = divide(model, model.blocks, mesh, shards, is_router, forward_dtype(config))
     model.to_empty(device=mesh.device)
     if config.train.init is None:
         init_weights(model, config.seed, shards)
@@ -106,7 +111,8 @@ def build_model(cfg: ModelConfig, config: RunConfig, mesh: Mesh) -> tuple[Decode
                     f"train.init ({config.train.init}) has no {name} of shape {shards[name].global_shape}: "
                     "start from a model of the same shape"
                 )
-            weight.copy_(shards[name].take(source[name], tuple(weight.shape)))
+            mine = own(weight)
+            mine.copy_(shards[name].take(source[name], tuple(mine.shape)))
     return model, shards
 
 
@@ -117,18 +123,23 @@ def stages(cfg: ModelConfig, config: RunConfig, mesh: Mesh) -> dict[int, range]:
 
 def build_engine(config: RunConfig, model: Decoder, mesh: Mesh, shards: dict[str, ShardSpec]) -> Engine:
     """The engine that `engine` names, over the optimizers that `optim` names."""
-    optimizers, clip = build_optimizers(model, config.optim, shards, config.seed), config.optim.clip
-    dtype = None if config.train.dtype == "float32" else getattr(torch, config.train.dtype)
+    optimizers, clip = build_optimizers(model, config.optim, shards, config.seed, mesh), config.optim.clip
     if mesh.layout.pp > 1:
         return PipelineEngine(
             model, optimizers, mesh, shards, stages(model.cfg, config, mesh), width=model.cfg.width,
             schedule=config.parallel.schedule, tied=("embed.weight",) if model.cfg.tie_embeddings else (),
-            clip=clip, dtype=dtype,
+            clip=clip, dtype=forward_dtype(config),
         )  # fmt: skip
     if config.engine == "deepspeed":
         stage = config.parallel.zero
-        return DeepSpeedEngine(model, optimizers, mesh, shards, clip=clip, stage=stage, dtype=dtype)
-    return NativeEngine(model, optimizers, mesh, shards, clip=clip, dtype=dtype)
+        return DeepSpeedEngine(model, optimizers, mesh, shards, clip=clip, stage=stage, dtype=forward_dtype(config))
+    engine = FsdpEngine if config.parallel.fsdp else NativeEngine
+    return engine(model, optimizers, mesh, shards, clip=clip, dtype=forward_dtype(config))
+
+
+def forward_dtype(config: RunConfig) -> torch.dtype | None:
+    """Of the forward pass under autocast; None = as the parameters are."""
+    return None if config.train.dtype == "float32" else getattr(torch, config.train.dtype)
 
 
 def resume(config: RunConfig, run: Path, setup: Setup) -> tuple[state.Progress, Path | None]:

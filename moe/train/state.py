@@ -18,6 +18,7 @@ from ... import ConfigError
 from ...configs.typed import build
 from ...parallel.checkpoint import Checkpoint
 from ...parallel.checkpoint import restore as fill
+from ...parallel.fsdp import own, own_parameters
 from ...parallel.shard import ShardSpec
 from ..config import ModelConfig
 from ..data.rows import Cursor
@@ -63,11 +64,11 @@ class Progress:
 
 def tensors(model: nn.Module, optimizers: Sequence[Optimizer], shards: Mapping[str, ShardSpec]) -> Named:
     """Every tensor of the run under its name, with its place in the global one. The optimizers must have stepped."""
-    named: Named = {f"model/{name}": _block(tensor, shards[name]) for name, tensor in model.state_dict().items()}
+    named: Named = {f"model/{name}": _block(own(tensor), shards[name]) for name, tensor in model.state_dict().items()}
     for name, weight, optimizer in _owned(model, optimizers):
-        if isinstance(optimizer, Adafactor):
-            assert shards[name].global_shape[-2:] == weight.shape[-2:], "means over a part of a matrix"
         whole, begin = (_shapes(optimizer, place) for place in (shards[name].global_shape, shards[name].offset))
+        if isinstance(optimizer, Adafactor) and optimizer.whole.shape(weight) == shards[name].global_shape:
+            begin = {key: (0,) * len(shape) for key, shape in whole.items()}
         for key in whole:
             parts = shards[name].parts if whole[key] == shards[name].global_shape else 1
             place = ShardSpec(whole[key], begin[key], parts=parts)
@@ -91,7 +92,8 @@ def restore(
         CheckpointError: the checkpoint has other tensors than the run, or other shapes.
     """
     for _, weight, optimizer in _owned(model, optimizers):
-        shapes, dtype = _shapes(optimizer, tuple(weight.shape)), getattr(optimizer, "state_dtype", torch.float32)
+        shape = optimizer.whole.shape(weight) if isinstance(optimizer, Adafactor) else tuple(weight.shape)
+        shapes, dtype = _shapes(optimizer, shape), getattr(optimizer, "state_dtype", torch.float32)
         state: dict[str, Any] = {key: weight.new_zeros(shape, dtype=dtype) for key, shape in shapes.items()}
         state["step"] = checkpoint.step
         if isinstance(optimizer, AdamW):
@@ -136,9 +138,10 @@ def _shapes(optimizer: Optimizer, shape: tuple[int, ...]) -> dict[str, tuple[int
 
 
 def _owned(model: nn.Module, optimizers: Sequence[Optimizer]) -> Any:
-    """(name, parameter, its optimizer), in the optimizers' order."""
-    names = {weight: name for name, weight in model.named_parameters()}
+    """(name, parameter, its optimizer), in the optimizers' order, for every state that this rank has."""
+    names = {weight: name for name, weight in own_parameters(model).items()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for weight in group["params"]:
-                yield names[weight], weight, optimizer
+                if not isinstance(optimizer, Adafactor) or optimizer.whole.here(weight):
+                    yield names[weight], weight, optimizer

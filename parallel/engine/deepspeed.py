@@ -70,7 +70,8 @@ class DeepSpeedEngine(DirectEngine):
     ) -> None:
         _check(model, optimizers, mesh, dtype)
         self.model, self.optimizers, self.mesh, self.clip = model, list(optimizers), mesh, clip
-        self.dtype, self.shards, parameters = dtype, shards, dict(model.named_parameters())
+        self.dtype, self.shards, self.parameters = dtype, shards, dict(model.named_parameters())
+        parameters = self.parameters
         self.divided = [name for name in parameters if shards[name].along != "stage"]
         self._experts = [parameters[name] for name in self.divided]
         self._dense = [p for name, p in parameters.items() if name not in self.divided and p.requires_grad]
@@ -91,7 +92,7 @@ class DeepSpeedEngine(DirectEngine):
         with naming("sum of the dense gradients"):
             self._engine.backward(loss, scale_wrt_gas=False)
         if last:
-            sum_divided(self.model, self.divided, self.shards, self.mesh)
+            sum_divided(self.parameters, self.divided, self.shards, self.mesh)
 
     def step(self) -> StepResult:
         grads = list(self._owned_gradients())

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..fsdp import own_parameters
 from ..gradients import widen
 from ..mesh import Mesh
 from ..process import naming
@@ -47,14 +48,15 @@ class NativeEngine(DirectEngine):
     ) -> None:
         self.model, self.optimizers, self.mesh = model, list(optimizers), mesh
         self.clip, self.dtype, self.shards = clip, dtype, shards
-        self.divided = [name for name, _ in model.named_parameters() if shards[name].along != "stage"]
+        self.parameters = own_parameters(model)
+        self.divided = [name for name in self.parameters if shards[name].along != "stage"]
         self.scale = LossScale() if dtype is torch.float16 else None
         self._last = True
         self._wrapped: nn.Module = model
         if mesh.size("stage") > 1:
             self._wrapped = self._replicate()
 
-    def _replicate(self) -> DistributedDataParallel:
+    def _replicate(self) -> nn.Module:
         """The model in DDP, what is divided and buffers left out.
 
         `find_unused_parameters`: a rank without tokens may leave parameters untouched, which must not hang the others;
@@ -80,7 +82,7 @@ class NativeEngine(DirectEngine):
         with naming("sum of the dense gradients"):
             loss.backward()
         if last:
-            sum_divided(self.model, self.divided, self.shards, self.mesh)
+            sum_divided(self.parameters, self.divided, self.shards, self.mesh)
 
     def step(self) -> StepResult:
         return clip_and_step(self, lambda name: self.mesh.size(self.shards[name].along))
@@ -112,12 +114,13 @@ def _sum_bucket(engine: NativeEngine, bucket: dist.GradBucket) -> torch.futures.
     return work.get_future().then(lambda _: buffer if wide is buffer else buffer.copy_(wide))
 
 
-def sum_divided(model: nn.Module, divided: Collection[str], shards: Mapping[str, ShardSpec], mesh: Mesh) -> None:
+def sum_divided(
+    parameters: Mapping[str, nn.Parameter], divided: Collection[str], shards: Mapping[str, ShardSpec], mesh: Mesh
+) -> None:
     """SUM the gradients of the parameters in `divided` over the ranks that hold the same slice. Collective.
 
     An expert that saw no token has a gradient of zeros, so that every layout decays and steps it alike.
     """
-    parameters = dict(model.named_parameters())
     with naming("sum of the divided gradients"):
         for name in divided:
             parameter = parameters[name]

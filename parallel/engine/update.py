@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+from ..fsdp import own_parameters
 from ..gradients import clip_coefficient, global_norm
 from .engine import Engine, StepResult
 
@@ -13,7 +14,8 @@ def clip_and_step(engine: Engine, replicas: Callable[[str], int]) -> StepResult:
     Args:
         replicas: parameter name → how many ranks of the world hold this rank's slice of it.
     """
-    grads = {name: p.grad for name, p in engine.model.named_parameters() if p.grad is not None}
+    parameters = own_parameters(engine.model)
+    grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     if engine.scale is not None:
         engine.scale.unscale(grads.values())
     norm = global_norm(((grad, replicas(name)) for name, grad in grads.items()), engine.mesh.device)
@@ -25,6 +27,7 @@ def clip_and_step(engine: Engine, replicas: Callable[[str], int]) -> StepResult:
                 grad.mul_(coefficient)
         for optimizer in engine.optimizers:
             optimizer.step()
-    engine.model.zero_grad(set_to_none=True)
+    for parameter in parameters.values():
+        parameter.grad = None
     rescaled = engine.scale is not None and engine.scale.update(finite)
     return StepResult(norm, coefficient, finite, rescaled)

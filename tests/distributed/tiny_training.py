@@ -5,6 +5,7 @@ The same rows go to one rank or many; each rank returns its own tensors and wher
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +17,18 @@ from turnout.moe.data.rows import Batch
 from turnout.moe.models.decoder import Decoder
 from turnout.moe.models.init import init_weights
 from turnout.moe.routing.bias import update_biases
+from turnout.moe.shapes import is_router
+from turnout.moe.train.config import OptimConfig
+from turnout.moe.train.optim import build_optimizers
 from turnout.moe.train.part import part_of
 from turnout.moe.train.recompute import recompute
 from turnout.parallel import process
 from turnout.parallel.apply import parallelize
 from turnout.parallel.config import ParallelConfig
+from turnout.parallel.engine.fsdp import FsdpEngine
 from turnout.parallel.engine.native import NativeEngine
 from turnout.parallel.engine.pipeline import PipelineEngine
+from turnout.parallel.fsdp import divide, own_parameters
 from turnout.parallel.mesh import build_mesh
 from turnout.parallel.pipeline import keep_stages
 from turnout.parallel.shard import ShardSpec
@@ -38,7 +44,8 @@ class Case:
 
     `split` says how many of the 8 rows each data-parallel rank gets (None = equally), `sizes` the other fields of
     `ParallelConfig`, `moe` and `model` other fields of `MoEConfig` and `ModelConfig`; `dense` has no experts,
-    `documents` cuts rows into documents.
+    `documents` cuts rows into documents, `optim` takes the run's own optimizers in place of `optimizer`,
+    `autocast` is the forward pass's dtype.
     """
 
     router: str = "switch"
@@ -61,6 +68,8 @@ class Case:
     model: tuple[tuple[str, Any], ...] = ()
     dense: bool = False
     documents: bool = False
+    optim: OptimConfig | None = None
+    autocast: torch.dtype | None = None
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -165,20 +174,28 @@ def run_batch(engine, case: Case, rows: list[int], step: int, last: bool) -> Non
     engine.backward(loss, last=last)
 
 
-def train(case: Case) -> dict:
-    """Train `case.steps` steps on this rank's rows. Returns this rank's view; see `whole`."""
+def start(case: Case):
+    """This rank's engine."""
     mesh = build_mesh(case.parallel, "cpu", EXPERTS)
     model = build_model(case)
     shards = parallelize(model, mesh)
     if mesh.layout.pp > 1:
         stages = stages_of(case, model, mesh)
         keep_stages(model, stages, mesh.layout.pp * len(stages) - 1)
+    if case.parallel.fsdp:
+        shards = divide(model, model.blocks, mesh, shards, is_router, case.autocast)
     if case.compile:
         from turnout.moe.train.compiled import compile_blocks
 
         compile_blocks(model, case.compile)
     recompute(model, case.recompute)
-    engine = build_engine(case, model, mesh, shards)
+    return build_engine(case, model, mesh, shards)
+
+
+def train(case: Case) -> dict:
+    """Train `case.steps` steps on this rank's rows. Returns this rank's view; see `whole`."""
+    engine = start(case)
+    model, mesh, shards = engine.model, engine.mesh, engine.shards
     rows = rows_of(case, mesh.dp_rank, mesh.dp_size)
     size = -(-len(rows) // case.micro_batches)
     micro = [rows[i * size : (i + 1) * size] for i in range(case.micro_batches)]
@@ -189,11 +206,12 @@ def train(case: Case) -> dict:
         seen["curve"].append(float(process.all_sum(sum(part["loss"] for part in parts).double())))
         if step == 0:
             seen["parts"] = parts
-            seen["grads"] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            mine = own_parameters(model).items()
+            seen["grads"] = {name: p.grad.clone() for name, p in mine if p.grad is not None}
         seen["steps"].append(engine.step())
         if dict(case.moe).get("bias_rate"):
             move_biases(model, parts, mesh)
-    seen["parameters"] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    seen["parameters"] = {name: p.detach().clone() for name, p in own_parameters(model).items()}
     seen["biases"] = {name: b.clone() for name, b in model.named_buffers() if name.endswith("balance_bias")}
     seen["shards"] = shards
     return seen
@@ -209,22 +227,33 @@ def stages_of(case: Case, model, mesh) -> dict[int, range]:
 
 
 def build_engine(case: Case, model, mesh, shards):
+    engine = partial(
+        FsdpEngine if case.parallel.fsdp else NativeEngine,
+        model,
+        mesh=mesh,
+        shards=shards,
+        clip=case.clip,
+        dtype=case.autocast,
+    )
+    if case.optim is not None:
+        return engine(build_optimizers(model, case.optim, shards, 5, mesh))
     kinds = {"sgd": (torch.optim.SGD, 0.5), "adamw": (torch.optim.AdamW, 1e-2)}
-    kind, lr = kinds[case.optimizer]
+    optimizer, lr = kinds[case.optimizer]
     by_decay: dict[float, list] = {}
-    for parameter in model.parameters():
+    for parameter in own_parameters(model).values():
         by_decay.setdefault(case.decay if parameter.dim() > 1 else 0.0, []).append(parameter)
     groups = [{"params": some, "weight_decay": decay} for decay, some in by_decay.items()]
     if case.engine == "deepspeed":
         from turnout.parallel.engine.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(model, [kind(groups, lr=lr)], mesh, shards, clip=case.clip, stage=case.zero)
+        return DeepSpeedEngine(model, [optimizer(groups, lr=lr)], mesh, shards, clip=case.clip, stage=case.zero)
     if mesh.layout.pp > 1:
         return PipelineEngine(
-            model, [kind(groups, lr=lr)], mesh, shards, stages_of(case, model, mesh), width=WIDTH, clip=case.clip,
-            schedule=case.parallel.schedule, tied=("embed.weight",) if model.cfg.tie_embeddings else (),
+            model, [optimizer(groups, lr=lr)], mesh, shards, stages_of(case, model, mesh), width=WIDTH,
+            clip=case.clip, schedule=case.parallel.schedule,
+            tied=("embed.weight",) if model.cfg.tie_embeddings else (),
         )  # fmt: skip
-    return NativeEngine(model, [kind(groups, lr=lr)], mesh, shards, clip=case.clip)
+    return engine([optimizer(groups, lr=lr)])
 
 
 def whole(views: list[dict], what: str) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ def stack(weight: torch.Tensor, steps: int, shard: ShardSpec, beta2: float = 0.9
     model = nn.Module()
     model.w = nn.Parameter(weight.clone())
     groups = [{"params": [model.w], "lr": 0.01, "weight_decay": 0.1}]
-    optimizer = CompactAdamW(groups, (0.9, beta2), 1e-8, Rounding(model, {"w": shard}, seed=3))
+    optimizer = CompactAdamW(groups, (0.9, beta2), 1e-8, Rounding({"w": model.w}, {"w": shard}, seed=3))
     draws = torch.Generator().manual_seed(0)
     place = tuple(slice(begin, begin + size) for begin, size in zip(shard.offset, weight.shape, strict=True))
     for step in range(steps):
@@ -91,6 +91,17 @@ def test_experts_round_alike_wherever_they_lie_and_however_many_at_a_time(monkey
         assert torch.equal(part, whole[first : first + 2])
         for key in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(kept[key], state[key][first : first + 2])
+
+
+@pytest.mark.parametrize("place", [(slice(2, 5), slice(0, 8)), (slice(0, 6), slice(4, 8)), (slice(6, 6), slice(0, 8))])
+def test_a_slice_of_a_matrix_rounds_as_the_whole_does(place):
+    torch.manual_seed(0)
+    start = torch.randn(6, 8)
+    whole, state = stack(start, 5, ShardSpec((6, 8), (0, 0)))
+    part, kept = stack(start[place], 5, ShardSpec((6, 8), (place[0].start, place[1].start)))
+    assert torch.equal(part, whole[place])
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(kept[key], state[key][place])
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
