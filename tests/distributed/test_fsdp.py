@@ -5,12 +5,15 @@ import dataclasses
 import pytest
 import torch
 
+from turnout.launch.compose import compose
 from turnout.moe.shapes import is_router
 from turnout.moe.train import state
 from turnout.moe.train.config import OptimConfig
 from turnout.moe.train.part import part_of
+from turnout.moe.train.setup import build_model as build_run_model
 from turnout.parallel.checkpoint import latest, save
-from turnout.parallel.fsdp import own
+from turnout.parallel.fsdp import own, own_parameters
+from turnout.parallel.mesh import build_mesh
 from turnout.tests.distributed.test_layouts import BOUND, SITUATIONS, assert_same_training, reference
 from turnout.tests.distributed.tiny_training import (
     ROWS,
@@ -69,6 +72,28 @@ def test_two_divided_ranks_compute_the_bits_of_two_whole_ones_under_bfloat16(ep)
 
 def own_rows(case: Case, engine) -> list[list[int]]:
     return [rows_of(case, engine.mesh.dp_rank, engine.mesh.dp_size)]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adafactor", "adamw bfloat16"])
+def test_tensor_parallel_slices_move_as_on_one_rank_too(optimizer):
+    case = Case(router="gshard", sizes=(("tp", 2),), dense=True, optim=OPTIMIZERS[optimizer])
+    expected = alone(case)
+    assert_same_training(run_ranks(train, 2, case), expected, BOUND[case.dtype])
+
+
+def initial(words: list[str]) -> dict:
+    """This rank's first weights, of a model that was divided before it had any."""
+    config = compose(words).config
+    model, shards = build_run_model(config.model, config, build_mesh(config.parallel, "cpu", 4))
+    return {"tensors": {name: p.detach() for name, p in own_parameters(model).items()}, "shards": shards}
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_first_weights_do_not_depend_on_the_division(ep):
+    words = ["model=tiny", "data.vocab_size=300", "moe.num_experts=4"]
+    alone = whole([initial([*words, "nproc=1"])], "tensors")
+    views = run_ranks(initial, 2, [*words, "nproc=2", f"parallel.ep={ep}", "parallel.fsdp=true"])
+    assert all(torch.equal(weight, alone[name]) for name, weight in whole(views, "tensors").items())
 
 
 def measure(case: Case) -> dict:
