@@ -197,3 +197,11 @@ def poison(name: str) -> dict:
 @pytest.mark.parametrize("name", ["embed.weight", "blocks.1.ffn.router.weight", "blocks.0.ffn.experts.w_in"])
 def test_a_non_finite_gradient_of_one_slice_moves_no_parameter_on_any_rank(name):
     assert run_ranks(poison, 2, name) == [{"finite": [False, True], "moved": [], "moved later": True}] * 2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_compiled_blocks_may_be_divided(recompute):
+    case = Case(router="gshard", ep=2, sizes=FSDP, compile="aot_eager", recompute=recompute)
+    expected = alone(dataclasses.replace(case, compile=None))
+    assert_same_training(run_ranks(train, 2, case, fresh=True, timeout=300), expected, BOUND[case.dtype])
