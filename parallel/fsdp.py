@@ -16,7 +16,7 @@ the memory that FSDP is there to save.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ def divide(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             module.set_reduce_scatter_unused_params(True)  # a rank without tokens may leave parameters untouched
-    model.register_forward_hook(_reshard)
+    cast(Any, model).register_forward_hook(_reshard)
     slices = {name: _slice(shards[name], parameters[name], mesh, dim) for name, dim in over.items()}
     return {**shards, **slices}
 
@@ -99,7 +99,7 @@ def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def own(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: all of it, or its slice of a DTensor."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    return cast(DTensor, tensor.detach()).to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def hand_over_gradients(model: nn.Module) -> None:
@@ -111,11 +111,9 @@ def hand_over_gradients(model: nn.Module) -> None:
 
 
 def _own(weight: Any) -> nn.Parameter:
-    if not isinstance(weight, DTensor):
-        return weight
-    if not hasattr(weight, "own"):
-        weight.own = nn.Parameter(own(weight), requires_grad=weight.requires_grad)
-    return weight.own
+    if isinstance(weight, DTensor) and not hasattr(weight, "own"):
+        setattr(weight, "own", nn.Parameter(own(weight), requires_grad=weight.requires_grad))  # noqa: B010
+    return getattr(weight, "own", weight)
 
 
 def _slice(spec: ShardSpec, weight: Tensor, mesh: Mesh, dim: Dimension) -> ShardSpec:

@@ -30,10 +30,12 @@ class TokenStream:
     Attributes:
         ids: one-dimensional, uint16 where the vocabulary fits and uint32 elsewhere; read-only memory.
         eos_id: the separator, which begins every document.
+        sha256: of the ids as they lie on disk; empty for a stream that was made in memory.
     """
 
     ids: np.ndarray
     eos_id: int
+    sha256: str = ""
 
     def __len__(self) -> int:
         return len(self.ids) - 1
@@ -118,7 +120,7 @@ def open_stream(file: Path, vocab_size: int) -> TokenStream:
         if bad.size:
             place = first + int(bad[0])
             raise DataError(f"{file} (offset {place}) has token {ids[place]}, vocabulary {vocab_size}: {advice}")
-    return TokenStream(ids, eos_id)
+    return TokenStream(ids, eos_id, expected)
 
 
 def _open_tokenizer(config: DataConfig, cache: Path, source: str) -> Tokenizer:

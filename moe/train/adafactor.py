@@ -52,7 +52,7 @@ class Adafactor(Optimizer):
         """Move every parameter that has a gradient."""
         for group in self.param_groups:
             for some in self.whole.batches([weight for weight in group["params"] if weight.grad is not None]):
-                grads = {weight: weight.grad.float() for weight in some}
+                grads = {weight: weight.grad.float() for weight in some if weight.grad is not None}
                 whole = self.whole.gather(grads)
                 updates = {weight: clip_rms(self._direction(weight, grad)) for weight, grad in whole.items()}
                 for weight, update in self.whole.own(updates, grads).items():

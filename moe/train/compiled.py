@@ -13,7 +13,7 @@ T tokens, D width.
 from collections.abc import Callable
 from dataclasses import replace
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ def _compiled(block: Block, backend: str) -> Callable[..., Any]:
             return eager(x_TD, positions_T, ctx)
         try:
             with dynamo.patch(fail_on_recompile_limit_hit=True):
-                return fast(x_TD, positions_T, _Uncompiled(ctx))
+                return fast(x_TD, positions_T, cast(Context, _Uncompiled(ctx)))
         except (FailOnRecompileLimitHit, TorchDynamoException) as error:
             limit = f"its inputs have more than {dynamo.recompile_limit} sizes"
             first = " ".join(str(error).split("\n\n")[0].split())

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from ... import CheckpointError, ConfigError, __version__
+from ...configs.source import source_digest
 from ...configs.typed import to_dict
 from ...parallel import process
 from ...parallel.apply import parallelize
 from ...parallel.checkpoint import Checkpoint, latest, open_checkpoint
+from ...parallel.checkpoint.writer import committed
 from ...parallel.engine.deepspeed import DeepSpeedEngine
 from ...parallel.engine.engine import Engine
 from ...parallel.engine.fsdp import FsdpEngine
@@ -51,12 +53,12 @@ class Setup:
 
 def prepare_run(config: RunConfig, run: Path, mesh: Mesh) -> Setup:
     """Data (built by rank 0, then read by all), the model with its first weights, and its engine. Collective."""
-    agree(flatten({"turnout": __version__, "torch": torch.__version__, **to_dict(config)}))
+    agree(flatten({"turnout": __version__, "code": source_digest(), "torch": torch.__version__, **to_dict(config)}))
     if mesh.rank == 0:
         prepare(config.data, run)
     process.barrier()
     tokenizer, stream = prepare(config.data, run)
-    agree({"tokenizer": tokenizer.digest, "tokens of the training stream": len(stream)})
+    agree({"tokenizer": tokenizer.digest, "training data": stream.sha256})
     rows = Rows(stream, config.train.seq_len, config.seed)
     model, shards = build_model(dataclasses.replace(config.model, eos_token_id=tokenizer.eos_id), config, mesh)
     if config.train.compile:
@@ -149,7 +151,7 @@ def resume(config: RunConfig, run: Path, setup: Setup) -> tuple[state.Progress, 
 
     Raises:
         CheckpointError: `train.resume` names a place without a checkpoint that verifies.
-        ConfigError: the checkpoint is of another model, data, seed or batch.
+        ConfigError: the checkpoint is of another model, data, seed or batch, or older than one of this very run.
     """
     wanted = config.train.resume
     checkpoint = find_checkpoint(run, wanted) if wanted else None
@@ -177,9 +179,13 @@ def find_checkpoint(run: Path, wanted: bool | str) -> Checkpoint | None:
     if wanted is True:
         return latest(run / CHECKPOINTS)
     path = Path(str(wanted))
-    if path.name.startswith("step-"):
-        return open_checkpoint(path)
-    found = latest(path / CHECKPOINTS)
+    found = open_checkpoint(path) if path.name.startswith("step-") else latest(path / CHECKPOINTS)
     if found is None:
         raise CheckpointError(f"train.resume ({wanted}) holds no checkpoint: name a run that saved one")
+    later = [step for step, _ in committed(run / CHECKPOINTS) if step > found.step]
+    if later:
+        raise ConfigError(
+            f"train.resume ({wanted}) is step {found.step} and {run} has saved step {later[-1]}: "
+            "use train.resume=true to go on from there, or another run=DIR"
+        )
     return found

@@ -3,10 +3,13 @@
 They are foreign: whatever they raise is a warning, and the run goes on without them.
 """
 
+import socket
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from .alarm import Event
 from .config import LogConfig
@@ -66,13 +69,13 @@ class Sinks:
 
 
 class Wandb:
-    """A wandb run: online with a key, offline without one."""
+    """A wandb run: online with a key and a server that answers, else offline (`wandb sync` sends it later)."""
 
     def __init__(self, run: Path, project: str, settings: Mapping[str, Any], wandb_id: str | None) -> None:
         import wandb
 
-        online = wandb.api.api_key is not None
         quiet = wandb.Settings(silent=True, init_timeout=20, finish_timeout=30)
+        online = wandb.api.api_key is not None and answers(quiet.base_url)
         self.run = wandb.init(
             project=project, name=run.name, dir=str(run), id=wandb_id, resume="allow", config=dict(settings),
             mode=None if online else "offline", settings=quiet,
@@ -108,6 +111,20 @@ class TensorBoard:
 
     def close(self) -> None:
         self.writer.close()
+
+
+def answers(url: str, seconds: float = 2.0) -> bool:
+    """Whether somebody listens where requests to `url` go: there, or at the proxy that the environment names."""
+    there = urlsplit(url)
+    proxy = getproxies().get(there.scheme)
+    if proxy and not proxy_bypass(there.hostname or ""):
+        there = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    port = there.port or (443 if there.scheme == "https" else 80)
+    try:
+        socket.create_connection((there.hostname, port), seconds).close()
+    except OSError:
+        return False
+    return True
 
 
 def flat(row: Mapping[str, Any]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from .writer import STEP, committed
 
 Verify = Literal["full", "size"]
 EARLIER = "use an earlier checkpoint"
+WARD = "quarantine"
 
 
 class Checkpoint:
@@ -110,7 +111,7 @@ def latest(root: str | Path, verify: Verify = "full") -> Checkpoint | None:
     then open the same one, comparing sizes.
 
     Raises:
-        CheckpointError: there were checkpoints, but none verifies; or a rank can not open it.
+        CheckpointError: there were checkpoints, but none verifies, now or before; or a rank can not open it.
     """
     opened: list[Checkpoint] = []
 
@@ -124,6 +125,10 @@ def latest(root: str | Path, verify: Verify = "full") -> Checkpoint | None:
                 reasons.append(f"{_quarantine(path, str(error))}: {error}")
         if reasons:
             raise CheckpointError(f"no checkpoint in {root} verifies; all moved away: {'; '.join(reasons)}")
+        if ward := sorted((Path(root) / WARD).glob("*")):
+            raise CheckpointError(
+                f"every checkpoint of {root} is damaged: see {ward[-1]}, remove {WARD}/ to begin anew"
+            )
         return None
 
     def follow() -> None:
@@ -209,7 +214,7 @@ def _verify_headers(path: Path, manifest: Manifest, readers: Mapping[str, Any]) 
 
 
 def _quarantine(path: Path, reason: str) -> Path:
-    ward = path.parent / "quarantine"
+    ward = path.parent / WARD
     number, target = 0, ward / path.name
     while target.exists():
         number += 1

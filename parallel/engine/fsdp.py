@@ -31,5 +31,6 @@ class FsdpEngine(NativeEngine):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         if self.mesh.size("stage") > 1:
-            whole = [p.grad for name, p in self.parameters.items() if self.shards[name].along == "stage"]
+            parts = ((p.grad, self.shards[name].along) for name, p in self.parameters.items())
+            whole = [grad for grad, along in parts if grad is not None and along == "stage"]
             sum_in_buckets(whole, self.mesh.group("stage"))

@@ -11,7 +11,16 @@ DOCS = (
     "README.md",
     *(
         f"docs/{name}.md"
-        for name in ("architecture", "routing", "moe_layer", "adaptive", "training", "serving", "planning")
+        for name in (
+            "architecture",
+            "routing",
+            "moe_layer",
+            "adaptive",
+            "training",
+            "reliability",
+            "serving",
+            "planning",
+        )
     ),
 )
 

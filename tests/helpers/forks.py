@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-TIMEOUT = 60
+TIMEOUT = 240
 PRELOAD = [
     "turnout.parallel.checkpoint.reader", "turnout.moe.train.loop", "turnout.launch.rank", "turnout.launch.compose",
     "hydra._internal.hydra", "torch._dynamo", "torch.profiler", "numpy.ma",
@@ -31,7 +31,7 @@ def start(function: Callable[..., Any], *args: Any) -> BaseProcess:
     return child
 
 
-def start_ranks(function: Callable[..., Any], world: int, *args: Any, group_timeout: float = 10.0) -> list[BaseProcess]:
+def start_ranks(function: Callable[..., Any], world: int, *args: Any, group_timeout: float = 60.0) -> list[BaseProcess]:
     """`world` processes that call `function(*args)` as ranks of one group."""
     from torch.distributed import TCPStore
 

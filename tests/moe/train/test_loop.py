@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import torch
 
 from turnout import CheckpointError, ConfigError, NonFiniteError
 from turnout.launch.compose import compose
+from turnout.moe.data.corpus import read_documents
 from turnout.moe.data.rows import Cursor
+from turnout.moe.data.tokenizer import train_tokenizer
 from turnout.moe.models.context import VarlenContext
 from turnout.moe.models.store import load_model
-from turnout.moe.train import loop
+from turnout.moe.train import loop, setup
 from turnout.moe.train.config import RunConfig
 from turnout.moe.train.loop import Trainer, train
 from turnout.moe.train.setup import build_model, prepare_run, resume
@@ -191,19 +194,37 @@ def test_a_nan_on_one_rank_stops_all_and_moves_no_parameter(data, tmp_path, name
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
-def disagreeing(run: str, words: list[str]) -> str:
-    """Train with another seed on the last rank."""
+def disagreeing(run: str, words: list[str], what: str) -> str:
+    """Train with something else on the last rank; each rank reads the corpus of a directory of its own."""
+    here = os.getcwd()
+    os.chdir(f"{run}/{process.rank()}" if what in ("training data", "tokenizer") else run)
+    digest, setup.source_digest = setup.source_digest, lambda: f"{what} {process.rank() if what == 'code' else 0}"
     try:
-        go(run, [*words, f"seed={process.rank()}"])
+        go("run", [*words, f"seed={process.rank() if what == 'seed' else 0}"])
     except ConfigError as error:
         return str(error)
+    finally:
+        os.chdir(here)
+        setup.source_digest = digest
     return ""
 
 
-def test_ranks_that_disagree_are_refused_by_name(data, tmp_path):
-    messages = run_ranks(disagreeing, 2, str(tmp_path), tiny(data))
+@pytest.mark.parametrize("what", ["seed", "code", "training data", "tokenizer"])
+def test_ranks_that_disagree_are_refused_by_name(data, tmp_path, what):
+    text, words = data.read_text(), tiny(data)
+    changed = {"training data": ("python", "jython"), "tokenizer": ("a ", "q ")}.get(what)
+    if changed is not None:
+        words += ["data.path=corpus.jsonl", "data.cache=null"]
+        for rank in (0, 1):
+            (tmp_path / str(rank)).mkdir()
+            (tmp_path / str(rank) / "corpus.jsonl").write_text(text.replace(*changed) if rank else text)
+    if what == "training data":
+        train_tokenizer(read_documents(str(data), "train"), 400).save(tmp_path / "tokenizer")
+        words.append(f"data.tokenizer={tmp_path / 'tokenizer'}")
+    messages = run_ranks(disagreeing, 2, str(tmp_path), words, what)
     assert messages[0] == messages[1]
-    assert "seed (0 on rank 0, 1 on rank 1) must be the same on every rank" in messages[0]
+    assert messages[0].startswith(f"{what} (")
+    assert "on rank 1) must be the same on every rank" in messages[0]
 
 
 def test_a_run_by_time_ends_by_time_at_the_same_step_on_both_ranks(data, tmp_path):
@@ -285,6 +306,15 @@ def test_another_model_or_seed_does_not_resume(data, tmp_path):
             go(str(tmp_path / "run"), [*words, change, "train.resume=true"])
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         go(str(tmp_path / "other"), [*words, f"train.resume={tmp_path}"])
+
+
+def test_an_older_checkpoint_of_the_same_run_is_not_gone_on_from(data, tmp_path):
+    words = tiny(data, "train.keep=9")
+    go(str(tmp_path / "run"), words)
+    older = f"train.resume={tmp_path}/run/checkpoints/step-00000002"
+    with pytest.raises(ConfigError, match=r"is step 2 and .*/run has saved step 6: use train\.resume=true"):
+        go(str(tmp_path / "run"), [*words, older])
+    assert go(str(tmp_path / "other"), [*words, older]).step == 6
 
 
 def test_a_finished_run_resumes_further_when_given_more_steps(data, tmp_path):

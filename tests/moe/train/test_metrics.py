@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import socket
 import sys
 import time
 import warnings
@@ -22,7 +23,7 @@ from turnout.moe.routing.stats import RoutingStats
 from turnout.moe.train.alarm import Event
 from turnout.moe.train.config import LogConfig
 from turnout.moe.train.metrics import Metrics, Window, peak_flops, progress_line
-from turnout.moe.train.sinks import flat
+from turnout.moe.train.sinks import answers, flat
 from turnout.parallel.dispatch.traffic import Traffic
 
 CPU = torch.device("cpu")
@@ -318,3 +319,16 @@ def test_a_missing_package_is_a_warning(tmp_path, monkeypatch, name, package):
 def test_an_alarm_outside_0_to_1_is_refused(alarm):
     with pytest.raises(ConfigError, match=r"log\.alarm .* must lie between 0 and 1"):
         LogConfig(alarm=alarm)
+
+
+def test_a_server_or_its_proxy_answers_or_does_not(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert answers(f"http://127.0.0.1:{port}/api")
+        monkeypatch.setenv("http_proxy", f"127.0.0.1:{port}")
+        assert answers("http://wandb.invalid"), "the proxy is asked, not the server"
+    assert not answers("http://wandb.invalid"), "the proxy is dead"
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert not answers(f"http://127.0.0.1:{port}")

@@ -14,6 +14,7 @@ from turnout.parallel import process
 from turnout.parallel.checkpoint import latest
 from turnout.parallel.checkpoint.writer import DISK, committed
 from turnout.parallel.mesh import build_mesh
+from turnout.tests.helpers.overheads import measure
 from turnout.tests.helpers.ranks import run_ranks
 from turnout.tests.helpers.runs import corpus, fingerprint, rows, tiny
 from turnout.tests.parallel.checkpoint.flaky import FlakyDisk, GatedDisk
@@ -148,3 +149,10 @@ def test_the_last_save_of_a_run_must_not_fail(data, tmp_path):
 def test_a_limit_below_zero_is_refused(data):
     with pytest.raises(ConfigError, match=r"train\.save_failures \(-1\) must not be negative"):
         compose(tiny(data, "train.save_failures=-1"))
+
+
+def test_the_cost_of_each_safety_is_measured_in_one_run(data, tmp_path):
+    found = measure(str(tmp_path / "run"), tiny(data, "train.steps=4"))
+    assert len(found) == 6
+    assert all(value > 0 for value in found.values())
+    assert found["hashing"] < found["a save within the steps"], "it is a part of it"
