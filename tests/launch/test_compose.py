@@ -82,6 +82,10 @@ BAD = [
         "micro-batches: use train.global_batch=2 or a multiple",
     ),
     (
+        "parallel.pp=2 parallel.ep=1 parallel.fsdp=true train.micro_batch=2",
+        "parallel.pp (2) holds parameters whole while micro-batches are under way, which parallel.fsdp spreads: use",
+    ),
+    (
         "parallel.pp=2 parallel.virtual=4 parallel.ep=1",
         "parallel.pp (2) times parallel.virtual (4) can not exceed model.layers (4): use fewer",
     ),
