@@ -6,6 +6,7 @@ field, the value, the rule and the fix. No torch and no omegaconf here: a bad co
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import types
@@ -55,6 +56,22 @@ def build(cls: type[C], data: Mapping[str, Any], path: str = "") -> C:
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{_join(path, name)} is missing: give it a value ({_describe(hints[name])})")
     return cls(**values)
+
+
+def check_choices(config: object, path: str) -> None:
+    """Refuse a field whose annotation lists its values and whose value is another: Python callers pass no `build`.
+
+    Raises:
+        ConfigError: naming the field, the value and the options.
+    """
+    for name, annotation in _choices(type(config)).items():
+        _convert(annotation, getattr(config, name), _join(path, name))
+
+
+@functools.cache
+def _choices(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {n: a for n, a in hints.items() if any(typing.get_origin(o) is typing.Literal for o in _options(a))}
 
 
 def to_dict(config: object) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 from math import gcd
 from typing import Any, Literal
 
-from ..configs.typed import check
+from ..configs.typed import check, check_choices
 
 RouterName = Literal[
     "dense", "softmax", "noisy_topk", "gshard", "switch", "topk_softmax", "gpt_oss", "deepseek_v2", "deepseek_v3",
@@ -155,6 +155,7 @@ class MoEConfig:
     init_scale: float = 0.1
 
     def __post_init__(self) -> None:
+        check_choices(self, "moe")
         paper = {**BASE, **PAPER[self.router]}
         paper["top_k"] = self.num_experts if self.router == "dense" else min(paper["top_k"], self.num_experts)
         for name, value in paper.items():

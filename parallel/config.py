@@ -10,7 +10,7 @@ replicas of the same experts.
 from dataclasses import dataclass
 from typing import Literal
 
-from ..configs.typed import check
+from ..configs.typed import check, check_choices
 
 DIMENSIONS = ("pp", "dp", "cp", "tp")
 
@@ -104,6 +104,7 @@ class ParallelConfig:
     timeout: float = 120.0
 
     def __post_init__(self) -> None:
+        check_choices(self, "parallel")
         for name in ("ep", "tp", "pp", "cp", "virtual", "chunks"):
             size = getattr(self, name)
             check(size >= 1, f"parallel.{name}", size, "must be at least 1", f"use parallel.{name}=1")

@@ -6,7 +6,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ...configs.typed import check
+from ...configs.typed import check, check_choices
 from ...parallel.config import Layout, ParallelConfig
 from ..config import ModelConfig
 from ..data.config import DataConfig
@@ -50,6 +50,7 @@ class OptimConfig:
     decay: float = 0.2
 
     def __post_init__(self) -> None:
+        check_choices(self, "optim")
         for name in ("lr", "muon_lr", "eps"):
             _positive(f"optim.{name}", getattr(self, name))
         for name in ("momentum", "beta1", "beta2", "warmup"):
@@ -119,6 +120,7 @@ class TrainConfig:
     skip_nonfinite: int = 0
 
     def __post_init__(self) -> None:
+        check_choices(self, "train")
         rule = f"and train.seconds ({self.seconds}) are two ways to end a run and exactly one must be set"
         fix = "make one of them null, as in train.steps=1000 train.seconds=null"
         check((self.steps is None) != (self.seconds is None), "train.steps", self.steps, rule, fix)
@@ -187,6 +189,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        check_choices(self, "")
         check(0 <= self.seed < 2**63, "seed", self.seed, "must lie in [0, 2**63)", "use seed=0")
         model, seq_len = self.model, self.train.seq_len
         rule = f"must equal data.vocab_size ({self.data.vocab_size})"

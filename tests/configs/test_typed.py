@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from turnout import ConfigError
 from turnout.configs.typed import build, check, digest, parse_literal, to_dict
+from turnout.moe.config import MoEConfig
+from turnout.parallel.config import ParallelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,3 +104,12 @@ def test_a_word_is_read_as_its_type(annotation, text, value):
 def test_a_word_of_another_type_is_refused(annotation, text):
     with pytest.raises(ConfigError, match="key"):
         parse_literal(annotation, text, "key")
+
+
+@pytest.mark.parametrize(
+    ("cls", "key", "values"),
+    [(MoEConfig, "moe.drop_order", {"width": 8, "expert_width": 8}), (ParallelConfig, "parallel.schedule", {})],
+)
+def test_python_callers_can_not_name_a_choice_that_does_not_exist(cls, key, values):
+    with pytest.raises(ConfigError, match=rf"{key} \('score'\) must be one of"):
+        cls(**values, **{key.partition(".")[2]: "score"})
