@@ -109,6 +109,17 @@ BAD = [
         "engine=deepspeed optim=adamw train.dtype=float32 parallel.tp=2",
         "parallel.tp (2) is not built for engine=deepspeed",
     ),
+    (
+        "engine=deepspeed optim=adamw train.dtype=float32 parallel.fsdp=true",
+        "parallel.fsdp (True) is not for engine=deepspeed, which has ZeRO for it: use engine=native",
+    ),
+    ("parallel.fsdp=true parallel.tp=2", "parallel.fsdp (True) can not divide matrices that tensor parallelism"),
+    ("parallel.fsdp=true parallel.pp=2 parallel.ep=1 train.micro_batch=4", "which parallel.fsdp spreads"),
+    (
+        "parallel.fsdp=true model.width=129 moe.width=129",
+        "model.width (129) must be a multiple of the 2 ranks over which parallel.fsdp cuts a dense SwiGLU's columns: "
+        "use 130",
+    ),
     ("parallel.timeout=0", "parallel.timeout (0.0) must be positive"),
     ("nproc=1", "parallel.ep (2) must divide the data-parallel ranks (1)"),
     ("nproc=0", "nproc (0) must be at least 1"),
