@@ -6,6 +6,28 @@ from ...configs.typed import check
 
 
 @dataclass(frozen=True, kw_only=True)
+class Source:
+    """One text of a mixture.
+
+    Attributes:
+        path: as `data.path`; its training documents are read.
+        weight: its share of the rows, beside the other sources' weights.
+        since, until: the part of the run that it takes part in, as shares of `train.steps`.
+    """
+
+    path: str
+    weight: float = 1.0
+    since: float = 0.0
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self.path != "", "data.mix.path", "''", "must not be empty", "name a path")
+        check(0 < self.weight < float("inf"), "data.mix.weight", self.weight, "must be positive", "use 1")
+        rule = f"must lie in [0, 1) and before until ({self.until})"
+        check(0 <= self.since < self.until <= 1, "data.mix.since", self.since, rule, "use since: 0, until: 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Corpus and tokenizer.
 
@@ -15,6 +37,8 @@ class DataConfig:
         vocab_size: entries of the byte-level BPE tokenizer, which is trained on the training documents.
         tokenizer: a directory with a `tokenizer.json` to use instead of training one.
         cache: where tokenizer and token stream are kept; None is the run directory.
+        mix: what a run trains on in place of `path` alone, row by row in the proportion of the weights; tokenizer and
+            held-out text stay those of `path`. None = `path`.
     """
 
     path: str = "pydocs"
@@ -22,6 +46,7 @@ class DataConfig:
     vocab_size: int = 6144
     tokenizer: str | None = None
     cache: str | None = None
+    mix: tuple[Source, ...] | None = None
 
     def __post_init__(self) -> None:
         for field in ("path", "validation", "tokenizer", "cache"):
@@ -33,3 +58,8 @@ class DataConfig:
             "must lie in 257 (256 bytes and <|endoftext|>) to 1048576",
             "use 4096 to 8192 for a small corpus",
         )
+        check(self.mix is None or len(self.mix) > 0, "data.mix", "[]", "must name a source", "use null for data.path")
+        for share in sorted({0.0, *(source.until for source in self.mix or ())} - {1.0}):
+            active = [source for source in self.mix or () if source.since <= share < source.until]
+            rule = f"leaves no source after {share:g} of the run"
+            check(not self.mix or bool(active), "data.mix", f"{len(self.mix or ())} sources", rule, "raise an until")

@@ -69,6 +69,11 @@ class Rows:
     def __len__(self) -> int:
         return -(-len(self.stream) // self.seq_len)
 
+    @property
+    def sha256(self) -> str:
+        """Of what is read."""
+        return self.stream.sha256
+
     def advance(self, cursor: Cursor, count: int) -> Cursor:
         """The cursor after `count` more rows."""
         epochs, row = divmod(cursor.row + count, len(self))
@@ -113,10 +118,13 @@ class Rows:
         )
         if not (0 <= rank < size and 0 <= micro < share // each):
             raise IndexError(f"rank {rank} of {size}, micro-batch {micro} of {share // each}")
+        return self._batch(cursor, global_batch, rank * share + micro * each, each)
+
+    def _batch(self, cursor: Cursor, global_batch: int, first: int, count: int) -> Batch:
+        """Rows `first` to `first + count` of the step's `global_batch`."""
         epochs_R, rows_R = self._take(cursor, global_batch)
         total = int(np.minimum(self.seq_len, len(self.stream) - rows_R * self.seq_len).sum())
-        first = rank * share + micro * each
-        return self._gather(epochs_R[first : first + each], rows_R[first : first + each], total)
+        return self._gather(epochs_R[first : first + count], rows_R[first : first + count], total)
 
     def _take(self, cursor: Cursor, count: int) -> tuple[np.ndarray, np.ndarray]:
         epochs_R, places_R = np.divmod(cursor.row + np.arange(count), len(self))

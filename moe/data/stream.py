@@ -60,11 +60,21 @@ def prepare(config: DataConfig, directory: str | Path) -> tuple[Tokenizer, Token
         raise ConfigError(
             f"data.vocab_size ({config.vocab_size}) must hold the tokenizer's {tokenizer.vocab_size} entries: raise it"
         )
+    return tokenizer, _stream(config.path, source, cache, tokenizer)
+
+
+def prepare_mix(config: DataConfig, directory: str | Path, tokenizer: Tokenizer) -> list[TokenStream]:
+    """The training streams of the sources of `data.mix`, in order, as `prepare` takes or builds one."""
+    cache = Path(config.cache or directory)
+    return [_stream(each.path, corpus_digest(each.path), cache, tokenizer) for each in config.mix or ()]
+
+
+def _stream(path: str, source: str, cache: Path, tokenizer: Tokenizer) -> TokenStream:
     key = digest([source, tokenizer.digest])[:16]
     file = cache / f"train-{key}.tokens"
     if not file.with_suffix(".json").exists():
-        write_stream(file, read_documents(config.path, "train"), tokenizer)
-    return tokenizer, open_stream(file, tokenizer.vocab_size)
+        write_stream(file, read_documents(path, "train"), tokenizer)
+    return open_stream(file, tokenizer.vocab_size)
 
 
 def validation_documents(config: DataConfig) -> list[str]:

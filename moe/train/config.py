@@ -201,6 +201,10 @@ class RunConfig:
             tokens = model.moe.capacity_tokens
             rule = f"must equal train.seq_len ({seq_len}), the group whose capacity is shared in training"
             check(tokens in (None, seq_len), "moe.capacity_tokens", tokens, rule, "leave it to follow train.seq_len")
+        timed = [source for source in self.data.mix or () if (source.since, source.until) != (0, 1)]
+        rule = "has sources for a part of the run, which is measured in steps"
+        fits = not timed or self.train.steps is not None
+        check(fits, "data.mix", f"{len(timed)} of them", rule, "use train.steps=1000 train.seconds=null")
         for name in ("trace", "replay"):
             value, rule = getattr(self, name), "needs routers, which a dense model does not have"
             check(model.moe is not None or not value, f"moe.{name}", value, rule, "leave it out")

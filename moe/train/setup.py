@@ -24,8 +24,9 @@ from ...parallel.pipeline import keep_stages
 from ...parallel.shard import ShardSpec
 from ...parallel.stages import held
 from ..config import ModelConfig
+from ..data.mixture import Mixture
 from ..data.rows import Rows
-from ..data.stream import prepare
+from ..data.stream import prepare, prepare_mix
 from ..data.tokenizer import Tokenizer
 from ..models.decoder import Decoder
 from ..models.init import init_weights
@@ -55,11 +56,10 @@ def prepare_run(config: RunConfig, run: Path, mesh: Mesh) -> Setup:
     """Data (built by rank 0, then read by all), the model with its first weights, and its engine. Collective."""
     agree(flatten({"turnout": __version__, "code": source_digest(), "torch": torch.__version__, **to_dict(config)}))
     if mesh.rank == 0:
-        prepare(config.data, run)
+        read(config, run)
     process.barrier()
-    tokenizer, stream = prepare(config.data, run)
-    agree({"tokenizer": tokenizer.digest, "training data": stream.sha256})
-    rows = Rows(stream, config.train.seq_len, config.seed)
+    tokenizer, rows = read(config, run)
+    agree({"tokenizer": tokenizer.digest, "training data": rows.sha256})
     model, shards = build_model(dataclasses.replace(config.model, eos_token_id=tokenizer.eos_id), config, mesh)
     if config.train.compile:
         from .compiled import compile_blocks  # imports the compiler
@@ -74,6 +74,16 @@ def prepare_run(config: RunConfig, run: Path, mesh: Mesh) -> Setup:
         engine=build_engine(config, model, mesh, shards),
         identity=identity(to_dict(config)),
     )
+
+
+def read(config: RunConfig, run: Path) -> tuple[Tokenizer, Rows]:
+    """The tokenizer and the training rows, built into the run's cache where they are not there yet."""
+    data, train = config.data, config.train
+    tokenizer, stream = prepare(data, run)
+    if data.mix is None:
+        return tokenizer, Rows(stream, train.seq_len, config.seed)
+    streams, total = prepare_mix(data, run, tokenizer), train.global_batch * (train.steps or 1)
+    return tokenizer, Mixture(streams, data.mix, train.seq_len, config.seed, total, train.global_batch)
 
 
 def agree(mine: dict[str, Any]) -> None:
