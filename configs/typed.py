@@ -64,7 +64,7 @@ def check_choices(config: object, path: str) -> None:
     Raises:
         ConfigError: naming the field, the value and the options.
     """
-    for name, annotation in _choices(type(config)).items():
+    for name, annotation in _choices(typing.cast(Any, type(config))).items():
         _convert(annotation, getattr(config, name), _join(path, name))
 
 
