@@ -293,13 +293,15 @@ class Footprint:
     def buffers(self) -> int:
         """One layer's rows as they arrive and in the experts' order: one layer travels at a time.
 
-        Of `parallel.chunks` parts two are there at once. DeepSpeed has a buffer for gradients.
+        Of `parallel.chunks` parts all set out at once and one at a time is put in order; a round, all of it. DeepSpeed
+        has a buffer for gradients.
         """
-        moe, parts = self.config.model.moe, self.config.parallel.chunks
+        moe, parallel = self.config.model.moe, self.config.parallel
+        parts = 1 if parallel.exchange_rows else parallel.chunks
         bucket = BUCKET if 0 < self.held.zero < 3 else 0
         if moe is None or self.layout.ep == 1 or not self.sparse_layers:
             return bucket
-        return bucket + ceil(2 * self.width * self.received(moe) * moe.width * min(1, 2 / parts))
+        return bucket + ceil(self.width * self.received(moe) * moe.width * (1 + 1 / parts))
 
     @cached_property
     def total(self) -> int:

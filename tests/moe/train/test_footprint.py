@@ -70,7 +70,9 @@ def test_two_ranks_by_hand():
     assert (held.buffers, replace(held, collapsed=True).buffers) == (2 * 4 * 4 * 4, 2 * 8 * 4 * 4)
     assert replace(held, collapsed=True).activations == held.activations + 4 * (64 + 16)
     bounded = free(SPREAD, ep=2, exchange_rows=5, chunks=4)
-    assert Footprint(bounded, TWO, collapsed=True).buffers == 2 * 5 * 4 * 4 / 2
+    assert Footprint(bounded, TWO, collapsed=True).buffers == 2 * 5 * 4 * 4
+    chunks = free(SPREAD, ep=2, chunks=4)
+    assert Footprint(chunks, TWO, collapsed=True).buffers == (8 + 8 / 4) * 4 * 4
 
 
 def free(config, **sizes):
