@@ -50,7 +50,8 @@ def freeze(run: Path, config: RunConfig, overrides: Sequence[str]) -> None:
         ConfigError: the directory holds checkpoints that this run would not resume.
     """
     run.mkdir(parents=True, exist_ok=True)
-    if config.train.resume is False and any((run / "checkpoints").glob("step-*")):
+    held = [*(run / "checkpoints").glob("step-*"), *(run / "checkpoints" / "quarantine").glob("step-*")]
+    if config.train.resume is False and held:
         raise ConfigError(f"run ({run}) holds checkpoints already: add train.resume=true, or choose another directory")
     (run / EXIT).unlink(missing_ok=True)
     _replace(run / OVERRIDES, json.dumps(list(overrides)) + "\n")

@@ -134,6 +134,8 @@ BAD = [
     ("train.seq_len=1", "train.seq_len (1) must be at least 2"),
     ("train.save_every=0", "train.save_every (0) must be at least 1"),
     ("train.dtype=float8", "train.dtype ('float8') must be one of bfloat16, float16, float32"),
+    ("train.save_failures=-1", "train.save_failures (-1) must not be negative"),
+    ("train.async_save=2", "train.async_save (2) must be true or false"),
     ("train.resume=maybe", "train.resume (maybe) is not a directory"),
     ("train.resume=true", "train.resume (true) needs a run to resume"),
     ("train.init=x train.resume=true", "train.init (x) can not be combined with train.resume"),

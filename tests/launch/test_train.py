@@ -225,6 +225,9 @@ def test_a_directory_in_use_or_with_checkpoints_is_refused(undisturbed, data, tm
     words = tiny(data, f"run={undisturbed[0]}")
     assert cli.main(["train", *words]) == 2
     assert "holds checkpoints already: add train.resume=true" in capsys.readouterr().err
+    (tmp_path / "damaged" / "checkpoints" / "quarantine" / "step-00000002").mkdir(parents=True)
+    assert cli.main(["train", *tiny(data, f"run={tmp_path / 'damaged'}")]) == 2
+    assert "holds checkpoints already" in capsys.readouterr().err
     words = tiny(data, f"run={tmp_path}")
     with rundir.locked(tmp_path):
         assert cli.main(["train", *words]) == 2
