@@ -24,7 +24,7 @@ Dimension = Literal["pp", "dp", "cp", "tp", "ep", "edp", "near", "far", "stage",
 # A group runs along the named dimensions: ranks that differ in nothing else belong together.
 ALONG: dict[Dimension, tuple[str, ...]] = {
     "pp": ("pp",),  # hold the model together
-    "dp": ("dp",),  # read different rows
+    "dp": ("dp",),  # read different rows; nothing travels between them alone
     "cp": ("cp",),  # hold the tokens of the same rows, for one part of the heads
     "tp": ("tp",),  # hold the heads and hidden units of a layer together
     "stage": ("dp", "cp", "tp"),  # hold replicas of what is not divided
@@ -120,13 +120,18 @@ def build_mesh(config: ParallelConfig, device_type: str | None = None, num_exper
     with process.naming("creation of the mesh's groups"):
         for dim in ALONG:
             partition = ranks_along(layout, dim)
-            if len(partition[0]) > 1:
+            if len(partition[0]) > 1 and _serves(layout, dim):
                 groups[dim] = _own_group(partition, config.timeout)
         if exchange.node is not None:
             near, far = through_nodes(layout, exchange.node)
             groups["near"], groups["far"] = _own_group(near, config.timeout), _own_group(far, config.timeout)
     device, place = process.local_device(device_type), layout.place(rank)
     return Mesh(rank=rank, world=world, layout=layout, place=place, device=device, groups=groups, exchange=exchange)
+
+
+def _serves(layout: Layout, dim: Dimension) -> bool:
+    """Whether anything travels along `dim`: what is not divided has no replicas but those of its stage."""
+    return {"dp": False, "replicas": layout.tp > 1, "edp": layout.ep > 1}.get(dim, True)
 
 
 def through_nodes(layout: Layout, node: int) -> tuple[list[list[int]], list[list[int]]]:

@@ -7,6 +7,7 @@ In a world of one there is no DDP and no communication.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,8 +52,8 @@ class NativeEngine(DirectEngine):
         self.parameters = own_parameters(model)
         self.divided = [name for name in self.parameters if shards[name].along != "stage"]
         self.scale = LossScale() if dtype is torch.float16 else None
-        self._last = True
         self._wrapped: nn.Module = model
+        self._sum: _Sum | None = None
         if mesh.size("stage") > 1:
             self._wrapped = self._replicate()
 
@@ -63,14 +64,15 @@ class NativeEngine(DirectEngine):
         and DDP then keeps its first buckets, so a sum over more than two ranks has one order, resumed or not.
         """
         whole = _Replicated(self.model, self.mesh.device, self.divided)
+        self._sum = _Sum(self.mesh.group("stage"))
         with naming("start of data parallelism"):
             wrapped = DistributedDataParallel(
                 whole,
-                process_group=self.mesh.group("stage"),
+                process_group=self._sum.group,
                 gradient_as_bucket_view=True,
                 find_unused_parameters=True,
             )
-        wrapped.register_comm_hook(self, _sum_bucket)
+        wrapped.register_comm_hook(self._sum, _sum_bucket)
         return wrapped
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -78,7 +80,8 @@ class NativeEngine(DirectEngine):
             return self._wrapped(*args, **kwargs)
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
-        self._last = last
+        if self._sum is not None:
+            self._sum.due = last
         with naming("sum of the dense gradients"):
             loss.backward()
         if last:
@@ -102,15 +105,23 @@ class _Replicated(nn.Module):
         return self.model(*args, **kwargs)
 
 
-def _sum_bucket(engine: NativeEngine, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+@dataclass
+class _Sum:
+    """What DDP's hook knows: over whom to sum, and whether to. Not the engine, which DDP would keep alive for ever."""
+
+    group: dist.ProcessGroup
+    due: bool = True
+
+
+def _sum_bucket(state: _Sum, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """DDP's communication hook: leave the bucket alone while accumulating, else SUM it; never divide."""
     buffer = bucket.buffer()
-    if not engine._last:
+    if not state.due:
         done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         done.set_result(buffer)
         return done
     wide = widen(buffer)
-    work = dist.all_reduce(wide, group=engine.mesh.group("stage"), async_op=True)
+    work = dist.all_reduce(wide, group=state.group, async_op=True)
     return work.get_future().then(lambda _: buffer if wide is buffer else buffer.copy_(wide))
 
 

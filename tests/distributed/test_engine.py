@@ -1,5 +1,7 @@
 """The native engine under faults: a poisoned gradient moves nothing anywhere; a lost peer is a named error."""
 
+import dataclasses
+import gc
 import os
 import signal
 
@@ -11,7 +13,7 @@ from turnout.parallel import process
 from turnout.parallel.apply import parallelize
 from turnout.parallel.config import ParallelConfig
 from turnout.parallel.mesh import build_mesh
-from turnout.tests.distributed.tiny_training import Case, build_engine, build_model, rows_of, run_batch
+from turnout.tests.distributed.tiny_training import Case, build_engine, build_model, rows_of, run_batch, train
 from turnout.tests.helpers.ranks import run_ranks
 
 
@@ -114,3 +116,24 @@ def test_a_new_engine_goes_on_bit_for_bit_on_four_ranks():
     ):
         different = [name for name in through if not torch.equal(through[name], resumed[name])]
         assert not different
+
+
+def threads_after_training(case: Case) -> int:
+    train(dataclasses.replace(case, steps=1))
+    gc.collect()
+    return len(os.listdir("/proc/self/task"))
+
+
+def threads_of(case: Case) -> tuple[int, int]:
+    """Threads of a rank after two trainings, and after two more, each in process groups of its own.
+
+    FSDP2 keeps the groups of the latest for its next start.
+    """
+    _, second, _, last = (run_ranks(threads_after_training, 2, case)[0] for _ in range(4))
+    return second, last
+
+
+@pytest.mark.parametrize("sizes", [(), (("tp", 2),), (("pp", 2),), (("fsdp", True),)], ids=str)
+def test_an_engine_that_is_gone_leaves_no_groups_behind(sizes):
+    early, late = threads_of(Case(sizes=sizes, micro_batches=2))
+    assert late <= early, "DDP, a schedule or FSDP2 keeps the process groups, two threads each"
