@@ -86,7 +86,8 @@ class Trainer:
         self.biased = moe is not None and moe.bias_rate > 0
         self.tally: dict[tuple[int, str], Tensor] = {}  # sums of this step's earlier micro-batches, for losses
         self.counts: dict[int, Tensor] = {}  # layer → this step's load of each expert, for biases
-        self.parts: list[Part] = []  # this step's micro-batches
+        self.parts: dict[int, Part] = {}  # this step's micro-batches whose forward pass is not done
+        self.targets = 0  # valid targets of this step's global batch
         self.loss = torch.zeros((), dtype=torch.float64)  # of this step: this rank's part of the global batch's mean
         self.window = Window(config.model.moe_layers, moe, mesh.device, traffic_of(self.setup.model))
         self.metrics = Metrics(
@@ -156,11 +157,10 @@ class Trainer:
         factor = rate(config.optim, done, self.now.step)
         set_rate(engine.optimizers, factor)
         self.setup.model.train()
-        self.tally, self.counts, self.parts = {}, {}, []
+        self.tally, self.counts, self.parts = {}, {}, {}
         self.loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        engine.accumulate(config.micro_batches(self.mesh.dp_size), self._inputs, self._loss)
-        tokens = self.parts[0].total_tokens
-        self._record()
+        engine.accumulate(config.micro_batches(self.mesh.dp_size), self._inputs, self._loss, self._record)
+        self.window.add_loss(self.loss * self.targets)
         result = engine.step()
         if result.rescaled:
             self._drop()
@@ -173,11 +173,11 @@ class Trainer:
         if self.trace is not None:
             self.trace.write(self.now.step)
         self._move_biases()
-        self.window.end_step(tokens)
+        self.window.end_step(self.targets)
         self.now = replace(
             self.now,
             step=self.now.step + 1,
-            tokens=self.now.tokens + tokens,
+            tokens=self.now.tokens + self.targets,
             cursor=self._cursor(self.skipped + 1),
         )
         self.skipped = 0
@@ -198,7 +198,7 @@ class Trainer:
             batch, mesh, replay,
             step=step, seed=self.config.seed, tally=self.tally, loss_scale=self.setup.engine.loss_scale,
         )  # fmt: skip
-        self.parts.append(part)
+        self.parts[micro], self.targets = part, batch.total_tokens
         return part.inputs
 
     def _loss(self, micro: int, logits_TV: Tensor) -> Tensor:
@@ -208,18 +208,16 @@ class Trainer:
         self.loss += loss.detach()
         return loss * self.setup.engine.loss_scale
 
-    def _record(self) -> None:
-        """Keep what a step needs of its micro-batches' losses and routings."""
-        self.window.add_loss(self.loss * self.parts[0].total_tokens)
-        for part in self.parts:
-            ctx = part.ctx
-            self.window.add(ctx.routings, part.valid_T)
-            if self.trace is not None:
-                self.trace.add(ctx.route, ctx.routings)
-            if self.biased:
-                for layer, routing in ctx.routings.items():
-                    self.counts[layer] = self.counts.get(layer, 0) + routing.counts_E
-        self.parts = []
+    def _record(self, micro: int) -> None:
+        """Keep what a step needs of a micro-batch's routings, and let go of the rest."""
+        part = self.parts.pop(micro)
+        ctx = part.ctx
+        self.window.add(ctx.routings, part.valid_T)
+        if self.trace is not None:
+            self.trace.add(ctx.route, ctx.routings)
+        if self.biased:
+            for layer, routing in ctx.routings.items():
+                self.counts[layer] = self.counts.get(layer, 0) + routing.counts_E
 
     def _move_biases(self) -> None:
         """Loss-free balancing, after a step that was taken: by the experts' loads in the whole global batch."""

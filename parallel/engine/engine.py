@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from ..mesh import Mesh
 from .scale import LossScale
 
+Inputs = Callable[[int], tuple[Any, ...]]
+Loss = Callable[[int, Any], Tensor]
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -67,9 +70,7 @@ class Engine(ABC):
         """Vote, clip and step; the gradients are dropped either way. Collective."""
 
     @abstractmethod
-    def accumulate(
-        self, count: int, inputs: Callable[[int], tuple[Any, ...]], loss: Callable[[int, Any], Tensor]
-    ) -> None:
+    def accumulate(self, count: int, inputs: Inputs, loss: Loss, seen: Callable[[int], None] | None = None) -> None:
         """The gradient of an optimizer step, summed over its micro-batches and ranks. Collective.
 
         Args:
@@ -77,6 +78,7 @@ class Engine(ABC):
             inputs: micro-batch → the model's arguments.
             loss: (micro-batch, what the model returned) → this rank's part of the global batch's loss. Called in the
                 order of the micro-batches, where the model's output is.
+            seen: called in that order on every rank, when a micro-batch's forward pass (and loss) is done here.
 
         Raises:
             PeerError: a peer died or hangs.
@@ -113,8 +115,9 @@ class DirectEngine(Engine):
             PeerError: a peer died or hangs.
         """
 
-    def accumulate(
-        self, count: int, inputs: Callable[[int], tuple[Any, ...]], loss: Callable[[int, Any], Tensor]
-    ) -> None:
+    def accumulate(self, count: int, inputs: Inputs, loss: Loss, seen: Callable[[int], None] | None = None) -> None:
         for micro in range(count):
-            self.backward(loss(micro, self.forward(*inputs(micro))), last=micro == count - 1)
+            mine = loss(micro, self.forward(*inputs(micro)))
+            if seen is not None:
+                seen(micro)
+            self.backward(mine, last=micro == count - 1)

@@ -25,7 +25,7 @@ from ..mesh import Mesh
 from ..pipeline import Stage
 from ..process import naming
 from ..shard import ShardSpec
-from .engine import Engine, StepResult
+from .engine import Engine, Inputs, Loss, StepResult
 from .scale import LossScale
 from .update import clip_and_step
 
@@ -68,14 +68,13 @@ class PipelineEngine(Engine):
         self.total, self.width, self.schedule, self.tied = mesh.layout.pp * len(held), width, schedule, tied
         self.stages = {number: Stage(model, number, self.total - 1, layers) for number, layers in held.items()}
         self._given: list[tuple[Any, ...]] = []
-        self._loss: Callable[[int, Any], Tensor]
+        self._loss: Loss
+        self._seen: Callable[[int], None] | None = None
         self._schedules: dict[tuple[int, int], Any] = {}
 
-    def accumulate(
-        self, count: int, inputs: Callable[[int], tuple[Any, ...]], loss: Callable[[int, Any], Tensor]
-    ) -> None:
+    def accumulate(self, count: int, inputs: Inputs, loss: Loss, seen: Callable[[int], None] | None = None) -> None:
         """As `Engine.accumulate`; every micro-batch has as many tokens, and `loss` is called on the last stage."""
-        self._given, self._loss = [inputs(micro) for micro in range(count)], loss
+        self._given, self._loss, self._seen = [inputs(micro) for micro in range(count)], loss, seen
         tokens = {len(given[0]) for given in self._given}
         assert len(tokens) == 1, f"micro-batches of {sorted(tokens)} tokens: what travels has one shape"
         key = count, tokens.pop()
@@ -164,7 +163,13 @@ class _Scheduled(nn.Module):
         given, positions_A, ctx = engine._given[number]
         with engine.autocast():
             output: Tensor = self.stage(given if self.stage.is_first else x_TD[0], positions_A, ctx)
-        return engine._loss(number, output) if self.stage.is_last else output
+        if self.stage.is_last:
+            output = engine._loss(number, output)
+        if self.stage.number == max(engine.stages):
+            engine._given[number] = ()
+            if engine._seen is not None:
+                engine._seen(number)
+        return output
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,10 +118,35 @@ def test_the_random_streams_are_the_step_and_the_seed(data, tmp_path):
     trainer = Trainer(config, tmp_path, mesh_of(config), lambda: False)
     losses = []
     for step in (0, 1, 0):
-        trainer.now, trainer.parts = replace(trainer.now, step=step), []
+        trainer.now = replace(trainer.now, step=step)
         losses.append(float(trainer._loss(0, trainer.setup.engine.forward(*trainer._inputs(0))).detach()))
     assert losses[0] == losses[2] != losses[1]
     trainer.metrics.close()
+
+
+@pytest.mark.parametrize("ranks", [1, 2], ids=["alone", "pipeline"])
+def test_a_step_holds_the_routing_of_no_more_micro_batches_than_are_under_way(data, tmp_path, ranks):
+    words = tiny(data, "train.micro_batch=1", "train.global_batch=8", "train.steps=1", f"parallel.pp={ranks}")
+    for most in run_ranks(most_held, ranks, str(tmp_path / "run"), words):
+        assert most <= ranks
+
+
+def most_held(run: str, words: list[str]) -> int:
+    """How many micro-batches' routings were alive at once, at most, when a forward pass was done."""
+    config, alive, most = compose(words, world=process.world()).config, [], []
+    Path(run).mkdir(exist_ok=True)
+    trainer = Trainer(config, Path(run), mesh_of(config), lambda: False)
+    record = trainer._record
+
+    def watched(micro: int) -> None:
+        alive.append(weakref.ref(trainer.parts[micro].ctx))
+        record(micro)
+        most.append(sum(context() is not None and bool(context().routings) for context in alive))
+
+    trainer._record = watched
+    trainer.run()
+    assert len(alive) == 8
+    return max(most)
 
 
 def logits(words: list[str], run: str) -> torch.Tensor:
