@@ -266,6 +266,9 @@ class RunConfig:
         rule += f"({layout.cp}) and parallel.tp ({layout.tp}) divide its tokens"
         check(seq_len * each % pieces == 0, "train.seq_len", seq_len, rule, f"use {-(-seq_len // pieces) * pieces}")
         self._check_micro_batches(layout)
+        rule = f"may make more rounds on some of the {layout.edp} ranks among which parallel.fsdp divides an expert"
+        limit, fits = self.parallel.exchange_rows, layout.edp == 1 or not self.parallel.fsdp
+        check(limit is None or fits, "parallel.exchange_rows", limit, rule, "use null, or parallel.fsdp=false")
         rule = f"must be a multiple of the {layout.stage} ranks over which parallel.fsdp cuts a dense SwiGLU's columns"
         cuts = self.parallel.fsdp and len(self.model.moe_layers) < self.model.layers
         width, ranks = self.model.width, layout.stage

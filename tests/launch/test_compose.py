@@ -120,6 +120,11 @@ BAD = [
         "model.width (129) must be a multiple of the 2 ranks over which parallel.fsdp cuts a dense SwiGLU's columns: "
         "use 130",
     ),
+    (
+        "nproc=4 parallel.fsdp=true parallel.exchange_rows=64",
+        "parallel.exchange_rows (64) may make more rounds on some of the 2 ranks among which parallel.fsdp divides an "
+        "expert: use null, or parallel.fsdp=false",
+    ),
     ("parallel.timeout=0", "parallel.timeout (0.0) must be positive"),
     ("nproc=1", "parallel.ep (2) must divide the data-parallel ranks (1)"),
     ("nproc=0", "nproc (0) must be at least 1"),
