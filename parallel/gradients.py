@@ -1,6 +1,6 @@
 """The gradient of the global batch: its norm and its clip, with every parameter counted exactly once.
 
-After reduction a gradient stands on several ranks: a dense one on all, an expert's on its edp replicas. So
+After reduction a gradient stands on every rank that holds the same slice (`ShardSpec.along`). So
 
     norm² = Σ over all ranks and parameters of (local square / number of replicas)
     clip  = min(1, max_norm / (norm + 1e-6))

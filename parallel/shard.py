@@ -28,10 +28,6 @@ class ShardSpec:
     def __post_init__(self) -> None:
         assert len(self.global_shape) == len(self.offset), "one offset a dimension"
 
-    def is_whole(self, local_shape: tuple[int, ...]) -> bool:
-        """Whether a local tensor of this shape is the whole one (then it is replicated)."""
-        return tuple(local_shape) == self.global_shape
-
     @property
     def block(self) -> "ShardSpec":
         """The same place with the parts as a dimension of their own, [parts, ...]: one block at every layout."""

@@ -1,1 +1,1 @@
-"""What turns a loss into a step on all ranks: `native` (DDP and expert sums) or `deepspeed` (ZeRO)."""
+"""What turns losses into a step on all ranks: DDP and sums, FSDP2, pipelines, or DeepSpeed's ZeRO."""

@@ -69,7 +69,7 @@ def test_one_rank_keeps_everything_local():
     shards = parallelize(model, build_mesh(ParallelConfig()))
     assert model.get_parameter(STACK) is before
     assert isinstance(model.blocks[1].ffn.dispatcher, LocalDispatcher)
-    assert all(shards[name].is_whole(tuple(tensor.shape)) for name, tensor in model.state_dict().items())
+    assert all(shards[name].global_shape == tuple(tensor.shape) for name, tensor in model.state_dict().items())
 
 
 def indivisible() -> str:

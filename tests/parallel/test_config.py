@@ -6,7 +6,6 @@ from turnout import ConfigError
 from turnout.parallel.config import Layout, ParallelConfig
 from turnout.parallel.mesh import ranks_along, through_nodes
 from turnout.parallel.plan import match
-from turnout.parallel.shard import ShardSpec
 
 
 @pytest.mark.parametrize(
@@ -82,8 +81,3 @@ def test_the_first_matching_pattern_places_a_parameter_and_the_rest_is_replicate
     assert match(plan, "norm.weight") == "replicate"
     with pytest.raises(ConfigError, match="colum"):
         match({"*": "colum"}, "x")
-
-
-def test_a_shard_knows_whether_it_is_whole():
-    assert ShardSpec((4, 2), (0, 0)).is_whole((4, 2))
-    assert not ShardSpec((4, 2), (2, 0)).is_whole((2, 2))
