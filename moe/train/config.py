@@ -214,11 +214,15 @@ class RunConfig:
             check(self.engine == "native", "parallel.fsdp", True, rule, "use engine=native, or parallel.zero")
             rule = "can not divide matrices that tensor parallelism divides already"
             check(self.parallel.tp == 1, "parallel.fsdp", True, rule, "use parallel.tp=1, or parallel.fsdp=false")
-        rule = "is not built: DeepSpeed then averages gradients, cuts spread experts as if whole, hangs if recomputed"
-        check(self.parallel.zero < 3, "parallel.zero", self.parallel.zero, rule, "use 1 or 2")
         rule = "is read by engine=deepspeed only"
         stage, fits = self.parallel.zero, self.engine == "deepspeed" or self.parallel.zero == 1
         check(fits, "parallel.zero", stage, rule, "use engine=deepspeed, or leave it out")
+        if stage == 3:
+            ep = self.parallel.ep
+            rule = "gives ranks experts of their own, and parallel.zero=3 cuts what all ranks hold"
+            check(ep == 1, "parallel.ep", ep, rule, "use parallel.zero=2, or engine=native parallel.fsdp=true")
+            rule = "is not built for parallel.zero=3, whose parameters come and go"
+            check(not self.train.compile, "train.compile", True, rule, "use train.compile=false, or parallel.zero=2")
         self._check_pipeline()
         if self.engine == "deepspeed":
             rule = "is not built for engine=deepspeed (ZeRO shards flat AdamW states)"

@@ -269,13 +269,18 @@ class Footprint:
         """Copies of the matrices in `train.dtype`, kept for backward; the head's too, a lookup needs none.
 
         Every micro-batch in flight has its own. Under FSDP2 what is gathered: the model's ends, two blocks at a time.
+        Under ZeRO-3 the ends and a block in float32, and the matrices that products keep when nothing is recomputed.
         """
+        ends = sum(part.count for part in self.held.parts if not part.name.startswith("blocks."))
+        largest = max(sum(p.count for p in self._block(sparse)) for sparse, _ in self._blocks)
         if self.config.parallel.fsdp:
-            ends = sum(part.count for part in self.held.parts if not part.name.startswith("blocks."))
-            sizes = (sum(p.count for p in self._block(sparse)) for sparse, _ in self._blocks)
-            return self.width * (ends + min(2, len(self.layers)) * max(sizes))
+            return self.width * (ends + min(2, len(self.layers)) * largest)
         again = {"none": "-", "selective": ".ffn.", "full": "blocks."}[self.config.train.recompute]
-        each = self._casts(part for part in self.held.parts if again not in part.name)
+        kept = [part for part in self.held.parts if again not in part.name]
+        if self.held.zero == 3:
+            matrices = sum(part.count for part in kept if shapes.is_hidden_matrix(part.name, len(part.shape)))
+            return WIDE * (ends + largest) + self.width * matrices
+        each = self._casts(kept)
         return ceil(each * self.in_flight / self.config.parallel.virtual)
 
     def _casts(self, parts: Iterable[Part]) -> int:
@@ -298,7 +303,7 @@ class Footprint:
         """
         moe, parallel = self.config.model.moe, self.config.parallel
         parts = 1 if parallel.exchange_rows else parallel.chunks
-        bucket = BUCKET if 0 < self.held.zero < 3 else 0
+        bucket = BUCKET if self.held.zero else 0
         if moe is None or self.layout.ep == 1 or not self.sparse_layers:
             return bucket
         return bucket + ceil(self.width * self.received(moe) * moe.width * (1 + 1 / parts))

@@ -54,8 +54,8 @@ class Held:
 
     @property
     def dense(self) -> int:
-        """Numbers of the parameters used here that are not an expert's."""
-        return sum(part.count for part in self.parts if not shapes.is_expert(part.name))
+        """Numbers of what DeepSpeed cuts: the parameters used here that are not an expert's, under ZeRO-3 all."""
+        return sum(part.count for part in self.parts if self.zero == 3 or not shapes.is_expert(part.name))
 
     @cached_property
     def numbers(self) -> int:
@@ -91,7 +91,7 @@ class Held:
     def optimizer(self) -> int:
         """AdamW: mean, square and (float32) a counter for each tensor; Muon: a momentum; Adafactor: a row, a column."""
         if self.zero:
-            experts = [part for part in self.parts if shapes.is_expert(part.name)]
+            experts = [part for part in self.parts if self.zero < 3 and shapes.is_expert(part.name)]
             return 2 * WIDE * self._piece + sum(part.times * self._state(part.name, part.shape) for part in experts)
         return sum(times * self._state(name, shape) for name, shape, times in self.owned)
 

@@ -258,7 +258,7 @@ class Trainer:
         with self.window.paused(), self.setup.engine.autocast():
             result = evaluate(
                 self.setup.model, self.setup.tokenizer, texts, seq_len=self.config.train.seq_len, mesh=self.mesh,
-                forward=self.setup.engine.infer if self.mesh.layout.pp > 1 else None,
+                forward=self.setup.engine.infer,
             )  # fmt: skip
         row = {"kind": "eval", "step": self.now.step}
         self.metrics.write({**row, "val_loss": result.val_loss, "bits_per_byte": result.bits_per_byte})
@@ -268,7 +268,7 @@ class Trainer:
         setup = self.setup
         if (scale := setup.engine.scale) is not None:
             self.now = replace(self.now, loss_scale=scale.factor, good_steps=scale.good)
-        with self.window.paused():
+        with self.window.paused(), setup.engine.whole():
             setup.engine.gather_state()
             named = state.tensors(setup.model, setup.engine.optimizers, setup.shards)
             meta = state.to_meta(self.now, setup.identity, setup.tokenizer.digest)
@@ -289,7 +289,8 @@ class Trainer:
         """Leave a note of the batch that broke the step and pass over it, or stop on every rank. Collective."""
         allowed, cursor = self.config.train.skip_nonfinite, self._cursor(self.skipped)
         step = self.now.step
-        text = nonfinite.leave_note(self.run_dir, self.setup.model, step, cursor, loss, grad_norm)
+        with self.setup.engine.whole():
+            text = nonfinite.leave_note(self.run_dir, self.setup.model, step, cursor, loss, grad_norm)
         if self.skipped == allowed:
             again = f" ({allowed} in a row were skipped before it, as train.skip_nonfinite says)" if allowed else ""
             raise NonFiniteError(f"{text}{again}: lower optim.lr or look at the batch named in {nonfinite.NOTE}")

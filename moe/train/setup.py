@@ -18,6 +18,7 @@ from ...parallel.engine.engine import Engine
 from ...parallel.engine.fsdp import FsdpEngine
 from ...parallel.engine.native import NativeEngine
 from ...parallel.engine.pipeline import PipelineEngine
+from ...parallel.engine.zero3 import Zero3Engine
 from ...parallel.fsdp import divide, own
 from ...parallel.mesh import Mesh
 from ...parallel.pipeline import keep_stages
@@ -142,11 +143,13 @@ def build_engine(config: RunConfig, model: Decoder, mesh: Mesh, shards: dict[str
             schedule=config.parallel.schedule, tied=("embed.weight",) if model.cfg.tie_embeddings else (),
             clip=clip, dtype=forward_dtype(config),
         )  # fmt: skip
+    dtype = forward_dtype(config)
+    if config.engine == "deepspeed" and config.parallel.zero == 3:
+        return Zero3Engine(model, optimizers, mesh, shards, units=model.blocks, clip=clip, dtype=dtype)
     if config.engine == "deepspeed":
-        stage = config.parallel.zero
-        return DeepSpeedEngine(model, optimizers, mesh, shards, clip=clip, stage=stage, dtype=forward_dtype(config))
+        return DeepSpeedEngine(model, optimizers, mesh, shards, clip=clip, stage=config.parallel.zero, dtype=dtype)
     engine = FsdpEngine if config.parallel.fsdp else NativeEngine
-    return engine(model, optimizers, mesh, shards, clip=clip, dtype=forward_dtype(config))
+    return engine(model, optimizers, mesh, shards, clip=clip, dtype=dtype)
 
 
 def forward_dtype(config: RunConfig) -> torch.dtype | None:
@@ -177,8 +180,9 @@ def load(checkpoint: Checkpoint, setup: Setup) -> state.Progress:
         ConfigError: the checkpoint is of another model, data, seed or batch. CheckpointError: it does not fit.
     """
     progress = state.from_meta(checkpoint.meta, setup.identity, setup.tokenizer.digest)
-    state.restore(checkpoint, setup.model, setup.engine.optimizers, setup.shards)
-    setup.engine.scatter_state()
+    with setup.engine.whole():
+        state.restore(checkpoint, setup.model, setup.engine.optimizers, setup.shards)
+        setup.engine.scatter_state()
     if (scale := setup.engine.scale) is not None and progress.loss_scale is not None:
         scale.factor, scale.good = progress.loss_scale, progress.good_steps
     return progress

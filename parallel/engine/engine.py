@@ -2,8 +2,9 @@
 
     engine.accumulate(count, inputs, loss)   # forward and backward of micro-batches, gradients summed over ranks
     result = engine.step()                   # norm, vote, clip, optimizers; gradients are gone afterwards
-    engine.gather_state()                    # before a checkpoint reads the optimizers' states
-    engine.scatter_state()                   # after a checkpoint filled them and the model
+    with engine.whole():                     # around whatever reads or fills the model
+        engine.gather_state()                # before a checkpoint reads the optimizers' states
+        engine.scatter_state()               # after a checkpoint filled them and the model
 
 Losses are sums divided by a global token count, so every reduction is a plain SUM in float32 (float64 stays) and
 nothing is divided.
@@ -11,6 +12,7 @@ nothing is divided.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +94,13 @@ class Engine(ABC):
     def autocast(self) -> torch.autocast:
         """The precision of the forward pass."""
         return torch.autocast(self.mesh.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Parameters are what `shards` says, to read and to fill; some engines leave nothing of them in between.
+
+        Collective.
+        """
+        return nullcontext()
 
     def gather_state(self) -> None:  # noqa: B027 (most engines have nothing to do)
         """Make `optimizers[i].state[parameter]` current: it always is, unless an engine holds it elsewhere."""

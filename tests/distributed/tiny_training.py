@@ -211,7 +211,8 @@ def train(case: Case) -> dict:
         seen["steps"].append(engine.step())
         if dict(case.moe).get("bias_rate"):
             move_biases(model, parts, mesh)
-    seen["parameters"] = {name: p.detach().clone() for name, p in own_parameters(model).items()}
+    with engine.whole():
+        seen["parameters"] = {name: p.detach().clone() for name, p in own_parameters(model).items()}
     seen["biases"] = {name: b.clone() for name, b in model.named_buffers() if name.endswith("balance_bias")}
     seen["shards"] = shards
     return seen
@@ -245,8 +246,12 @@ def build_engine(case: Case, model, mesh, shards):
     groups = [{"params": some, "weight_decay": decay} for decay, some in by_decay.items()]
     if case.engine == "deepspeed":
         from turnout.parallel.engine.deepspeed import DeepSpeedEngine
+        from turnout.parallel.engine.zero3 import Zero3Engine
 
-        return DeepSpeedEngine(model, [optimizer(groups, lr=lr)], mesh, shards, clip=case.clip, stage=case.zero)
+        some: dict[str, Any] = {"clip": case.clip, "dtype": case.autocast}
+        if case.zero == 3:
+            return Zero3Engine(model, [optimizer(groups, lr=lr)], mesh, shards, units=model.blocks, **some)
+        return DeepSpeedEngine(model, [optimizer(groups, lr=lr)], mesh, shards, stage=case.zero, **some)
     if mesh.layout.pp > 1:
         return PipelineEngine(
             model, [optimizer(groups, lr=lr)], mesh, shards, stages_of(case, model, mesh), width=WIDTH,

@@ -161,8 +161,13 @@ BAD = [
         "optim.state_dtype (bfloat16) is not built for engine=",
     ),
     (
-        "engine=deepspeed optim=adamw parallel.zero=3",
-        "parallel.zero (3) is not built: DeepSpeed then averages gradients, cuts spread experts",
+        "engine=deepspeed optim=adamw parallel.zero=3 parallel.ep=2",
+        "parallel.ep (2) gives ranks experts of their own, and parallel.zero=3 cuts what all ranks hold: use "
+        "parallel.zero=2, or engine=native parallel.fsdp=true",
+    ),
+    (
+        "engine=deepspeed optim=adamw parallel.zero=3 parallel.ep=1 train.compile=true",
+        "train.compile (True) is not built for parallel.zero=3",
     ),
     ("parallel.zero=2", "parallel.zero (2) is read by engine=deepspeed only: use engine=deepspeed"),
     (

@@ -137,6 +137,20 @@ def test_zero_by_hand():
         assert held.buffers == footprint.BUCKET + 2 * 4 * 4 * 4
 
 
+def test_zero_3_by_hand():
+    held = {}
+    for how in ("none", "full"):
+        train = replace(SPREAD.train, dtype="float32", recompute=how)
+        config = replace(SPREAD, engine="deepspeed", train=train, parallel=ParallelConfig(zero=3))
+        held[how] = Footprint(config, Layout(dp=2, ep=1, edp=2))
+    # pieces of 1468: the weights' and their copy; gathered are the ends and the sparse block
+    assert (held["full"].weights, held["full"].gradients) == (4 * 2 * 734, 4 * 734)
+    assert held["full"].optimizer == 8 * 734
+    assert held["full"].casts == 4 * (1200 + 4 + 136)
+    assert held["none"].casts == 4 * (1200 + 4 + 136) + 4 * (2 * 48 + 72 + 72)
+    assert held["full"].buffers == footprint.BUCKET
+
+
 def test_recomputing_by_hand():
     held = {how: Footprint(replace(RUN, train=replace(RUN.train, recompute=how)), ONE) for how in ("selective", "full")}
     # selective keeps the input alone of 4 tokens: of the dense slot 4 · 4 bytes each, of the experts beside the router
