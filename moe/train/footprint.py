@@ -268,26 +268,35 @@ class Footprint:
     def casts(self) -> int:
         """Copies of the matrices in `train.dtype`, kept for backward; the head's too, a lookup needs none.
 
-        Every micro-batch in flight has its own. Under FSDP2 what is gathered: the model's ends, two blocks at a time.
-        Under ZeRO-3 the ends and a block in float32, and the matrices that products keep when nothing is recomputed.
+        Every micro-batch in flight has its own. Under FSDP2 the model's ends, gathered in float32, are beside them, and
+        blocks are gathered in `train.dtype`: these need no copies. Under ZeRO-3 the ends and a block in float32, and
+        the matrices that products keep when nothing is recomputed.
         """
-        ends = sum(part.count for part in self.held.parts if not part.name.startswith("blocks."))
-        largest = max(sum(p.count for p in self._block(sparse)) for sparse, _ in self._blocks)
-        if self.config.parallel.fsdp:
-            return self.width * (ends + min(2, len(self.layers)) * largest)
         again = {"none": "-", "selective": ".ffn.", "full": "blocks."}[self.config.train.recompute]
         kept = [part for part in self.held.parts if again not in part.name]
         if self.held.zero == 3:
+            ends = sum(part.count for part in self.held.parts if not part.name.startswith("blocks."))
+            largest = max(sum(p.count for p in self._block(sparse)) for sparse, _ in self._blocks)
             matrices = sum(part.count for part in kept if shapes.is_hidden_matrix(part.name, len(part.shape)))
             return WIDE * (ends + largest) + self.width * matrices
         each = self._casts(kept)
-        return ceil(each * self.in_flight / self.config.parallel.virtual)
+        return WIDE * self.held.ends + ceil(each * self.in_flight / self.config.parallel.virtual)
+
+    @property
+    def gathered(self) -> int:
+        """What FSDP2 has of a block in its backward pass: its weights and the next one's in `train.dtype`, its gradient
+        in that type and, to be summed, in float32; beside them the whole gradient of the model's ends, in float32."""
+        blocks = max(self.held.divided(self._block(sparse)) for sparse, _ in self._blocks)
+        return ((min(2, len(self.layers)) + 1) * self.width + WIDE) * blocks + WIDE * self.held.ends
 
     def _casts(self, parts: Iterable[Part]) -> int:
         """Of these under autocast."""
-        head = "embed.weight" if self.config.model.tie_embeddings else "head.weight"
-        used = (p for p in parts if shapes.is_hidden_matrix(p.name, len(p.shape)) or (self._last and p.name == head))
-        return 0 if self.width == WIDE else self.width * sum(part.count for part in used)
+        return 0 if self.width == WIDE else self.width * sum(part.count for part in parts if self._is_cast(part))
+
+    def _is_cast(self, part: Part) -> bool:
+        if part.name == ("embed.weight" if self.config.model.tie_embeddings else "head.weight"):
+            return self._last
+        return shapes.is_hidden_matrix(part.name, len(part.shape)) and not self.held.divides(part)
 
     @property
     def logits(self) -> int:
@@ -315,7 +324,9 @@ class Footprint:
         kept = self.activations - ends
         block = max(self.again(sparse) for sparse, _ in self._blocks)
         micro = self.casts + kept + max(ends + self.logits, block + self.buffers)
-        if not self.config.parallel.fsdp:
+        if self.config.parallel.fsdp:
+            micro = max(micro, self.casts + kept + block + self.buffers + self.gathered)
+        else:
             cached = self._casts(part for part in self.held.parts if not shapes.is_expert(part.name))
             micro = max(micro, cached + kept + ends)
         lasting = self.weights + self.gradients + self.optimizer + self.travelling

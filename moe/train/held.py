@@ -2,7 +2,8 @@
 
     none            every rank of a stage holds what its layers have: of experts 1 / ep, of attention and of dense
                     feed-forward networks 1 / tp, all else whole
-    fsdp            of each parameter every rank that would hold the same has some rows (the first rank the most)
+    fsdp            of each matrix every rank that would hold the same has some rows (the first rank the most), of a
+                    dense W_in some columns; vectors and routers are whole
     DeepSpeed 1     states of what is not an expert in equal pieces, beside a copy of the weights' piece
               2     the gradients too
               3     the weights too
@@ -10,6 +11,7 @@
 All numbers are bytes; float32 but for states that `optim.state_dtype` says otherwise of.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
@@ -37,11 +39,29 @@ class Held:
 
     @cached_property
     def owned(self) -> list[tuple[str, tuple[int, ...], int]]:
-        """Name, shape and number of the parameters whose states are here: under FSDP2 some rows of each."""
-        if not self.config.parallel.fsdp:
-            return [(part.name, part.shape, part.times) for part in self.parts]
-        rows = [ceil(part.shape[0] / self.replicas(part)) for part in self.parts]
-        return [(p.name, (first, *p.shape[1:]), p.times) for p, first in zip(self.parts, rows, strict=True)]
+        """Name, shape and number of the parameters whose states are here: under FSDP2 a share of each matrix."""
+        return [(part.name, self._share(part), part.times) for part in self.parts]
+
+    def _share(self, part: Part) -> tuple[int, ...]:
+        if not self.divides(part):
+            return part.shape
+        cut, shape = int(part.name.endswith(".ffn.w_in.weight")), list(part.shape)
+        shape[cut] = ceil(shape[cut] / self.replicas(part))
+        return tuple(shape)
+
+    def divides(self, part: Part) -> bool:
+        """Whether FSDP2 divides the parameter (`parallel/fsdp.py`)."""
+        matrix = len(part.shape) > 1 and not shapes.is_router(part.name)
+        return self.config.parallel.fsdp and matrix and self.replicas(part) > 1
+
+    def divided(self, parts: Iterable[Part]) -> int:
+        """Numbers of those that FSDP2 divides, gathered."""
+        return sum(part.count for part in parts if self.divides(part))
+
+    @cached_property
+    def ends(self) -> int:
+        """Numbers of embedding and head that FSDP2 gathers for the whole of a forward and a backward pass."""
+        return self.divided(part for part in self.parts if not part.name.startswith("blocks."))
 
     def replicas(self, part: Part) -> int:
         """Ranks that would hold the same."""

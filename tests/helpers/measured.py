@@ -1,45 +1,92 @@
-"""What the real loop's first micro-batch holds in memory on this rank, and what was foretold."""
+"""What the real loop's step holds in memory on this rank, and what was foretold."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from turnout.launch.compose import compose
 from turnout.moe.train.footprint import Footprint
 from turnout.moe.train.loop import Trainer
 from turnout.parallel import process
+from turnout.parallel.fsdp import own
 from turnout.parallel.mesh import build_mesh
 from turnout.tests.helpers.memory import Memory
 
 
 def measure(run: str, words: list[str]) -> dict[str, tuple[int, int]]:
-    """Bytes (measured, foretold): `lasting` weights, gradients and states, `kept` after a forward pass, `peak`.
+    """Bytes (measured, foretold): `lasting` weights and gradients, `states`, `kept` after a forward pass, `peak`.
 
-    The peak is that of a forward and a backward pass, or of a pipeline's whole schedule, without what lasts.
+    The peak is that of all micro-batches of a step, or of a pipeline's whole schedule, without what lasts.
     """
+    trainer, held = _start(run, words)
+    count, engine = held.config.micro_batches(held.layout.dp), trainer.setup.engine
+    weights = list(trainer.setup.model.parameters())
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    if held.layout.pp == 1:
+        _micro(trainer, 0).backward()  # from now on DDP's gradients are views of its buckets
+    trainer.parts = []
+    lasting = [own(tensor) for weight in weights for tensor in (weight, weight.grad)]
+    with Memory(lasting) as measured:
+        if held.layout.pp > 1:
+            engine.accumulate(count, trainer._inputs, trainer._loss)
+            kept = held.casts + held.activations  # nobody can look in between
+        else:
+            for micro in range(count):
+                loss = _micro(trainer, micro)
+                kept = kept if micro else measured.living()
+                loss.backward()
+    _step(trainer, count)
+    rest = held.weights + held.gradients + held.optimizer
+    return {
+        "lasting": (sum(tensor.nbytes for tensor in lasting), held.weights + held.gradients),
+        "states": (sum(tensor.nbytes for tensor in _states(engine.optimizers)), held.optimizer),
+        "kept": (kept, held.casts + held.activations),
+        "peak": (measured.peak, held.total - rest),
+    }
+
+
+def measure_zero(run: str, words: list[str]) -> dict[str, tuple[int, int]]:
+    """As `measure` under DeepSpeed: `lasting` weights and states, `peak` beyond these with gradients and buffer."""
+    trainer, held = _start(run, words)
+    count, engine = held.config.micro_batches(held.layout.dp), trainer.setup.engine
+    _step(trainer, count)
+    optimizers = [engine._dense_optimizer, *engine._expert_optimizers]
+    flat = [*engine._zero.bit16_groups_flat, *engine._zero.single_partition_of_fp32_groups, *engine._experts]
+    lasting = [*flat, *_states(optimizers)]
+    trainer.parts = []
+    with Memory(lasting) as measured:
+        engine.accumulate(count, trainer._inputs, trainer._loss)
+    rest = held.weights + held.optimizer
+    return {
+        "lasting": (sum(tensor.nbytes for tensor in lasting), rest),
+        "peak": (measured.peak, held.total - rest),
+    }
+
+
+def _start(run: str, words: list[str]) -> tuple[Trainer, Footprint]:
     config = compose(words, world=process.world()).config
     Path(run).mkdir(exist_ok=True)
     experts = config.model.moe.num_experts if config.model.moe else None
     mesh = build_mesh(config.parallel, "cpu", experts)
     trainer = Trainer(config, Path(run), mesh, lambda: False)
-    model, engine = trainer.setup.model, trainer.setup.engine
-    model.train()
-    for weight in model.parameters():
-        weight.grad = torch.zeros_like(weight)
-    lasting = [*model.parameters(), *(weight.grad for weight in model.parameters())]
-    held = Footprint(config, mesh.layout, cpu=True, stage=mesh.place["pp"])
-    with Memory(lasting) as measured:
-        if mesh.layout.pp > 1:
-            engine.accumulate(config.micro_batches(mesh.layout.dp), trainer._inputs, trainer._loss)
-            kept = held.casts + held.activations  # nobody can look in between
-        else:
-            loss = trainer._loss(0, engine.forward(*trainer._inputs(0)))
-            kept = measured.living()
-            loss.backward()
     trainer.metrics.close()
-    rest = held.weights + held.gradients + held.optimizer
-    return {
-        "lasting": (sum(tensor.nbytes for tensor in lasting), held.weights + held.gradients),
-        "kept": (kept, held.casts + held.activations),
-        "peak": (measured.peak, held.total - rest),
-    }
+    trainer.setup.model.train()
+    return trainer, Footprint(config, mesh.layout, cpu=True, stage=mesh.place["pp"])
+
+
+def _micro(trainer: Trainer, micro: int) -> Tensor:
+    return trainer._loss(micro, trainer.setup.engine.forward(*trainer._inputs(micro)))
+
+
+def _step(trainer: Trainer, count: int) -> None:
+    trainer.parts = []
+    trainer.setup.engine.accumulate(count, trainer._inputs, trainer._loss)
+    trainer.setup.engine.step()
+
+
+def _states(optimizers: list[torch.optim.Optimizer]) -> Iterator[Tensor]:
+    kept = (value for optimizer in optimizers for state in optimizer.state.values() for value in state.values())
+    return (value for value in kept if isinstance(value, Tensor))

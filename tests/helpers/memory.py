@@ -12,26 +12,32 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from turnout.parallel.fsdp import own
+
 
 class Memory(TorchDispatchMode):
-    """Bytes of the tensors that live, of those made inside but for views of `others`; `peak` is the most ever."""
+    """Bytes of the tensors that live, of those made inside but for views of `others`; `peak` is the most ever.
+
+    A storage counts with the size that it has at the time: FSDP2 empties its own and fills them again.
+    """
 
     def __init__(self, others=()):
         super().__init__()
-        self.storages, self.peak = {}, 0
+        self.storages, self.peak = set(), 0
         self.others = {tensor.untyped_storage().data_ptr() for tensor in others}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if self.others and storage.data_ptr() in self.others:
+                storage = own(tensor).untyped_storage()
+                if storage.data_ptr() and storage.data_ptr() in self.others:
                     continue
-                self.storages[StorageWeakRef(storage)] = storage.nbytes()
+                self.storages.add(StorageWeakRef(storage))
         self.peak = max(self.peak, self.living())
         return result
 
     def living(self):
-        self.storages = {ref: size for ref, size in self.storages.items() if not ref.expired()}
-        return sum(self.storages.values())
+        self.storages = {ref for ref in self.storages if not ref.expired()}
+        found = (torch.UntypedStorage._new_with_weak_ptr(ref.cdata) for ref in self.storages)
+        return sum(storage.nbytes() for storage in found if storage is not None)
