@@ -64,6 +64,7 @@ class Choice:
             f"{self.tried} layouts, {len(self.picked)} fit, the fastest is taken"
             f" (train.recompute={train.recompute}, train.micro_batch={train.micro_batch or 'null'}):"
         )
+        yield from caveats(self.picked[0].config)
         yield f"{'dp':>6}{'cp':>5}{'tp':>5}{'pp':>5}{'ep':>5}  fsdp {'memory':>12} {'step':>10}"
         for forecast in self.picked[:SHOWN]:
             sizes, on = forecast.layout, "yes" if forecast.config.parallel.fsdp else "no"
@@ -71,6 +72,12 @@ class Choice:
                 f"{sizes.dp:>6}{sizes.cp:>5}{sizes.tp:>5}{sizes.pp:>5}{sizes.ep:>5}  {on:>4} "
                 f"{forecast.memory.total / 2**30:>8.2f} GiB {forecast.seconds:>8.3g} s"
             )
+
+
+def caveats(config: RunConfig) -> Iterator[str]:
+    """What of the run is in no number, for a person."""
+    if config.train.compile:
+        yield "train.compile is on: memory and time are those of blocks that are not compiled"
 
 
 def choose(config: RunConfig, world: int, machines: Machines, given: Collection[str]) -> Choice:

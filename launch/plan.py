@@ -13,7 +13,7 @@ from ..configs.typed import check
 from ..moe import shapes
 from ..moe.flops import experts_met, flops_per_token
 from ..moe.train.config import RunConfig
-from .auto import Choice, Machines
+from .auto import Choice, Machines, caveats
 from .cli import Options, parse, write_json
 from .compose import GROUPS, ROOT_KEYS, compose
 from .forecast import Forecast
@@ -63,8 +63,6 @@ def main(args: list[str]) -> int:
     machines = Machines(accelerator=chip, network=net, words=f"{options.accelerator}, {options.network}")
     composed = compose(words, options.world, machines=machines)
     config, world = composed.config, composed.world
-    rule, fix = "is not planned: what it keeps is not in the formulas", "use train.compile=false"
-    check(not config.train.compile, "train.compile", config.train.compile, rule, fix)
     chosen = Forecast(config, config.layout(world), chip, net)
     table = best_first(list(layouts(config, world, chip, net)))
     worlds = list(at_other_sizes(config, world, chip, net))
@@ -174,7 +172,7 @@ def show(
     from rich.table import Table
 
     console, layout = Console(width=100, highlight=False), chosen.layout
-    for line in choice.lines() if choice else ():
+    for line in choice.lines() if choice else caveats(chosen.config):
         console.print(line)
     sizes = " x ".join(f"{name} {getattr(layout, name)}" for name in ("pp", "dp", "cp", "tp"))
     console.print(f"{options.accelerator}, {options.network}: {layout.world} ranks = {sizes}, ep {layout.ep}")

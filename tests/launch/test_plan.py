@@ -59,6 +59,17 @@ def test_layouts_that_do_not_fit_are_marked_and_come_last(tmp_path, capsys):
     assert "DOES NOT FIT" in shown
 
 
+@pytest.mark.parametrize("how", ["parallel.dp=2", "parallel=auto"])
+def test_compiled_blocks_are_planned_as_if_they_were_not_and_the_plan_says_so(how, capsys):
+    shown = []
+    for words in ((), ("train.compile=true",)):
+        assert main(["plan", "world=2", how, *words]) == 0
+        shown.append(capsys.readouterr().out.splitlines())
+    line = "train.compile is on: memory and time are those of blocks that are not compiled"
+    assert shown[1].count(line) == 1
+    assert [other for other in shown[1] if other != line] == shown[0]
+
+
 def test_thousands_of_ranks_take_a_moment(tmp_path, capsys):
     big = ["model.layers=48", "model.width=4096", "model.heads=32", "model.kv_heads=8", "model.head_dim=128"]
     sizes = ["moe=qwen3_moe", "moe.num_experts=128", "moe.expert_width=1536", "moe.top_k=8", "data.vocab_size=100000"]
@@ -86,7 +97,6 @@ def test_thousands_of_ranks_take_a_moment(tmp_path, capsys):
         (["network=string"], "network (string) is not a known network and no file"),
         (["moe.num_expert=8"], "did you mean moe.num_experts?"),
         (["worl=8"], "did you mean world?"),
-        (["train.compile=true"], "train.compile (True) is not planned"),
         (["switch"], "has no '='"),
     ],
     ids=str,
