@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from ..configs.typed import check
 from .cli import Options, parse, write_json
+from .rundir import CONFIG, frozen
 
 SUMMARY = "loss, bits per byte and an expert report on held-out text"
 HELP = """\
@@ -21,7 +22,7 @@ usage: turnout evaluate CKPT [key=value ...]
 CKPT is a run or model directory. Loss is in nats a token; bits per byte compares across tokenizers.
 
   data=pydocs        pydocs, or a .jsonl, .jsonl.xz or .txt file
-  split=validation   train or validation
+  split=validation   train, validation, or tuning: what the run's data.tuning kept from training
   baselines=false    also byte-level Markov models (Witten-Bell), trained on the data's training split
   order=5            highest order of those models
   max_bytes=null     read only so much of the split
@@ -40,7 +41,7 @@ class EvaluateOptions(Options):
     """What `turnout evaluate` takes; see HELP."""
 
     data: str = "pydocs"
-    split: Literal["train", "validation"] = "validation"
+    split: Literal["train", "validation", "tuning"] = "validation"
     baselines: bool = False
     order: int = 5
     max_bytes: int | None = None
@@ -80,7 +81,8 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
     from ..moe.eval.shuffle import shuffled_experts
     from ..moe.models.store import model_directory
 
-    documents = limit_bytes(read_documents(options.data, options.split), options.max_bytes)
+    tuning = _tuning(path, options.split)
+    documents = limit_bytes(read_documents(options.data, options.split, tuning), options.max_bytes)
     has_gpu = torch.cuda.is_available()
     check(options.device != "cuda" or has_gpu, "device", "cuda", "is not on this machine", "use device=cpu")
     device = options.device if options.device != "auto" else "cuda" if has_gpu else "cpu"
@@ -106,8 +108,16 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
         with shuffled_experts(model):
             found["shuffled_loss"] = measure().val_loss
     if options.baselines:
-        found["markov"] = markov(read_documents(options.data, "train"), documents, options.order)
+        found["markov"] = markov(read_documents(options.data, "train", tuning), documents, options.order)
     return found
+
+
+def _tuning(path: Path, split: str) -> float | None:
+    """The share of the training documents that the run at `path` left out; None = none, or no run."""
+    tuning = frozen(path).data.tuning if (path / CONFIG).is_file() else None
+    rule, fix = "is text that data.tuning kept from a run, and here is none", "name such a run, or use split=validation"
+    check(split != "tuning" or tuning is not None, "split", f"tuning of {path}", rule, fix)
+    return tuning
 
 
 def markov(train: Sequence[str], held_out: Sequence[str], order: int) -> dict[str, Any]:

@@ -37,6 +37,8 @@ class DataConfig:
         vocab_size: entries of the byte-level BPE tokenizer, which is trained on the training documents.
         tokenizer: a directory with a `tokenizer.json` to use instead of training one.
         cache: where tokenizer and token stream are kept; None is the run directory.
+        tuning: share of the training documents that a run leaves out, so that settings are chosen by them and not by
+            the held-out text; None = none of them.
         mix: what a run trains on in place of `path` alone, row by row in the proportion of the weights; tokenizer and
             held-out text stay those of `path`. None = `path`.
     """
@@ -46,6 +48,7 @@ class DataConfig:
     vocab_size: int = 6144
     tokenizer: str | None = None
     cache: str | None = None
+    tuning: float | None = None
     mix: tuple[Source, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -58,6 +61,8 @@ class DataConfig:
             "must lie in 257 (256 bytes and <|endoftext|>) to 1048576",
             "use 4096 to 8192 for a small corpus",
         )
+        rule = "must lie between 0 and 1"
+        check(self.tuning is None or 0 < self.tuning < 1, "data.tuning", self.tuning, rule, "use 0.05, or null")
         check(self.mix is None or len(self.mix) > 0, "data.mix", "[]", "must name a source", "use null for data.path")
         for share in sorted({0.0, *(source.until for source in self.mix or ())} - {1.0}):
             active = [source for source in self.mix or () if source.since <= share < source.until]

@@ -1,8 +1,10 @@
 """Documents from files: the shipped pydocs corpus, or any .jsonl, .jsonl.xz or .txt.
 
 A JSON line is an object with `text` and, optionally, `split`. A document without one belongs to `validation` when
-sha256(text) % 20 == 0 and to `train` otherwise, so a split never depends on the order of the lines. A .txt file is one
-training document. Whatever can not be read is an error that names the file and the place; nothing is skipped.
+sha256(text) % 20 == 0 and to `train` otherwise, so a split never depends on the order of the lines. Of the documents of
+`train` those with sha256(text) < tuning · 2^256 are the split `tuning`: equal texts go together, in whatever file, and
+a smaller share is part of a larger one. A .txt file is one training document. Whatever can not be read is an error that
+names the file and the place; nothing is skipped.
 """
 
 import hashlib
@@ -30,15 +32,24 @@ def corpus_file(path: str) -> Path:
     return file
 
 
-def read_documents(path: str, split: str | None = None) -> list[str]:
-    """The texts of one split (`train`, `validation`), or of every split when None, in file order.
+def read_documents(path: str, split: str | None = None, tuning: float | None = None) -> list[str]:
+    """The texts of one split (`train`, `tuning`, `validation`), or of every split when None, in file order.
+
+    Args:
+        tuning: share of the training documents that are the split `tuning`; None = none.
 
     Raises:
         DataError: the file is missing, malformed (file and line named) or holds no text for the split.
     """
     file = corpus_file(path)
-    texts = [text for text, belongs in _records(file) if split in (None, belongs)]
-    if not any(texts):
+    of_all = "train" if split == "tuning" else split
+    texts = [text for text, belongs in _records(file) if of_all in (None, belongs)]
+    if of_all == "train" and tuning is not None:
+        texts = [text for text in texts if _is_tuning(text, tuning) == (split == "tuning")]
+        if not any(texts):
+            fix = "change the share, or give more documents"
+            raise DataError(f"{file} (split {split}) holds no text when data.tuning ({tuning:g}) divides it: {fix}")
+    if not any(texts) or (split == "tuning" and tuning is None):
         raise DataError(
             f"{file} (split {split or 'any'}) holds no text: give documents of that split, or set data.validation"
         )
@@ -49,6 +60,10 @@ def corpus_digest(path: str) -> str:
     """sha256 of the file's bytes, 64 hexadecimal digits."""
     with corpus_file(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _is_tuning(text: str, share: float) -> bool:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()) < share * 2**256
 
 
 def _records(file: Path) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -60,25 +61,27 @@ def prepare(config: DataConfig, directory: str | Path) -> tuple[Tokenizer, Token
         raise ConfigError(
             f"data.vocab_size ({config.vocab_size}) must hold the tokenizer's {tokenizer.vocab_size} entries: raise it"
         )
-    return tokenizer, _stream(config.path, source, cache, tokenizer)
+    return tokenizer, _stream(config.path, source, cache, tokenizer, config.tuning)
 
 
 def prepare_mix(config: DataConfig, directory: str | Path, tokenizer: Tokenizer) -> list[TokenStream]:
     """The training streams of the sources of `data.mix`, in order, as `prepare` takes or builds one."""
     cache = Path(config.cache or directory)
-    return [_stream(each.path, corpus_digest(each.path), cache, tokenizer) for each in config.mix or ()]
+    return [_stream(each.path, corpus_digest(each.path), cache, tokenizer, config.tuning) for each in config.mix or ()]
 
 
-def _stream(path: str, source: str, cache: Path, tokenizer: Tokenizer) -> TokenStream:
-    key = digest([source, tokenizer.digest])[:16]
+def _stream(path: str, source: str, cache: Path, tokenizer: Tokenizer, tuning: float | None) -> TokenStream:
+    key = digest([source, tokenizer.digest, *([] if tuning is None else [tuning])])[:16]
     file = cache / f"train-{key}.tokens"
     if not file.with_suffix(".json").exists():
-        write_stream(file, read_documents(path, "train"), tokenizer)
+        write_stream(file, read_documents(path, "train", tuning), tokenizer)
     return open_stream(file, tokenizer.vocab_size)
 
 
-def validation_documents(config: DataConfig) -> list[str]:
-    """The held-out texts of `config`: `data.validation`, or the `validation` split of `data.path`."""
+def held_out_documents(config: DataConfig, split: Literal["validation", "tuning"] = "validation") -> list[str]:
+    """Texts that training leaves out: `data.validation` or the `validation` split of `data.path`; or its `tuning`."""
+    if split == "tuning":
+        return read_documents(config.path, "tuning", config.tuning)
     return read_documents(config.validation) if config.validation else read_documents(config.path, "validation")
 
 

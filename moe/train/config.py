@@ -80,6 +80,7 @@ class TrainConfig:
         micro_batch: rows of one forward pass of one rank; null = all of the rank's rows at once.
         seq_len: tokens of a row.
         eval_every: steps between evaluations on held-out text; null = only at the end.
+        eval_split: which text the run's evaluations read: the held-out one, or what `data.tuning` keeps from training.
         eval_bytes: how much held-out text an evaluation within the run reads; null = all of it.
         save_every: steps between checkpoints; null = only at the end.
         keep: newest checkpoints kept.
@@ -104,6 +105,7 @@ class TrainConfig:
     micro_batch: int | None = None
     seq_len: int = 256
     eval_every: int | None = None
+    eval_split: Literal["validation", "tuning"] = "validation"
     eval_bytes: int | None = 200_000
     save_every: int | None = 500
     keep: int = 2
@@ -205,6 +207,9 @@ class RunConfig:
         rule = "has sources for a part of the run, which is measured in steps"
         fits = not timed or self.train.steps is not None
         check(fits, "data.mix", f"{len(timed)} of them", rule, "use train.steps=1000 train.seconds=null")
+        rule, split = "is a share of the training documents, and data.tuning (None) keeps none", self.train.eval_split
+        fits = split != "tuning" or self.data.tuning is not None
+        check(fits, "train.eval_split", split, rule, "use data.tuning=0.05")
         for name in ("trace", "replay"):
             value, rule = getattr(self, name), "needs routers, which a dense model does not have"
             check(model.moe is not None or not value, f"moe.{name}", value, rule, "leave it out")

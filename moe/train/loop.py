@@ -26,7 +26,7 @@ from ...parallel.checkpoint import open_checkpoint
 from ...parallel.dispatch.all_to_all import traffic_of
 from ...parallel.mesh import Mesh
 from ..data.rows import Cursor
-from ..data.stream import validation_documents
+from ..data.stream import held_out_documents
 from ..eval.perplexity import evaluate, limit_bytes
 from ..flops import flops_per_token
 from ..models.store import save_model
@@ -227,7 +227,7 @@ class Trainer:
 
     @cached_property
     def _held_out(self) -> list[str]:
-        return validation_documents(self.config.data)
+        return held_out_documents(self.config.data, self.config.train.eval_split)
 
     def _report(self, grad_norm: float, lr: float, seconds: float) -> None:
         """One row of the window that ends here. Collective."""
@@ -260,7 +260,7 @@ class Trainer:
                 self.setup.model, self.setup.tokenizer, texts, seq_len=self.config.train.seq_len, mesh=self.mesh,
                 forward=self.setup.engine.infer,
             )  # fmt: skip
-        row = {"kind": "eval", "step": self.now.step}
+        row = {"kind": "eval", "step": self.now.step, "split": self.config.train.eval_split}
         self.metrics.write({**row, "val_loss": result.val_loss, "bits_per_byte": result.bits_per_byte})
 
     def _save(self, last: bool = False) -> None:

@@ -208,7 +208,8 @@ def progress_line(row: Mapping[str, Any], remaining: float | None) -> str:
 
 
 def _eval_line(row: Mapping[str, Any]) -> str:
-    return f"step {row['step']:>6}  held out: loss {row['val_loss']:.4f}  {row['bits_per_byte']:.4f} bits per byte"
+    text = "held out" if row["split"] == "validation" else row["split"]
+    return f"step {row['step']:>6}  {text}: loss {row['val_loss']:.4f}  {row['bits_per_byte']:.4f} bits per byte"
 
 
 def _reopen(path: Path, step: int) -> TextIO:

@@ -2,12 +2,15 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
-from turnout import CheckpointError, DataError
+from turnout import CheckpointError, ConfigError, DataError
+from turnout.launch import rundir
+from turnout.launch.compose import compose
 from turnout.launch.evaluate import HELP, EvaluateOptions, describe, report
 from turnout.launch.main import main
 from turnout.moe import Decoder, ModelConfig, MoEConfig, save_model
@@ -98,3 +101,16 @@ def test_a_bad_setting_exits_with_2(setting, capsys):
 
 def test_every_option_is_in_the_help():
     assert all(f"{name}=" in HELP for name in vars(EvaluateOptions()))
+
+
+def test_a_tuning_split_is_what_the_run_left_out(sparse, tmp_path):
+    with pytest.raises(ConfigError, match=r"split \(tuning of .*\) is text that data\.tuning kept from a run"):
+        report(sparse, EvaluateOptions(split="tuning"))
+    run = tmp_path / "run"
+    shutil.copytree(sparse, run / "model")
+    config = compose(["data.tuning=0.02", "train.eval_split=tuning"], 1).config
+    rundir.freeze(run, config, [])
+    found = report(run, EvaluateOptions(split="tuning", max_bytes=LIMIT))
+    documents = limit_bytes(read_documents("pydocs", "tuning", 0.02), LIMIT)
+    assert found["bytes"] == sum(len(text.encode()) for text in documents) > 0
+    assert found["split"] == "tuning"

@@ -17,6 +17,8 @@ from turnout.moe.data.config import DataConfig
         ({"vocab_size": 2**20 + 1}, r"data\.vocab_size \(1048577\)"),
         ({"path": ""}, r"data\.path \(''\) must not be empty"),
         ({"cache": ""}, r"data\.cache"),
+        ({"tuning": 0.0}, r"data\.tuning \(0\.0\) must lie between 0 and 1: use 0\.05, or null"),
+        ({"tuning": 1.0}, r"data\.tuning \(1\.0\) must lie between 0 and 1"),
         ({"vocabsize": 5000}, r"data\.vocabsize is not a setting: did you mean data\.vocab_size\?"),
         ({"vocab_size": "many"}, r"data\.vocab_size \('many'\) must be a whole number"),
     ],

@@ -82,3 +82,27 @@ def test_a_missing_file_and_a_missing_split_are_refused(tmp_path):
 def test_the_digest_is_of_the_bytes(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"abc")
     assert corpus_digest(str(tmp_path / "a.txt")) == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_a_tuning_share_is_taken_from_the_training_documents_by_their_text(tmp_path):
+    texts = [f"document {i}" for i in range(400)]
+    forward = write(tmp_path / "a.jsonl", *({"text": t} for t in texts))
+    backward = write(tmp_path / "b.jsonl", *({"text": t} for t in reversed([*texts, *texts])))
+    all_of_them, held_out = read_documents(forward, "train"), read_documents(forward, "validation")
+    some, more = (read_documents(forward, "tuning", share) for share in (0.05, 0.2))
+    assert 8 <= len(some) <= 40
+    assert 40 <= len(more) <= 120
+    assert set(some) < set(more)
+    assert sorted(more + read_documents(forward, "train", 0.2)) == sorted(all_of_them)
+    assert set(read_documents(backward, "tuning", 0.2)) == set(more)
+    assert read_documents(forward, "validation", 0.2) == held_out
+
+
+def test_an_empty_side_of_the_tuning_share_is_refused(tmp_path):
+    path = tmp_path / "one.txt"
+    path.write_text("all of it")
+    for split, share in (("tuning", 1e-9), ("train", 1 - 1e-9)):
+        with pytest.raises(DataError, match=rf"one\.txt \(split {split}\) holds no text when data\.tuning"):
+            read_documents(str(path), split, share)
+    with pytest.raises(DataError, match=r"split tuning\) holds no text"):
+        read_documents(str(path), "tuning")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from turnout import ConfigError, DataError
-from turnout.moe.data.config import DataConfig
-from turnout.moe.data.stream import open_stream, prepare, validation_documents, write_stream
-from turnout.moe.data.tokenizer import train_tokenizer
+from turnout.moe.data.config import DataConfig, Source
+from turnout.moe.data.stream import held_out_documents, open_stream, prepare, prepare_mix, write_stream
+from turnout.moe.data.tokenizer import END, train_tokenizer
 
 TEXTS = ["the cat sat", "on the mat", "é"] * 200
 
@@ -116,7 +116,21 @@ def test_a_damaged_tokenizer_cache_is_refused(tmp_path, corpus):
 
 def test_validation_comes_from_its_own_file_or_from_the_split(tmp_path, corpus):
     (tmp_path / "held.txt").write_text("held out")
-    assert validation_documents(DataConfig(path=corpus, validation=str(tmp_path / "held.txt"))) == ["held out"]
+    assert held_out_documents(DataConfig(path=corpus, validation=str(tmp_path / "held.txt"))) == ["held out"]
     with pytest.raises(DataError, match="validation"):
-        validation_documents(DataConfig(path=corpus))
-    assert len(validation_documents(DataConfig())) == 26
+        held_out_documents(DataConfig(path=corpus))
+    assert len(held_out_documents(DataConfig())) == 26
+
+
+def test_a_tuning_share_leaves_stream_and_mixture_and_its_evaluations_read_it(tmp_path, tokenizer):
+    path, texts = tmp_path / "many.jsonl", [f"the cat {i} sat" for i in range(200)]
+    path.write_text("".join(json.dumps({"text": t, "split": "train"}) + "\n" for t in texts))
+    whole = DataConfig(path=str(path), vocab_size=300)
+    config = DataConfig(path=str(path), vocab_size=300, tuning=0.1, mix=(Source(path=str(path)),))
+    tokenizer, before = prepare(whole, tmp_path / "run")
+    same, left = prepare(config, tmp_path / "run")
+    (mixed,) = prepare_mix(config, tmp_path / "run", tokenizer)
+    kept = [text for text in tokenizer.decode(left.ids, skip_special_tokens=False).split(END) if text]
+    assert same.digest == tokenizer.digest
+    assert sorted([*kept, *held_out_documents(config, "tuning")]) == sorted(texts)
+    assert mixed.sha256 == left.sha256 != before.sha256 == prepare(whole, tmp_path / "run")[1].sha256

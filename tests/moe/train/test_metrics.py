@@ -265,7 +265,7 @@ def test_wandb_without_a_key_works_offline_and_keeps_its_id(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         metrics.write(ROW)
-        metrics.write({"kind": "eval", "step": 8, "val_loss": 1.0, "bits_per_byte": 2.0})
+        metrics.write({"kind": "eval", "step": 8, "split": "validation", "val_loss": 1.0, "bits_per_byte": 2.0})
         metrics.alarm(EVENT)
         assert metrics.sinks.working["wandb"].run.summary["load_max_mean/layer1"] == 1.5
         metrics.close()
@@ -281,7 +281,7 @@ def events(run):
 def test_tensorboard_holds_the_same_names_and_numbers(tmp_path):
     metrics = Metrics(tmp_path, LogConfig(tensorboard=True), {}, stream=io.StringIO())
     metrics.write(ROW)
-    metrics.write({"kind": "eval", "step": 7, "val_loss": 1.5, "bits_per_byte": 2.0})
+    metrics.write({"kind": "eval", "step": 7, "split": "tuning", "val_loss": 1.5, "bits_per_byte": 2.0})
     metrics.alarm(EVENT)
     metrics.close()
     found = events(tmp_path)
