@@ -106,6 +106,8 @@ def test_every_option_is_in_the_help():
 def test_a_tuning_split_is_what_the_run_left_out(sparse, tmp_path):
     with pytest.raises(ConfigError, match=r"split \(tuning of .*\) is text that data\.tuning kept from a run"):
         report(sparse, EvaluateOptions(split="tuning"))
+    with pytest.raises(ConfigError, match=r"train\.eval_split \(tuning\) is a share .*: use data\.tuning=0\.05"):
+        compose(["train.eval_split=tuning"], 1)
     run = tmp_path / "run"
     shutil.copytree(sparse, run / "model")
     config = compose(["data.tuning=0.02", "train.eval_split=tuning"], 1).config
