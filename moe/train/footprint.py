@@ -279,8 +279,7 @@ class Footprint:
             largest = max(sum(p.count for p in self._block(sparse)) for sparse, _ in self._blocks)
             matrices = sum(part.count for part in kept if shapes.is_hidden_matrix(part.name, len(part.shape)))
             return WIDE * (ends + largest) + self.width * matrices
-        each = self._casts(kept)
-        return WIDE * self.held.ends + ceil(each * self.in_flight / self.config.parallel.virtual)
+        return WIDE * self.held.ends + ceil(self._casts(kept) * self.in_flight / self.config.parallel.virtual)
 
     @property
     def gathered(self) -> int:

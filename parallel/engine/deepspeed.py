@@ -39,7 +39,7 @@ def settings(stage: int, dtype: torch.dtype | None = None) -> dict[str, Any]:
 
     Stage 3 has means for sums. It keeps no parameter whole because it is small, and gathers none before its time.
     """
-    zero = {"compute_grad_norm": False}
+    zero: dict[str, Any] = {"compute_grad_norm": False}
     if stage == 3:
         zero = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
     autocast = {"enabled": True, "dtype": str(dtype).removeprefix("torch."), "lower_precision_safe_modules": []}

@@ -87,7 +87,7 @@ class Zero3Engine(ZeroEngine):
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        parameters = list(self.parameters.values())
+        parameters: list[Any] = list(self.parameters.values())  # with DeepSpeed's methods
         with naming("gathering of ZeRO's parameters"):
             self._zero._partition_all_parameters()
             parameters[0].all_gather(param_list=parameters)

@@ -27,7 +27,7 @@ def measure(run: str, words: list[str]) -> dict[str, tuple[int, int]]:
         weight.grad = torch.zeros_like(weight)
     if held.layout.pp == 1:
         _micro(trainer, 0).backward()  # from now on DDP's gradients are views of its buckets
-    trainer.parts = []
+    trainer.parts = {}
     lasting = [own(tensor) for weight in weights for tensor in (weight, weight.grad)]
     with Memory(lasting) as measured:
         if held.layout.pp > 1:
@@ -56,7 +56,7 @@ def measure_zero(run: str, words: list[str]) -> dict[str, tuple[int, int]]:
     optimizers = [engine._dense_optimizer, *engine._expert_optimizers]
     flat = [*engine._zero.bit16_groups_flat, *engine._zero.single_partition_of_fp32_groups, *engine._experts]
     lasting = [*flat, *_states(optimizers)]
-    trainer.parts = []
+    trainer.parts = {}
     with Memory(lasting) as measured:
         engine.accumulate(count, trainer._inputs, trainer._loss)
     rest = held.weights + held.optimizer
@@ -82,7 +82,7 @@ def _micro(trainer: Trainer, micro: int) -> Tensor:
 
 
 def _step(trainer: Trainer, count: int) -> None:
-    trainer.parts = []
+    trainer.parts = {}
     trainer.setup.engine.accumulate(count, trainer._inputs, trainer._loss)
     trainer.setup.engine.step()
 

@@ -293,8 +293,10 @@ def test_two_ranks_keep_what_is_foretold(data, tmp_path, words):
         assert foretold == pytest.approx(measured, rel=0 if what in ("lasting", "states") else 0.15), what
 
 
-def test_zero_holds_what_is_foretold(data, tmp_path):
-    settings = tiny(data, "train.seq_len=64", "moe=olmoe", "parallel.ep=2", "engine=deepspeed", "optim=adamw")
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_zero_holds_what_is_foretold(data, tmp_path, stage):
+    words = ["train.seq_len=64", "moe=olmoe", "parallel.ep=2", "optim=adamw"]
+    settings = tiny(data, *words, "engine=deepspeed", f"parallel.zero={stage}")
     ranks = run_ranks(measure_zero, 2, str(tmp_path), settings, fresh=True, env={"DS_ACCELERATOR": "cpu"})
     for rank in ranks:
         measured, foretold = rank["lasting"]
