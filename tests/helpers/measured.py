@@ -53,9 +53,8 @@ def measure_zero(run: str, words: list[str]) -> dict[str, tuple[int, int]]:
     trainer, held = _start(run, words)
     count, engine = held.config.micro_batches(held.layout.dp), trainer.setup.engine
     _step(trainer, count)
-    optimizers = [engine._dense_optimizer, *engine._expert_optimizers]
     flat = [*engine._zero.bit16_groups_flat, *engine._zero.single_partition_of_fp32_groups, *engine._experts]
-    lasting = [*flat, *_states(optimizers)]
+    lasting = [*flat, *_states(engine._parts)]
     trainer.parts = {}
     with Memory(lasting) as measured:
         engine.accumulate(count, trainer._inputs, trainer._loss)
