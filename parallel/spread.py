@@ -13,11 +13,11 @@ T tokens held here, A tokens that attention computes here (all of one context ra
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from .gather import gather
 from .mesh import Mesh
-from .process import all_sum, naming
+from .process import all_sum
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,7 @@ class Spread:
 
     def gather(self, values_T: Tensor) -> Tensor:
         """Every token's value in the micro-batch's order: [W, ...]. Carries no gradient; collective over the row."""
-        parts = [torch.empty_like(values_T) for _ in range(self.mesh.size("row"))]
-        with naming("gathering of a row's tokens"):
-            dist.all_gather(parts, values_T.detach().contiguous(), group=self.mesh.group("row"))
-        return torch.cat(parts)[self.order_W]
+        return gather(values_T.detach(), self.mesh.group("row"), "a row's tokens")[self.order_W]
 
     def in_order(self, values_W: Tensor) -> Tensor:
         """The values of all context ranks' attended tokens, one rank after another → in the micro-batch's order."""

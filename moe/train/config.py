@@ -311,7 +311,9 @@ IDENTITY = ("model", "data", "seed", "optim.name", "train.global_batch", "train.
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a run's plain configuration (`to_dict`) that its checkpoints depend on, flat: dotted key → value."""
     flat = flatten(config)
-    return {key: value for key, value in flat.items() if any(f"{key}.".startswith(f"{name}.") for name in IDENTITY)}
+    timed = any((source["since"], source["until"]) != (0, 1) for source in config["data"].get("mix") or ())
+    names = (*IDENTITY, "train.steps") if timed else IDENTITY  # which a source's time is a share of
+    return {key: value for key, value in flat.items() if any(f"{key}.".startswith(f"{name}.") for name in names)}
 
 
 def flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:

@@ -126,10 +126,6 @@ class Footprint:
         return WIDE if self.config.train.dtype == "float32" else 2
 
     @property
-    def _sparse_layers(self) -> int:
-        return sum(layer in self.layers for layer in self.config.model.moe_layers)
-
-    @property
     def activations(self) -> int:
         """Saved for backward by the micro-batches in flight, without `casts`."""
         ends = (self.norm + self.head) * (self.in_flight if self.config.parallel.schedule == "gpipe" else 1)

@@ -224,6 +224,14 @@ def test_the_frozen_form_of_a_run_is_the_run():
     assert build(RunConfig, to_dict(config)) == config
 
 
+@pytest.mark.parametrize(("until", "same"), [(1.0, True), (0.5, False)])
+def test_a_run_of_timed_sources_keeps_its_steps_on_resume(until, same):
+    mix = f"data.mix=[{{path: pydocs, weight: 1, until: {until}}}, {{path: pydocs, weight: 1}}]"
+    words = ["experiment=switch_pydocs", "train.seconds=null", mix]
+    short, long = (identity(to_dict(compose([*words, f"train.steps={steps}"]).config)) for steps in (10, 20))
+    assert (short == long) is same
+
+
 def test_trace_and_replay_are_the_run_s_and_change_nothing_that_a_resumed_run_must_share():
     plain = compose(["experiment=switch_pydocs"]).config
     traced = compose(["experiment=switch_pydocs", "moe.trace=true", "moe.replay=runs/a"]).config
