@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from turnout.parallel.dispatch import all_to_all
+from turnout.parallel.dispatch import all_to_all, travel
 from turnout.tests.distributed.tiny_training import ROWS, Case, train
 from turnout.tests.helpers.ranks import run_ranks
 
@@ -23,19 +23,23 @@ BACK = ["expert gradients", "expert gradients"]
 
 def train_all(case, settings):
     """`train` under each setting of `recompute`, with the names of its exchanges in order."""
-    views, naming = {}, all_to_all.naming
+    views, naming, start = {}, all_to_all.naming, travel._Flight.start
     for how in settings:
         exchanges = []
 
-        def noting(operation, exchanges=exchanges):
-            exchanges.append(operation.removeprefix("all-to-all of "))
+        def counts(operation, exchanges=exchanges):
+            exchanges.append(operation.removeprefix("gathering of "))
             return naming(operation)
 
-        all_to_all.naming = noting
+        def rows(flight, rows_ND, leg, what, exchanges=exchanges):
+            exchanges.append(what)
+            return start(flight, rows_ND, leg, what)
+
+        all_to_all.naming, travel._Flight.start = counts, rows
         try:
             views[how] = train(dataclasses.replace(case, recompute=how)) | {"exchanges": exchanges}
         finally:
-            all_to_all.naming = naming
+            all_to_all.naming, travel._Flight.start = naming, start
     return views
 
 

@@ -20,7 +20,7 @@ def measure(run: str, words: list[str]) -> dict[str, tuple[int, int]]:
 
     The peak is that of all micro-batches of a step, or of a pipeline's whole schedule, without what lasts.
     """
-    trainer, held = _start(run, words)
+    trainer, held = start(run, words)
     count, engine = held.config.micro_batches(held.layout.dp), trainer.setup.engine
     weights = list(trainer.setup.model.parameters())
     for weight in weights:
@@ -38,7 +38,7 @@ def measure(run: str, words: list[str]) -> dict[str, tuple[int, int]]:
                 loss = _micro(trainer, micro)
                 kept = kept if micro else measured.living()
                 loss.backward()
-    _step(trainer, count)
+    step(trainer, count)
     rest = held.weights + held.gradients + held.optimizer
     return {
         "lasting": (sum(tensor.nbytes for tensor in lasting), held.weights + held.gradients),
@@ -50,9 +50,9 @@ def measure(run: str, words: list[str]) -> dict[str, tuple[int, int]]:
 
 def measure_zero(run: str, words: list[str]) -> dict[str, tuple[int, int]]:
     """As `measure` under DeepSpeed: `lasting` weights and states, `peak` beyond these with gradients and buffer."""
-    trainer, held = _start(run, words)
+    trainer, held = start(run, words)
     count, engine = held.config.micro_batches(held.layout.dp), trainer.setup.engine
-    _step(trainer, count)
+    step(trainer, count)
     flat = [*engine._zero.bit16_groups_flat, *engine._zero.single_partition_of_fp32_groups, *engine._experts]
     lasting = [*flat, *_states(engine._parts)]
     trainer.parts = {}
@@ -65,7 +65,8 @@ def measure_zero(run: str, words: list[str]) -> dict[str, tuple[int, int]]:
     }
 
 
-def _start(run: str, words: list[str]) -> tuple[Trainer, Footprint]:
+def start(run: str, words: list[str]) -> tuple[Trainer, Footprint]:
+    """This rank of a run, ready to step, and what was foretold of it."""
     config = compose(words, world=process.world()).config
     Path(run).mkdir(exist_ok=True)
     experts = config.model.moe.num_experts if config.model.moe else None
@@ -80,7 +81,8 @@ def _micro(trainer: Trainer, micro: int) -> Tensor:
     return trainer._loss(micro, trainer.setup.engine.forward(*trainer._inputs(micro)))
 
 
-def _step(trainer: Trainer, count: int) -> None:
+def step(trainer: Trainer, count: int) -> None:
+    """One optimizer step of `count` micro-batches."""
     trainer.parts = {}
     trainer.setup.engine.accumulate(count, trainer._inputs, trainer._loss)
     trainer.setup.engine.step()

@@ -5,16 +5,14 @@ from dataclasses import replace
 import pytest
 
 from turnout.configs.hardware import ACCELERATORS, NETWORKS, Accelerator, Network
-from turnout.launch.compose import compose
 from turnout.launch.forecast import LATENCY, Forecast
 from turnout.moe.config import ModelConfig, MoEConfig
 from turnout.moe.data.config import DataConfig
 from turnout.moe.flops import flops_by_part, flops_per_token
 from turnout.moe.train.config import RunConfig, TrainConfig
-from turnout.parallel import process
 from turnout.parallel.config import Layout, ParallelConfig
 from turnout.parallel.dispatch import travel
-from turnout.tests.helpers.measured import measure
+from turnout.tests.helpers.measured import start, step
 from turnout.tests.helpers.ranks import run_ranks
 from turnout.tests.helpers.runs import corpus, tiny
 
@@ -114,19 +112,19 @@ def test_fsdp_by_hand():
 
 def measure_and_count(run: str, words: list[str]) -> tuple[int, float]:
     """The bytes that this rank gives to exchanges, forward and backward, those for itself included; and foretold."""
-    sent = []
+    sent: list[int] = []
+    trainer, held = start(run, words)
 
-    def start(flight, rows_ND, leg, what):
+    def leave(flight, rows_ND, leg, what):
         sent.append(rows_ND.nbytes)
         return real(flight, rows_ND, leg, what)
 
-    real, travel._Flight.start = travel._Flight.start, start
+    real, travel._Flight.start = travel._Flight.start, leave
     try:
-        measure(run, words)
+        step(trainer, held.config.micro_batches(held.layout.dp))
     finally:
         travel._Flight.start = real
-    config = compose(words, world=process.world()).config
-    found = Forecast(config, config.layout(process.world()), ACCELERATORS["cpu"], NETWORKS["eth10"])
+    found = Forecast(held.config, held.layout, ACCELERATORS["cpu"], NETWORKS["eth10"])
     return sum(sent), found.slowest.exchange_bytes * 2 * 2  # half stays here; backward is as much
 
 
