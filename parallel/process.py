@@ -46,7 +46,7 @@ def start(timeout: float = 120.0, device_type: str | None = None) -> None:
         name = meet(dist.PrefixStore("turnout", shared), me, size, timeout)
         store = dist.PrefixStore(name, shared)
         dist.init_process_group(backend, store=store, rank=me, world_size=size, timeout=limit)
-        _ROLL.start(name)
+        _ROLL.start(name, limit)
 
 
 def stop() -> None:

@@ -1,7 +1,7 @@
 """Who still answers: every rank's heart beats in the rendezvous' store, and whoever loses a peer looks who fell silent.
 
-    roll.start(name)    # once the process group of that name (`meeting`) stands
-    roll.silent()       # after a failure, on one rank alone: the ranks that do not answer
+    roll.start(name, timeout)    # once the process group of that name (`meeting`) stands
+    roll.silent()                # after a failure, on one rank alone: the ranks that do not answer
     roll.stop()
 
 The heart is a thread of its own: a rank that computes or waits for a peer beats on, one that is dead, stopped or on a
@@ -43,10 +43,11 @@ class Roll:
         self._world = 0
         self._stopped = threading.Event()
 
-    def start(self, name: str) -> None:
-        """Begin to beat under `name`, in the store that torchrun's environment says."""
+    def start(self, name: str, timeout: timedelta) -> None:
+        """Begin to beat under `name`, in the store that torchrun's environment says; it has `timeout` to be found."""
         env = os.environ
-        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout=ANSWER, wait_for_workers=False)
+        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout=timeout, wait_for_workers=False)
+        store.set_timeout(ANSWER)
         self._store, self._world = dist.PrefixStore(f"{name}/hearts", store), dist.get_world_size()
         self._stopped = threading.Event()
         arguments = (self._store, dist.get_rank(), self._stopped)

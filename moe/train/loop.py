@@ -239,7 +239,7 @@ class Trainer:
         done = progress(config.train, self.now.step, self.now.seconds)
         remaining = self.now.seconds * max(1 / done - 1, 0)
         scale = self.setup.engine.scale
-        row = {**where, **window, "grad_norm": grad_norm, "lr": lr, "loss_scale": scale.factor if scale else None}
+        row = {**where, **window, "grad_norm": grad_norm, "lr": lr, **({"loss_scale": scale.factor} if scale else {})}
         self.metrics.write(row, remaining)
         for event in self.alarm.check(row):
             self.metrics.alarm(event)
@@ -260,7 +260,8 @@ class Trainer:
                 self.setup.model, self.setup.tokenizer, texts, seq_len=self.config.train.seq_len, mesh=self.mesh,
                 forward=self.setup.engine.infer,
             )  # fmt: skip
-        row = {"kind": "eval", "step": self.now.step, "split": self.config.train.eval_split}
+        split = self.config.train.eval_split
+        row = {"kind": "eval", "step": self.now.step, **({} if split == "validation" else {"split": split})}
         self.metrics.write({**row, "val_loss": result.val_loss, "bits_per_byte": result.bits_per_byte})
 
     def _save(self, last: bool = False) -> None:

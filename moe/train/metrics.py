@@ -208,7 +208,7 @@ def progress_line(row: Mapping[str, Any], remaining: float | None) -> str:
 
 
 def _eval_line(row: Mapping[str, Any]) -> str:
-    text = "held out" if row["split"] == "validation" else row["split"]
+    text = row.get("split", "held out")
     return f"step {row['step']:>6}  {text}: loss {row['val_loss']:.4f}  {row['bits_per_byte']:.4f} bits per byte"
 
 
