@@ -67,8 +67,11 @@ def tensors(model: nn.Module, optimizers: Sequence[Optimizer], shards: Mapping[s
     named: Named = {f"model/{name}": _block(own(tensor), shards[name]) for name, tensor in model.state_dict().items()}
     for name, weight, optimizer in _owned(model, optimizers):
         whole, begin = (_shapes(optimizer, place) for place in (shards[name].global_shape, shards[name].offset))
-        if isinstance(optimizer, Adafactor) and optimizer.whole.shape(weight) == shards[name].global_shape:
-            begin = {key: (0,) * len(shape) for key, shape in whole.items()}
+        if isinstance(optimizer, Adafactor):
+            held = optimizer.whole.shape(weight)
+            assert held[-2:] == shards[name].global_shape[-2:], "means over a part of a matrix"
+            if held == shards[name].global_shape:
+                begin = {key: (0,) * len(shape) for key, shape in whole.items()}
         for key in whole:
             parts = shards[name].parts if whole[key] == shards[name].global_shape else 1
             place = ShardSpec(whole[key], begin[key], parts=parts)
