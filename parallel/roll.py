@@ -71,16 +71,18 @@ class Roll:
             before = self._beats()
             time.sleep(SILENCE)
             after = self._beats()
-        except (RuntimeError, AttributeError):  # the store is gone, or there never was one
+        except RuntimeError:  # the store is gone, or there never was one
             return
         quiet = [rank for rank in range(self._world) if before[rank] is None or before[rank] == after[rank]]
         last = {rank: json.loads(beat) for rank in quiet if (beat := after[rank]) is not None}
         found.append([Silent(rank, *last[rank][:2]) if rank in last else Silent(rank, None, None) for rank in quiet])
 
     def _beats(self) -> list[bytes | None]:
-        assert self._store is not None
+        store = self._store
+        if store is None:
+            raise RuntimeError("the roll has stopped")
         keys = [str(rank) for rank in range(self._world)]
-        return [self._store.get(key) if self._store.check([key]) else None for key in keys]
+        return [store.get(key) if store.check([key]) else None for key in keys]
 
 
 def _beat(store: dist.Store, rank: int, stopped: threading.Event) -> None:
