@@ -149,7 +149,11 @@ def lose_the_last_rank(case: Case, number: int, when: str) -> str:
 
 @pytest.mark.parametrize(
     ("when", "number"),
-    [("forward", signal.SIGKILL), ("backward", signal.SIGKILL), ("backward", signal.SIGSTOP)],
+    [
+        pytest.param("forward", signal.SIGKILL, marks=pytest.mark.full),
+        ("backward", signal.SIGKILL),
+        pytest.param("backward", signal.SIGSTOP, marks=pytest.mark.full),
+    ],
 )
 def test_a_peer_lost_in_a_pipeline_is_a_peer_error_naming_the_exchange(when, number):
     message, lost = run_ranks(lose_the_last_rank, 2, piped(), number, when, dies=(1,), timeout=60)

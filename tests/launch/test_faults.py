@@ -82,6 +82,7 @@ def as_rank(directory: str, words: list[str]) -> int:
     return rank.main(path, compose(words, world=int(os.environ.get("WORLD_SIZE", "1"))).config, launched=False)
 
 
+@pytest.mark.full
 def test_torchrun_does_not_repeat_an_ending_that_is_final(data, tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "a"}\n{"text": 3}\n')

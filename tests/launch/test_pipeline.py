@@ -16,7 +16,8 @@ def told(directory: Path) -> dict:
     return json.loads(path.read_text())["ranks"] if path.exists() else {}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_stage_ends_the_run_with_5_and_one_rank_goes_on(tmp_path, number):
     directory = tmp_path / "run"
     words = ["nproc=2", "parallel.pp=2", "train.micro_batch=1", "parallel.timeout=5", "train.steps=400"]
