@@ -98,6 +98,7 @@ def test_machines_are_known_by_their_name(tmp_path):
     assert alone.memory == 4 * shared.memory > 1e9
 
 
+@pytest.mark.full
 def test_a_run_says_what_it_chose_and_freezes_it(tmp_path):
     words = tiny(corpus(tmp_path), "train.steps=1", "parallel=auto", f"run={tmp_path / 'run'}")
     ended = run("-m", "turnout", "train", *merge(words, ["nproc=2"]))

@@ -112,6 +112,7 @@ def test_only_a_directory_of_the_same_torchrun_is_gone_on_with(tmp_path, monkeyp
         assert elastic.final(Path("mine")) == last
 
 
+@pytest.mark.full
 def test_a_hanging_rank_is_named_and_ended_and_sigterm_then_saves_nothing(data, tmp_path):
     words = tiny(data, "nproc=2", f"run={tmp_path / 'run'}", "train.steps=100000", "parallel.timeout=4")
     process = start(*TURNOUT, *words)
