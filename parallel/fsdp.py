@@ -112,7 +112,7 @@ def hand_over_gradients(model: nn.Module) -> None:
 
 def _own(weight: Any) -> nn.Parameter:
     if isinstance(weight, DTensor) and not hasattr(weight, "own"):
-        setattr(weight, "own", nn.Parameter(own(weight), requires_grad=weight.requires_grad))  # noqa: B010
+        setattr(weight, "own", nn.Parameter(own(weight), requires_grad=weight.requires_grad))  # noqa: B010 (not torch's)
     return getattr(weight, "own", weight)
 
 

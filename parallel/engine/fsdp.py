@@ -1,12 +1,11 @@
 """The FSDP2 engine: as `native`, for a model whose parameters `parallel.fsdp.divide` has divided."""
 
-import torch
 from torch import Tensor, nn
 
 from ..fsdp import hand_over_gradients
-from ..gradients import sum_in_buckets
 from ..process import naming
 from .native import NativeEngine
+from .update import sum_replicas
 
 
 class FsdpEngine(NativeEngine):
@@ -19,18 +18,8 @@ class FsdpEngine(NativeEngine):
         return self.model
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
-        with naming("sum of the sharded gradients"):
+        with naming("sum of the divided gradients"):
             loss.backward()
             if last:
                 hand_over_gradients(self.model)
-                self._complete()
-
-    def _complete(self) -> None:
-        """SUM what is not divided; what no token reached has a gradient of zeros. Collective."""
-        for parameter in self.parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        if self.mesh.size("stage") > 1:
-            parts = ((p.grad, self.shards[name].along) for name, p in self.parameters.items())
-            whole = [grad for grad, along in parts if grad is not None and along == "stage"]
-            sum_in_buckets(whole, self.mesh.group("stage"))
+                sum_replicas(self.parameters, self.shards, self.mesh)

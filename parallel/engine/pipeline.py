@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
 from ... import TurnoutError
-from ..gradients import sum_in_buckets
 from ..mesh import Mesh
 from ..pipeline import Stage
 from ..process import naming
 from ..shard import ShardSpec
 from .engine import Engine, Inputs, Loss, StepResult
 from .scale import LossScale
-from .update import clip_and_step
+from .update import clip_and_step, sum_replicas
 
 EXCHANGE = "exchange between pipeline stages"
 
@@ -83,7 +82,7 @@ class PipelineEngine(Engine):
                 self._schedules = {key: self._build(*key)}
             self._schedules[key].step(micro=torch.arange(count), target=torch.arange(count), return_outputs=False)
         self._given = []
-        self._sum()
+        sum_replicas(dict(self.model.named_parameters()), self.shards, self.mesh, self.tied)
 
     def infer(self, *args: Any) -> Tensor | None:
         given, positions_A, ctx = args
@@ -115,7 +114,7 @@ class PipelineEngine(Engine):
     def _build(self, count: int, tokens: int) -> Any:
         """The schedule of `count` micro-batches of `tokens` tokens."""
         x_TD = self._traveller(tokens, "meta").requires_grad_()
-        stages = [
+        stages: list[Any] = [
             PipelineStage(
                 _Scheduled(self, stage),
                 number,
@@ -129,26 +128,9 @@ class PipelineEngine(Engine):
         ]
         settings: dict[str, Any] = {"loss_fn": lambda loss, _: loss, "scale_grads": False}
         if len(stages) > 1:
-            return ScheduleInterleaved1F1B(stages, count, **settings)  # type: ignore[arg-type]
+            return ScheduleInterleaved1F1B(stages, count, **settings)
         kind = ScheduleGPipe if self.schedule == "gpipe" else Schedule1F1B
         return kind(stages[0], count, **settings)
-
-    def _sum(self) -> None:
-        """SUM every gradient over the ranks that hold the same slice. Collective.
-
-        What no token reached has a gradient of zeros, so that every layout decays and steps it alike.
-        """
-        along: dict[Any, list[Tensor]] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            along.setdefault(self.shards[name].along, []).append(parameter.grad)
-            if name in self.tied:
-                along.setdefault("ends", []).append(parameter.grad)
-        with naming("sum of the gradients"):
-            for dim in sorted(along, key=lambda dim: dim == "ends"):
-                if self.mesh.size(dim) > 1:
-                    sum_in_buckets(along[dim], self.mesh.group(dim))
 
 
 class _Scheduled(nn.Module):

@@ -1,11 +1,40 @@
-"""The optimizer step of reduced gradients: norm, vote, clip, optimizers, the same on every rank."""
+"""From a rank's gradients to an optimizer step, the same on every rank: sum, norm, vote, clip, optimizers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import Tensor, nn
 
 from ..fsdp import own_parameters
-from ..gradients import clip_coefficient, global_norm
+from ..gradients import clip_coefficient, global_norm, sum_in_buckets
+from ..mesh import Dimension, Mesh
+from ..process import naming
+from ..shard import ShardSpec
 from .engine import Engine, StepResult
+
+
+def sum_replicas(
+    parameters: Mapping[str, nn.Parameter], shards: Mapping[str, ShardSpec], mesh: Mesh, tied: Collection[str] = ()
+) -> None:
+    """SUM every gradient over the ranks that hold the same slice, in flat pieces. Collective.
+
+    What no token reached has a gradient of zeros, so that every layout decays and steps it alike.
+
+    Args:
+        parameters: what this rank holds.
+        tied: those that the first and the last stage of a pipeline both hold; summed over these at last.
+    """
+    along: dict[Dimension, list[Tensor]] = {}
+    for name, parameter in parameters.items():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        along.setdefault(shards[name].along, []).append(parameter.grad)
+    ends = [grad for name in tied if name in parameters and (grad := parameters[name].grad) is not None]
+    with naming("sum of the gradients"):
+        for dim, grads in [*along.items(), ("ends", ends)]:
+            if grads and mesh.size(dim) > 1:
+                sum_in_buckets(grads, mesh.group(dim))
 
 
 def clip_and_step(engine: Engine, replicas: Callable[[str], int]) -> StepResult:
