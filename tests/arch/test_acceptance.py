@@ -1,11 +1,15 @@
 """A run can not be green by running nothing or by skipping."""
 
+import importlib.util
 import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+
+from turnout.tests.helpers.forks import ends, start
+from turnout.tests.helpers.ranks import run_ranks
 
 TESTS = """
 import pytest
@@ -61,3 +65,15 @@ def test_a_skip_needs_a_reason_that_is_allowed(run):
 def test_the_makefile_asks_for_a_minimum(root):
     minimum = re.search(r"^MIN_TESTS := (\d+)", (root / "Makefile").read_text(), re.MULTILINE)
     assert int(minimum[1]) >= 200
+
+
+def test_processes_find_a_function_wherever_the_checkout_lies(tmp_path):
+    """A folder that is no identifier (`check-out/`) makes pytest name its modules so that nobody can import them."""
+    path = tmp_path / "check-out" / "test_it.py"
+    path.parent.mkdir()
+    path.write_text("def seven():\n    return 7\n")
+    spec = importlib.util.spec_from_file_location("nowhere.test_it", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert ends([start(module.seven)]) == [7]
+    assert run_ranks(module.seven, 1) == [7]

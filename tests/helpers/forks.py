@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from turnout.tests.helpers.ranks import address, load
+
 TIMEOUT = 240
 PRELOAD = [
     "turnout.parallel.checkpoint.reader", "turnout.moe.train.loop", "turnout.launch.rank", "turnout.launch.compose",
@@ -26,7 +28,7 @@ context.set_forkserver_preload(PRELOAD)
 
 def start(function: Callable[..., Any], *args: Any) -> BaseProcess:
     """One process without peers; an integer that `function` returns is its exit code."""
-    child = context.Process(target=_alone, args=(function, args))
+    child = context.Process(target=_alone, args=(address(function), args))
     child.start()
     return child
 
@@ -41,7 +43,7 @@ def start_ranks(function: Callable[..., Any], world: int, *args: Any, group_time
     children = []
     for rank in range(world):
         env = {key: str(value) for key, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        child = context.Process(target=_rank, args=(function, args, env, group_timeout))
+        child = context.Process(target=_rank, args=(address(function), args, env, group_timeout))
         child.start()
         child.store = store  # it lives as long as somebody may ask it
         children.append(child)
@@ -59,14 +61,14 @@ def ends(children: Sequence[BaseProcess]) -> list[int | None]:
     return codes
 
 
-def _alone(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _alone(function: tuple[str, str], args: tuple[Any, ...]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    sys.exit(function(*args))
+    sys.exit(load(*function)(*args))
 
 
-def _rank(function: Callable[..., Any], args: tuple[Any, ...], env: dict[str, str], group_timeout: float) -> None:
+def _rank(function: tuple[str, str], args: tuple[Any, ...], env: dict[str, str], group_timeout: float) -> None:
     import torch
 
     from turnout import PeerError
@@ -76,7 +78,7 @@ def _rank(function: Callable[..., Any], args: tuple[Any, ...], env: dict[str, st
     torch.set_num_threads(1)
     try:
         process.start(group_timeout, "cpu")
-        code = function(*args)
+        code = load(*function)(*args)
         process.stop()
     except PeerError:
         os._exit(5)

@@ -77,7 +77,7 @@ def run_ranks(
             **(env or {}),
         }
         ranks = [setup | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
-        pool.send([(_address(function), args, group_timeout, rank_env) for rank_env in ranks])
+        pool.send([(address(function), args, group_timeout, rank_env) for rank_env in ranks])
         results = pool.collect(world, timeout, dies)
         ok = True
         return results
@@ -144,15 +144,21 @@ def _shared_pool() -> _Pool:
     return _Pool()
 
 
-def _address(function: Callable[..., Any] | str) -> tuple[str, str]:
+def address(function: Callable[..., Any] | str) -> tuple[str, str]:
+    """Where another process finds `function`: by file, for the name of a test's module depends on the checkout's."""
     if isinstance(function, str):
         module, name = function.split(":")
         return module, name
     return str(inspect.getsourcefile(function)), function.__qualname__
 
 
+def load(module: str, name: str) -> Callable[..., Any]:
+    """The function that `address` wrote down."""
+    return getattr(_module(module), name)
+
+
 @functools.cache
-def _load(module: str) -> Any:
+def _module(module: str) -> Any:
     if not module.endswith(".py"):
         return importlib.import_module(module)
     name = "ranks_" + Path(module).with_suffix("").as_posix().replace("/", "_").strip("_")
@@ -185,7 +191,7 @@ def _call(module: str, name: str, args: tuple[Any, ...], group_timeout: float) -
     torch.manual_seed(0)
     try:
         process.start(group_timeout, "cpu")
-        return True, getattr(_load(module), name)(*args)
+        return True, load(module, name)(*args)
     except BaseException:  # noqa: BLE001  whatever it is, it belongs into the test's report
         return False, traceback.format_exc()
     finally:
