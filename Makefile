@@ -16,6 +16,9 @@ DEV := $(VENV)/.dev-$(KEY)
 MIN_TESTS := 4400
 MIN_TESTS_FULL := 6200
 
+# Files of tests are shared out to two processes: most tests keep one core busy, or less.
+SPREAD := -n 2 --dist loadfile
+
 .PHONY: install quickstart test test-full lint typecheck docs clean
 
 install: $(RUNTIME)
@@ -24,10 +27,10 @@ quickstart: $(RUNTIME)
 	$(BIN)/turnout quickstart $(if $(QUICK),quick=true)
 
 test: $(DEV)
-	$(BIN)/pytest --min-tests $(MIN_TESTS)
+	$(BIN)/pytest $(SPREAD) --min-tests $(MIN_TESTS)
 
 test-full: $(DEV)
-	$(BIN)/pytest --full --min-tests $(MIN_TESTS_FULL)
+	$(BIN)/pytest --full $(SPREAD) --min-tests $(MIN_TESTS_FULL)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -42,6 +42,8 @@ def complaints(stats: dict[str, list], minimum: int) -> list[str]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if hasattr(session.config, "workerinput"):
+        return  # one of several processes: the one that collects their results judges
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     found = complaints(reporter.stats, session.config.getoption("--min-tests"))
     for line in found:
