@@ -17,7 +17,7 @@ MIN_TESTS := 4400
 MIN_TESTS_FULL := 6200
 
 # Files of tests are shared out to two processes: most tests keep one core busy, or less.
-SPREAD := -n 2 --dist loadfile
+SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: install quickstart test test-full lint typecheck docs clean
 
