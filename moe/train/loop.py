@@ -23,6 +23,7 @@ from ...configs.typed import to_dict
 from ...kernels import cross_entropy
 from ...parallel import process
 from ...parallel.checkpoint import open_checkpoint
+from ...parallel.checkpoint.agree import on_first
 from ...parallel.dispatch.all_to_all import traffic_of
 from ...parallel.mesh import Mesh
 from ..data.rows import Cursor
@@ -276,15 +277,19 @@ class Trainer:
             self.saver.begin(self.now.step, named, meta, last=last)
 
     def _export(self) -> None:
-        """Write the servable `model/` on rank 0, whole, from the slices of the last checkpoint."""
+        """Have rank 0 write the servable `model/`, whole, from the slices of the last checkpoint. Collective."""
         saved = self.saver.saved
-        if self.mesh.rank == 0 and saved is not None:
+
+        def write() -> None:
+            if saved is None:
+                return
             tokenizer = self.run_dir / "tokenizer"
             self.setup.tokenizer.save(tokenizer)
             checkpoint = open_checkpoint(saved, verify="size")
             cfg = self.setup.model.cfg
             save_model(self.run_dir / "model", cfg, state.whole_model(checkpoint, cfg), tokenizer)
-        process.barrier()
+
+        on_first(write)
 
     def _skip(self, loss: float, grad_norm: float) -> None:
         """Leave a note of the batch that broke the step and pass over it, or stop on every rank. Collective."""

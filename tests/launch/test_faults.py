@@ -139,6 +139,20 @@ def ranks_below_agent(root: int) -> dict[int, int]:
     return next(found for child in children if (found := ranks_below(int(child))))
 
 
+def test_a_model_that_can_not_be_written_ends_all_ranks_with_6(data, tmp_path):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "tmp-model").write_text("in the way")
+    began = time.monotonic()
+    children = start_ranks(as_rank, 2, str(directory), tiny(data, "nproc=2", "train.steps=2"))
+    assert ends(children) == [6, 6]
+    assert time.monotonic() - began < 60, "the others did not wait for the time-out"
+    told = ended(directory)
+    assert told["code"] == 6
+    assert "model can not be written" in str(told)
+    assert (directory / "checkpoints" / "step-00000002").is_dir(), "nothing is lost"
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_one_rank_stops_all_of_them_with_143_and_saved(data, tmp_path, number):
     words = tiny(data, "nproc=2", "train.steps=100000", "train.save_every=null", "train.async_save=true")
