@@ -57,7 +57,7 @@ class OptimConfig:
             value = getattr(self, name)
             check(0 <= value < 1, f"optim.{name}", value, "must lie in [0, 1)", "choose a share below 1")
         check(0 <= self.final <= 1, "optim.final", self.final, "must lie in [0, 1]", "use 0 to decay to zero")
-        room = 1 - self.warmup
+        room = round(1 - self.warmup, 12)  # 1 - 0.9 is a little less than 0.1
         rule, fix = f"must lie above 0 and within what optim.warmup leaves ({room:g})", "use 0.2"
         check(0 < self.decay <= room or self.schedule != "wsd", "optim.decay", self.decay, rule, fix)
         value = self.weight_decay

@@ -56,7 +56,7 @@ def test_a_client_that_leaves_frees_its_blocks_within_two_steps(serve, body):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_while_it_waits_is_never_run(serve, stream):
     served = serve(max_num_seqs=1)
-    served.engine.pace = 0.01
+    served.engine.pace = 0.1
     running, waiting = open_call(served, stream=True), open_call(served, prompt=[1] * 200, max_tokens=9, stream=stream)
     assert eventually(lambda: served.engine.stats().waiting == 1)
     waiting.close()

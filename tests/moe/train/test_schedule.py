@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from turnout import ConfigError
@@ -52,6 +52,7 @@ def test_the_first_step_moves_even_at_no_progress():
     assert rate(OptimConfig(warmup=0.0), 0.0, 0) == 1.0
 
 
+@example("wsd", 0.9, 0.0, 0.0, 0)
 @given(
     st.sampled_from(["cosine", "linear", "wsd", "constant"]),
     st.floats(0, 0.9), st.floats(0, 1), st.floats(0, 1), st.integers(0, 10**6),
