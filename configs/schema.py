@@ -6,6 +6,8 @@ from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
 
+from .typed import to_dict
+
 MISSING = "???"
 
 
@@ -19,6 +21,8 @@ def defaults(cls: type) -> dict[str, Any]:
             value = field.default_factory()
         else:
             value = MISSING
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = to_dict(value)
         found[field.name] = list(value) if isinstance(value, tuple) else value
     return found
 

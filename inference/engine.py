@@ -125,7 +125,7 @@ class Engine:
         )
         self.scheduler = Scheduler(self.config, self.blocks, clock)
         self._clock = clock
-        self._eos = frozenset(() if model.cfg.eos_token_id is None else (model.cfg.eos_token_id,))
+        self._eos = frozenset(model.cfg.eos_token_ids)
         self._groups: dict[str, _Group] = {}
         self._choices: dict[str, Choice] = {}
         self._arrivals = 0

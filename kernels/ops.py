@@ -60,14 +60,15 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return registry.call("rms_norm", x_TD, weight_D, eps)
 
 
-def rope(x_THd: Tensor, positions_T: Tensor, theta: float) -> Tensor:
+def rope(x_THd: Tensor, positions_T: Tensor, turns_h: Tensor, magnitude: float = 1.0) -> Tensor:
     """Rotary position embedding (Su et al. 2021) in the rotate-half convention of GPT-NeoX and Hugging Face.
 
     Args:
-        positions_T: int64. Angles are float32 (float64 for float64 x), whatever autocast says.
-        theta: base of the frequencies theta^(-2i/d).
+        positions_T: int64. Angles are in the dtype of `turns_h`, whatever autocast says.
+        turns_h: radians a position, [d / 2], float32 (float64 for float64 x).
+        magnitude: factor on the result.
     """
-    return registry.call("rope", x_THd, positions_T, theta)
+    return registry.call("rope", x_THd, positions_T, turns_h, magnitude)
 
 
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
@@ -90,6 +91,8 @@ def varlen_attention(
     causal: bool = True,
     window: int | None = None,
     cu_k_B1: Tensor | None = None,
+    sinks_H: Tensor | None = None,
+    bias_HR: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale · q kᵀ) v within each packed sequence; query head h reads key/value head h // (H / G).
 
@@ -97,10 +100,12 @@ def varlen_attention(
         cu_seqlens_B1: int, cumulative sequence starts, from 0 to T; empty sequences are fine.
         window: a query sees its own position and the window - 1 before it (and after it, if not causal).
         cu_k_B1: int, cumulative starts of the keys, where sequences have more keys than queries: the q queries of a
-            sequence then stand at the last q of its k >= q positions. None = as the queries.
+            sequence then stand at the last q of its k >= q positions (if not causal: of any k). None = as the queries.
+        sinks_H: a score for each head that joins every softmax of its head and has no value (GPT-OSS).
+        bias_HR: added to the scores: bias[h, clamp(p_k - p_q, -M, M) + M] at positions p, R = 2M + 1 (T5).
 
     Returns:
-        o_THd (d of v). Differentiable. Under autocast the operands are cast to its dtype.
+        o_THd (d of v). Differentiable in q, k, v, sinks and bias. Under autocast the operands are cast to its dtype.
     """
     q_THd, k_TGd, v_TGd = _autocast(q_THd, k_TGd, v_TGd)
     with _exact(q_THd):
@@ -114,11 +119,15 @@ def varlen_attention(
             causal=causal,
             window=window,
             cu_k_B1=cu_k_B1,
+            sinks_H=sinks_H,
+            bias_HR=bias_HR,
         )
 
 
-def store_kv(k_TGd: Tensor, v_TGd: Tensor, cache_k: Tensor, cache_v: Tensor, slots_T: Tensor) -> None:
-    """Write keys and values into their pages, in place.
+def store_kv(
+    k_TGd: Tensor, v_TGd: Tensor | None, cache_k: Tensor, cache_v: Tensor | None, slots_T: Tensor
+) -> None:
+    """Write keys and values into their pages, in place; without values, keys only.
 
     Args:
         cache_k, cache_v: [num_blocks, block_size, G, d], contiguous; the values are cast to its dtype.
@@ -136,17 +145,21 @@ def paged_attention(
     cu_q_B1: Tensor,
     *,
     scale: float,
+    causal: bool = True,
     window: int | None = None,
+    sinks_H: Tensor | None = None,
+    bias_HR: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of this step's queries to the keys and values in their sequence's pages. Not differentiable.
+    """Attention of this step's queries to the keys and values in their sequence's pages. Not differentiable.
 
     Args:
-        cache_k, cache_v: [num_blocks, block_size, G, d]; what a page holds beyond a context is never read.
+        cache_k, cache_v: [num_blocks, block_size, G, d]; what a page holds beyond a context is never read. The values
+            may be a view of the keys' first numbers (latent attention).
         block_tables_BM: int, the blocks of each sequence in order; entries past its context have any value.
         context_lens_B: int, tokens of each sequence, those of this step (already stored) included.
         cu_q_B1: int, cumulative query starts, from 0 to T. Query i of sequence b stands at position
             context_len - query_len + i.
-        window: as in `varlen_attention`.
+        causal, window, sinks_H, bias_HR: as in `varlen_attention`.
     """
     with _exact(q_THd):
         return registry.call(
@@ -158,7 +171,10 @@ def paged_attention(
             context_lens_B,
             cu_q_B1,
             scale=scale,
+            causal=causal,
             window=window,
+            sinks_H=sinks_H,
+            bias_HR=bias_HR,
         )
 
 

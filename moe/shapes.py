@@ -9,23 +9,34 @@ from functools import cache
 from math import prod
 from typing import Literal
 
-from .config import ModelConfig, MoEConfig
+from .config import LatentConfig, ModelConfig, MoEConfig
 
 Shapes = dict[str, tuple[int, ...]]
 # What tensor parallelism divides of a block: keys' and values' matrices stay whole where ranks share a head of them.
-KEYS = ("attention.wk.weight", "attention.wv.weight")
+KEYS = ("attention.wk.weight", "attention.wv.weight", "attention.wk.bias", "attention.wv.bias")
 ROWS = ("attention.wo.weight", "ffn.w_out.weight")
-DIVIDED = ("attention.wq.weight", "ffn.w_in.weight", *KEYS, *ROWS)
+COLUMNS = ("attention.wq.weight", "attention.wq.bias", "attention.wkv.weight", "attention.sinks", "ffn.w_in.weight")
+DIVIDED = (*COLUMNS, *KEYS, *ROWS)
 
 
 def shapes(cfg: ModelConfig) -> Shapes:
     """Name → shape of every parameter of the whole model."""
     found: Shapes = {"embed.weight": (cfg.vocab_size, cfg.width)}
+    table = (cfg.attention.buckets, cfg.heads)
+    if cfg.attention.positions == "relative":
+        found["relative.weight"] = table
     for layer in range(cfg.layers):
         found.update((f"blocks.{layer}.{name}", shape) for name, shape in _block(cfg, layer))
     found["norm.weight"] = (cfg.width,)
     if not cfg.tie_embeddings:
         found["head.weight"] = (cfg.vocab_size, cfg.width)
+    if cfg.encoder is not None:
+        if cfg.attention.positions == "relative":
+            found["encoder.relative.weight"] = table
+        for layer in range(cfg.encoder.layers):
+            own = _block(cfg, cfg.layers + layer)
+            found.update((f"encoder.blocks.{layer}.{name}", shape) for name, shape in own)
+        found["encoder.norm.weight"] = (cfg.width,)
     return found
 
 
@@ -83,7 +94,7 @@ def _part(cfg: ModelConfig, name: str, shape: tuple[int, ...], ep: int, tp: int)
     leaf = name.removeprefix("blocks.*.")
     if tp == 1 or leaf not in DIVIDED or (leaf in KEYS and cfg.kv_heads < tp):
         return Part(name, shape, "stage")
-    local = (shape[0], shape[1] // tp) if leaf in ROWS else (shape[0] // tp, shape[1])
+    local = (shape[0], shape[1] // tp) if leaf in ROWS else (shape[0] // tp, *shape[1:])
     return Part(name, local, "replicas")
 
 
@@ -121,34 +132,79 @@ def is_hidden_matrix(name: str, dimensions: int) -> bool:
 
 
 def _block(cfg: ModelConfig, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    query, key = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    decodes = layer < cfg.layers
     yield "attention_norm.weight", (cfg.width,)
-    yield "attention.wq.weight", (query, cfg.width)
-    yield "attention.wk.weight", (key, cfg.width)
-    yield "attention.wv.weight", (key, cfg.width)
-    yield "attention.wo.weight", (cfg.width, query)
+    yield from (("attention." + name, shape) for name, shape in _attention(cfg, cross=False))
+    if decodes and cfg.encoder is not None:
+        yield "cross_norm.weight", (cfg.width,)
+        yield from (("cross." + name, shape) for name, shape in _attention(cfg, cross=True))
     yield "ffn_norm.weight", (cfg.width,)
     if cfg.moe is not None and layer in cfg.moe_layers:
         yield from _sparse(cfg.moe)
     else:
-        yield "ffn.w_in.weight", (2 * cfg.ffn_width, cfg.width)
+        yield "ffn.w_in.weight", (_rows(cfg.activation, cfg.ffn_width), cfg.width)
         yield "ffn.w_out.weight", (cfg.width, cfg.ffn_width)
+
+
+def _attention(cfg: ModelConfig, cross: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    own, width, d = cfg.attention, cfg.width, cfg.head_dim
+    if own.latent is not None:
+        yield from _latent(cfg, own.latent)
+        return
+    query, key = cfg.heads * d, cfg.kv_heads * d
+    if own.sinks and not cross:
+        yield "sinks", (cfg.heads,)
+    for name, rows in (("wq", query), ("wk", key), ("wv", key)):
+        yield f"{name}.weight", (rows, width)
+        if own.qkv_bias:
+            yield f"{name}.bias", (rows,)
+    yield "wo.weight", (width, query)
+    if own.output_bias:
+        yield "wo.bias", (width,)
+    if own.qk_norm != "none":
+        yield "q_norm.weight", (d if own.qk_norm == "head" else query,)
+        yield "k_norm.weight", (d if own.qk_norm == "head" else key,)
+
+
+def _latent(cfg: ModelConfig, latent: LatentConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    own, width, heads = cfg.attention, cfg.width, cfg.heads
+    if latent.query_rank is not None:
+        yield "wq_down.weight", (latent.query_rank, width)
+        if own.qkv_bias:
+            yield "wq_down.bias", (latent.query_rank,)
+        yield "q_norm.weight", (latent.query_rank,)
+    yield "wq.weight", (heads * (cfg.head_dim + latent.rope_dim), latent.query_rank or width)
+    yield "wkv_down.weight", (latent.rank + latent.rope_dim, width)
+    if own.qkv_bias:
+        yield "wkv_down.bias", (latent.rank + latent.rope_dim,)
+    yield "kv_norm.weight", (latent.rank,)
+    yield "wkv.weight", (heads * (cfg.head_dim + latent.value_dim), latent.rank)
+    yield "wo.weight", (width, heads * latent.value_dim)
+    if own.output_bias:
+        yield "wo.bias", (width,)
 
 
 def _sparse(moe: MoEConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     experts, width, hidden = moe.num_experts, moe.width, moe.expert_width
-    gates = 2 if moe.activation == "swiglu" else 1
     if moe.router != "hash":
         yield "ffn.router.weight", (experts, width)
     if moe.router == "noisy_topk":
         yield "ffn.router.noise_weight", (experts, width)
     if moe.router == "gpt_oss":
         yield "ffn.router.bias", (experts,)
-    yield "ffn.experts.w_in", (experts, gates * hidden, width)
+    yield "ffn.experts.w_in", (experts, _rows(moe.activation, hidden), width)
     yield "ffn.experts.w_out", (experts, hidden, width)
+    if moe.bias:
+        yield "ffn.experts.b_in", (experts, _rows(moe.activation, hidden))
+        yield "ffn.experts.b_out", (experts, width)
     if moe.shared_experts:
         shared = moe.shared_width or moe.shared_experts * hidden
-        yield "ffn.shared.w_in.weight", (gates * shared, width)
+        yield "ffn.shared.w_in.weight", (_rows(moe.activation, shared), width)
         yield "ffn.shared.w_out.weight", (width, shared)
     if moe.shared_gate:
         yield "ffn.shared_gate.weight", (1, width)
+
+
+def _rows(activation: str, hidden: int) -> int:
+    """As `layers.ffn.hidden_rows`, which loads torch."""
+    return 2 * hidden if activation.startswith("swiglu") else hidden

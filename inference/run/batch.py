@@ -26,6 +26,10 @@ class Batch:
         cu_q_B1: int32 offset of each request's first token.
         logit_rows_R: int64, the last token of each request that samples; a prefill chunk that is not the last has none.
         sampling: the requests that sample, in the order of `logit_rows_R`.
+        memory_slots_S: int64 place of each encoder token of the requests that begin; these three are None without an
+            encoder.
+        memory_tables_BM: int32, each request's blocks of encoder tokens.
+        memory_lens_B: int32 encoder tokens of each request.
     """
 
     tokens_T: Tensor
@@ -36,6 +40,9 @@ class Batch:
     cu_q_B1: Tensor
     logit_rows_R: Tensor
     sampling: tuple[Request, ...]
+    memory_slots_S: Tensor | None = None
+    memory_tables_BM: Tensor | None = None
+    memory_lens_B: Tensor | None = None
 
 
 def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Batch:

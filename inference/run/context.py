@@ -4,10 +4,12 @@ The counterpart of training's `VarlenContext`; the model can not tell them apart
 is a group of its own, so a request never feels its batch-mates. T tokens, H heads, d head size.
 """
 
+import torch
 from torch import Tensor
 
 from ...kernels.ops import paged_attention, store_kv
-from ...moe.layers.context import AttentionSpec, Heads
+from ...moe.layers.context import AttentionSpec, Heads, Latent
+from ...moe.layers.latent import absorb, release
 from ...moe.routing.record import RouteContext, Routing
 from .batch import Batch
 from .kv import KVCache
@@ -16,33 +18,58 @@ from .kv import KVCache
 class PagedContext:
     """The surroundings of one step's forward pass.
 
+    Args:
+        batch: the step.
+        cache: keys and values of all sequences.
+        memory: the encoder's hidden states [S, D] of requests that begin in this step, in the order of
+            `batch.memory_slots_S`; None without an encoder.
+
     Attributes:
         routings: layer id → Routing of this step.
     """
 
-    def __init__(self, batch: Batch, cache: KVCache) -> None:
+    def __init__(self, batch: Batch, cache: KVCache, memory: Tensor | None = None) -> None:
         self.route = RouteContext(
             cu_groups=batch.cu_q_B1, token_ids_T=batch.tokens_T, dropless=True, propagate_nan=True
         )
         self.logit_rows: Tensor | None = batch.logit_rows_R
+        self.memory = memory
         self.routings: dict[int, Routing] = {}
         self._batch, self._cache = batch, cache
 
-    def attend(self, spec: AttentionSpec, q_THd: Tensor, kv: Heads) -> Tensor:
-        """Store this step's keys and values, then attend to all of each sequence's."""
-        assert spec.causal, "a paged sequence is read from left to right"
+    def attend(
+        self,
+        spec: AttentionSpec,
+        q_THd: Tensor,
+        kv: Heads | Latent,
+        sinks_H: Tensor | None = None,
+        bias_HR: Tensor | None = None,
+    ) -> Tensor:
+        """Store this step's keys and values, then attend to all of each sequence's.
+
+        Latents are stored as they are and met by absorbed queries, in prefill as in decoding: one form, whatever the
+        chunks.
+        """
         batch, (keys, values) = self._batch, self._cache.layer(spec.layer)
-        store_kv(kv.k, kv.v, keys, values, batch.slots_T)
-        return paged_attention(
+        if isinstance(kv, Latent):
+            store_kv(torch.cat((kv.c, kv.k_rope), -1)[:, None], None, keys, None, batch.slots_T)
+            q_THd = absorb(q_THd, kv)
+        else:
+            store_kv(kv.k, kv.v, keys, values, batch.memory_slots_S if spec.cross else batch.slots_T)
+        o_THd = paged_attention(
             q_THd,
             keys,
             values,
-            batch.block_tables_BM,
-            batch.context_lens_B,
+            batch.memory_tables_BM if spec.cross else batch.block_tables_BM,
+            batch.memory_lens_B if spec.cross else batch.context_lens_B,
             batch.cu_q_B1,
             scale=spec.scale,
+            causal=spec.causal,
             window=spec.window,
+            sinks_H=sinks_H,
+            bias_HR=bias_HR,
         )
+        return release(o_THd, kv) if isinstance(kv, Latent) else o_THd
 
     def observe(self, layer: int, routing: Routing) -> None:
         self.routings[layer] = routing

@@ -1,7 +1,7 @@
 """The KV cache's tensors and how large they are.
 
 The size is planned first, as data that can be printed and tested, then allocated. Keys and values of a layer are
-[num_blocks, block_size, G, d]: G kv heads, d head size.
+[num_blocks, block_size, G, d]: G kv heads, d head size. Of latent attention only the latents are kept.
 """
 
 import os
@@ -22,6 +22,38 @@ HOST_SHARE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
+class KVForm:
+    """What one token leaves in the cache.
+
+    Args:
+        layers: that many times.
+        heads: of keys and values; 1 for a latent, which all heads read.
+        key_dim: numbers of a key.
+        value_dim: numbers of a value.
+        shared: the values are the first numbers of the keys (latent attention), and not kept again.
+    """
+
+    layers: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    shared: bool = False
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> "KVForm":
+        latent = model.attention.latent
+        if latent is None:
+            return cls(layers=model.layers, heads=model.kv_heads, key_dim=model.head_dim, value_dim=model.head_dim)
+        key = latent.rank + latent.rope_dim
+        return cls(layers=model.layers, heads=1, key_dim=key, value_dim=latent.rank, shared=True)
+
+    @property
+    def numbers(self) -> int:
+        """Of one token in all layers: 2 · layers · G · d, or layers · (c + r) (DeepSeek-V2 2405.04434 table 1)."""
+        return self.layers * self.heads * (self.key_dim + (0 if self.shared else self.value_dim))
+
+
+@dataclass(frozen=True, kw_only=True)
 class KVPlan:
     """How many blocks there are and why.
 
@@ -34,15 +66,13 @@ class KVPlan:
 
     num_blocks: int
     block_size: int
-    layers: int
-    kv_heads: int
-    head_dim: int
+    form: KVForm
     dtype: torch.dtype
     limit: str
 
     @property
     def bytes_per_block(self) -> int:
-        return block_bytes(self.layers, self.block_size, self.kv_heads, self.head_dim, self.dtype)
+        return self.block_size * self.form.numbers * self.dtype.itemsize
 
     @property
     def total_bytes(self) -> int:
@@ -58,11 +88,6 @@ class KVPlan:
             f"KV cache: {self.num_blocks} blocks of {self.block_size} tokens, {self.tokens} tokens, "
             f"{self.total_bytes / MIB:.1f} MiB as {str(self.dtype).removeprefix('torch.')} (set by {self.limit})"
         )
-
-
-def block_bytes(layers: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of one block: keys and values of all layers."""
-    return 2 * layers * block_size * kv_heads * head_dim * dtype.itemsize
 
 
 def plan_kv(
@@ -82,7 +107,8 @@ def plan_kv(
         ConfigError: not even one usable block beside the null block fits.
     """
     size = config.block_size
-    each = block_bytes(model.layers, size, model.kv_heads, model.head_dim, dtype)
+    form = KVForm.of(model)
+    each = size * form.numbers * dtype.itemsize
     wanted = 1 + config.max_num_seqs * -(-max_model_len // size)
     if config.num_blocks is not None:
         num_blocks, limit = config.num_blocks, "num_blocks"
@@ -99,9 +125,7 @@ def plan_kv(
     return KVPlan(
         num_blocks=num_blocks,
         block_size=size,
-        layers=model.layers,
-        kv_heads=model.kv_heads,
-        head_dim=model.head_dim,
+        form=form,
         dtype=dtype,
         limit=limit,
     )
@@ -118,10 +142,14 @@ class KVCache:
     """Keys and values of all layers; `layer(i)` gives one layer's pages, which `store_kv` writes in place."""
 
     def __init__(self, plan: KVPlan, device: torch.device) -> None:
-        shape = (plan.layers, plan.num_blocks, plan.block_size, plan.kv_heads, plan.head_dim)
-        self.plan = plan
-        self.keys = torch.zeros(shape, dtype=plan.dtype, device=device)
-        self.values = torch.zeros(shape, dtype=plan.dtype, device=device)
+        self.plan, form = plan, plan.form
+        pages = (form.layers, plan.num_blocks, plan.block_size, form.heads)
+        self.keys = torch.zeros((*pages, form.key_dim), dtype=plan.dtype, device=device)
+        self.values = (
+            self.keys[..., : form.value_dim]
+            if form.shared
+            else torch.zeros((*pages, form.value_dim), dtype=plan.dtype, device=device)
+        )
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """(keys, values), each [num_blocks, block_size, G, d]."""

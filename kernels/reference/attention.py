@@ -23,12 +23,26 @@ def own_keys(cu_seqlens_B1: Tensor, cu_k_B1: Tensor | None) -> Tensor:
     return cu_seqlens_B1 if cu_k_B1 is None else cu_k_B1
 
 
-def attend(q_SHd: Tensor, k_LGd: Tensor, v_LGd: Tensor, seen_SL: Tensor, scale: float) -> Tensor:
-    """softmax(scale · q kᵀ) v where seen, in float32."""
+def distance_bias(bias_HR: Tensor, q_at_S: Tensor, k_at_L: Tensor) -> Tensor:
+    """[H, S, L]: the bias of each head at the distance from each query to each key."""
+    longest = bias_HR.shape[1] // 2
+    return bias_HR[:, (k_at_L - q_at_S[:, None]).clamp(-longest, longest) + longest]
+
+
+def attend(
+    q_SHd: Tensor, k_LGd: Tensor, v_LGd: Tensor, seen_SL: Tensor, scale: float,
+    sinks_H: Tensor | None = None, bias_HSL: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """softmax(scale · q kᵀ + bias) v where seen, in float32; a sink is one more score, of a key without value."""
     groups = q_SHd.shape[1] // k_LGd.shape[1]
     k, v = (wide(t).repeat_interleave(groups, dim=1) for t in (k_LGd, v_LGd))
     scores = torch.einsum("shd,lhd->hsl", wide(q_SHd), k) * scale
-    probabilities = scores.masked_fill(~seen_SL, float("-inf")).softmax(-1)
+    if bias_HSL is not None:
+        scores = scores + bias_HSL
+    scores = scores.masked_fill(~seen_SL, float("-inf"))
+    if sinks_H is not None:
+        scores = torch.cat((scores, sinks_H[:, None, None].expand(-1, scores.shape[1], 1).to(scores.dtype)), -1)
+    probabilities = scores.softmax(-1)[..., : len(k)]
     return torch.einsum("hsl,lhd->shd", probabilities, v).to(q_SHd.dtype)
 
 
@@ -42,19 +56,27 @@ def varlen_attention(
     causal: bool = True,
     window: int | None = None,
     cu_k_B1: Tensor | None = None,
+    sinks_H: Tensor | None = None,
+    bias_HR: Tensor | None = None,
 ) -> Tensor:
     outputs = [q_THd[:0, :, :1].expand(-1, -1, v_TGd.shape[2])]
     queries, keys = (itertools.pairwise(cu.tolist()) for cu in (cu_seqlens_B1, own_keys(cu_seqlens_B1, cu_k_B1)))
     for (start, end), (first, last) in zip(queries, keys, strict=True):
-        at = torch.arange(last - first, device=q_THd.device)
-        seen_SL = visible(at[last - first - (end - start) :], at, causal, window)
-        outputs.append(attend(q_THd[start:end], k_TGd[first:last], v_TGd[first:last], seen_SL, scale))
+        k_at = torch.arange(last - first, device=q_THd.device)
+        q_at = torch.arange(last - first - (end - start), last - first, device=q_THd.device)
+        bias_HSL = None if bias_HR is None else distance_bias(bias_HR, q_at, k_at)
+        seen_SL = visible(q_at, k_at, causal, window)
+        q, k, v = q_THd[start:end], k_TGd[first:last], v_TGd[first:last]
+        outputs.append(attend(q, k, v, seen_SL, scale, sinks_H, bias_HSL))
     return torch.cat(outputs)
 
 
-def store_kv(k_TGd: Tensor, v_TGd: Tensor, cache_k: Tensor, cache_v: Tensor, slots_T: Tensor) -> None:
+def store_kv(
+    k_TGd: Tensor, v_TGd: Tensor | None, cache_k: Tensor, cache_v: Tensor | None, slots_T: Tensor
+) -> None:
     for new, cache in ((k_TGd, cache_k), (v_TGd, cache_v)):
-        cache.view(-1, *cache.shape[2:]).index_copy_(0, slots_T, new.to(cache.dtype))
+        if new is not None and cache is not None:
+            cache.view(-1, *cache.shape[2:]).index_copy_(0, slots_T, new.to(cache.dtype))
 
 
 def paged_attention(
@@ -66,7 +88,10 @@ def paged_attention(
     cu_q_B1: Tensor,
     *,
     scale: float,
+    causal: bool = True,
     window: int | None = None,
+    sinks_H: Tensor | None = None,
+    bias_HR: Tensor | None = None,
 ) -> Tensor:
     outputs = [q_THd.new_empty(0, q_THd.shape[1], cache_v.shape[3])]
     spans = itertools.pairwise(cu_q_B1.tolist())
@@ -75,5 +100,7 @@ def paged_attention(
         k_LGd, v_LGd = (cache[blocks].flatten(0, 1)[:length] for cache in (cache_k, cache_v))
         k_at = torch.arange(length, device=q_THd.device)
         q_at = torch.arange(length - (end - start), length, device=q_THd.device)
-        outputs.append(attend(q_THd[start:end], k_LGd, v_LGd, visible(q_at, k_at, True, window), scale))
+        bias_HSL = None if bias_HR is None else distance_bias(bias_HR, q_at, k_at)
+        seen_SL = visible(q_at, k_at, causal, window)
+        outputs.append(attend(q_THd[start:end], k_LGd, v_LGd, seen_SL, scale, sinks_H, bias_HSL))
     return torch.cat(outputs).to(q_THd.dtype)

@@ -1,6 +1,6 @@
 """The elementwise parts of a transformer block and its loss.
 
-T tokens, D width, H heads, d head dim, N rows, F hidden width, V vocabulary.
+T tokens, D width, H heads, d head dim, h = d / 2, N rows, F hidden width, V vocabulary.
 """
 
 import torch
@@ -14,13 +14,10 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight_D).to(x_TD.dtype)
 
 
-def rope(x_THd: Tensor, positions_T: Tensor, theta: float) -> Tensor:
-    x = wide(x_THd)
-    d = x.shape[-1]
-    frequencies = theta ** (-torch.arange(0, d, 2, dtype=x.dtype, device=x.device) / d)
-    angles_T1d = (positions_T[:, None] * frequencies)[:, None, :]
-    cos, sin = angles_T1d.cos(), angles_T1d.sin()
-    first, second = x.chunk(2, dim=-1)
+def rope(x_THd: Tensor, positions_T: Tensor, turns_h: Tensor, magnitude: float = 1.0) -> Tensor:
+    angles_T1h = (positions_T[:, None] * turns_h)[:, None, :]
+    cos, sin = angles_T1h.cos() * magnitude, angles_T1h.sin() * magnitude
+    first, second = wide(x_THd).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_THd.dtype)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..reference.attention import own_keys, visible
+from ..reference.attention import distance_bias, own_keys, visible
 from ..reference.precision import wide
 
 EXPLICIT = 1 << 23  # the most scores to write out in one call: 32 MB in float32
@@ -32,6 +32,8 @@ def varlen_attention(
     causal: bool = True,
     window: int | None = None,
     cu_k_B1: Tensor | None = None,
+    sinks_H: Tensor | None = None,
+    bias_HR: Tensor | None = None,
 ) -> Tensor:
     """Neighbouring sequences of as many queries and as many keys form a batch."""
     cus = (cu_seqlens_B1, own_keys(cu_seqlens_B1, cu_k_B1))
@@ -47,8 +49,10 @@ def varlen_attention(
             k_TGd[keys].unflatten(0, (B, L)),
             v_TGd[keys].unflatten(0, (B, L)),
         )
-        at = torch.arange(L, device=q.device)
-        outputs.append(_attend(q, k, v, visible(at[L - S :], at, causal, window), scale).flatten(0, 1))
+        k_at, q_at = (torch.arange(n, L, device=q.device) for n in (0, L - S))
+        bias_HSL = None if bias_HR is None else distance_bias(bias_HR, q_at, k_at)
+        seen_SL = visible(q_at, k_at, causal, window)
+        outputs.append(_attend(q, k, v, seen_SL, scale, sinks_H, bias_HSL).flatten(0, 1))
     return torch.cat(outputs) if outputs else q_THd[..., :1].expand(-1, -1, v_TGd.shape[2])
 
 
@@ -61,7 +65,10 @@ def paged_attention(
     cu_q_B1: Tensor,
     *,
     scale: float,
+    causal: bool = True,
     window: int | None = None,
+    sinks_H: Tensor | None = None,
+    bias_HR: Tensor | None = None,
 ) -> Tensor:
     """All sequences with one query (decode) form one batch, padded to the longest; the others run one by one."""
     out_THd = q_THd.new_empty(q_THd.shape[0], q_THd.shape[1], cache_v.shape[3])
@@ -80,11 +87,16 @@ def paged_attention(
         slots_BL = _slots(block_tables_BM[group], torch.minimum(k_at, ends_B1 - 1), cache_k.shape[1])
         q_at_BS1 = (ends_B1 - count + torch.arange(count, device=q_THd.device))[..., None]
         ahead = k_at - q_at_BS1
-        seen_BSL = ahead <= 0 if window is None else (ahead <= 0) & (ahead > -window)
+        seen_BSL = (ahead <= 0) if causal else (k_at < ends_B1[..., None]).expand_as(ahead)
+        if window is not None:
+            seen_BSL = seen_BSL & (ahead.abs() < window)
+        bias_BHSL = None if bias_HR is None else _biases(bias_HR, ahead)
         rows = torch.tensor([row for b in group for row in range(starts[b], starts[b + 1])], device=q_THd.device)
-        k, v = (_rows(cache, slots_BL).to(q_THd.dtype) for cache in (cache_k, cache_v))
+        k = _rows(cache_k, slots_BL).to(q_THd.dtype)
+        shared = cache_v.data_ptr() == cache_k.data_ptr()
+        v = k[..., : cache_v.shape[-1]] if shared else _rows(cache_v, slots_BL).to(q_THd.dtype)
         q = q_THd[rows].unflatten(0, (len(group), count))
-        out_THd[rows] = _attend(q, k, v, seen_BSL, scale).flatten(0, 1)
+        out_THd[rows] = _attend(q, k, v, seen_BSL, scale, sinks_H, bias_BHSL).flatten(0, 1)
     return out_THd
 
 
@@ -99,20 +111,39 @@ def _rows(cache: Tensor, slots_BL: Tensor) -> Tensor:
     return cache.flatten(0, 1).index_select(0, slots_BL.flatten()).unflatten(0, slots_BL.shape)
 
 
-def _attend(q_BSHd: Tensor, k_BLGd: Tensor, v_BLGd: Tensor, seen: Tensor, scale: float) -> Tensor:
-    """Attention of a batch; `seen` is [S, L], or [B, S, L] where contexts differ."""
+def _biases(bias_HR: Tensor, ahead_BSL: Tensor) -> Tensor:
+    """[B, H, S, L]: the bias of each head at each distance."""
+    longest = bias_HR.shape[1] // 2
+    return bias_HR[:, ahead_BSL.clamp(-longest, longest) + longest].transpose(0, 1)
+
+
+def _attend(
+    q_BSHd: Tensor, k_BLGd: Tensor, v_BLGd: Tensor, seen: Tensor, scale: float,
+    sinks_H: Tensor | None, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Attention of a batch; `seen` is [S, L], or [B, S, L] where contexts differ, `bias` the same by head."""
     B, S, H, _ = q_BSHd.shape
     L, G = k_BLGd.shape[1:3]
     R = H // G
     q = q_BSHd.unflatten(2, (G, R)).permute(0, 2, 3, 1, 4).reshape(B, G, R * S, -1)
     k, v = k_BLGd.transpose(1, 2), v_BLGd.transpose(1, 2)
-    bias = torch.zeros(seen.shape, dtype=wide(q[:0]).dtype, device=q.device).masked_fill_(~seen, float("-inf"))
+    mask = torch.zeros(seen.shape, dtype=wide(q[:0]).dtype, device=q.device).masked_fill_(~seen, float("-inf"))
+    if sinks_H is not None or bias is not None:
+        scores = mask.unsqueeze(-3) if bias is None else mask.unsqueeze(-3) + bias
+        scores = scores.expand(*scores.shape[:-3], H, S, L)
+        if sinks_H is not None:  # one more key, of zeros, whose score is the sink
+            sink = sinks_H[:, None, None].expand(*scores.shape[:-1], 1).to(scores.dtype)
+            scores = torch.cat((scores, sink), -1)
+            k, v = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
+        mask = scores.unflatten(-3, (G, R)).flatten(-3, -2).to(q.dtype)
+        o = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return o.unflatten(2, (R, S)).permute(0, 3, 1, 2, 4).reshape(B, S, H, -1)
     if R > 1:
-        bias = torch.cat([bias] * R, dim=-2)
+        mask = torch.cat([mask] * R, dim=-2)
     if seen.dim() == 2 and q.device.type == "cpu" and q.element_size() == 2 and B * H * S * L <= EXPLICIT:
-        o = _Explicit.apply(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias, scale).unflatten(0, (B, G))
+        o = _Explicit.apply(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask, scale).unflatten(0, (B, G))
     else:
-        mask = (bias[:, None] if bias.dim() == 3 else bias).to(q.dtype)
+        mask = (mask[:, None] if mask.dim() == 3 else mask).to(q.dtype)
         o = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return o.unflatten(2, (R, S)).permute(0, 3, 1, 2, 4).reshape(B, S, H, -1)
 

@@ -1,38 +1,83 @@
-"""Multi-head, grouped-query and multi-query attention with rotary positions, asked of a context.
+"""Multi-head, grouped-query and multi-query attention, asked of a context.
 
 kv_heads = heads is MHA (Vaswani 1706.03762), 1 is MQA (Shazeer 1911.02150), between is GQA (Ainslie 2305.13245).
-T tokens, D width, H heads, G kv heads, d head size.
+T tokens, D width, H heads, G kv heads, d head size, S tokens of the encoder.
 """
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
-from ...kernels import rope
 from ..config import ModelConfig, check_heads
 from .context import AttentionSpec, Context, Heads
+from .norm import RMSNorm
+from .relative import RelativeBias
+from .rotary import Rotary
 
 
 class Attention(nn.Module):
-    """o = W_o · attend(rope(W_q x), rope(W_k x), W_v x)."""
+    """o = W_o · attend(W_q x, W_k m, W_v m); m is x, or under cross-attention the encoder's hidden states.
 
-    def __init__(self, cfg: ModelConfig, layer: int) -> None:
+    What a model has besides: biases, a clamp, norms of queries and keys, rotation, sinks (`AttentionConfig`).
+
+    Args:
+        cfg: the model.
+        layer: which part of the cache is its own.
+        causal: false in an encoder.
+        cross: attend to the encoder.
+        relative: the stack's biases by distance; they are the stack's parameters, not this module's.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        layer: int,
+        *,
+        causal: bool = True,
+        cross: bool = False,
+        relative: RelativeBias | None = None,
+    ) -> None:
         super().__init__()
+        own, d = cfg.attention, cfg.head_dim
+        rotary = own.positions == "rotary"
         self.spec = AttentionSpec(
-            layer=layer, heads=cfg.heads, kv_heads=cfg.kv_heads, head_dim=cfg.head_dim, scale=cfg.head_dim**-0.5
-        )
-        self.theta = cfg.rope_theta
-        self.wq = nn.Linear(cfg.width, cfg.heads * cfg.head_dim, bias=False)
-        self.wk = nn.Linear(cfg.width, cfg.kv_heads * cfg.head_dim, bias=False)
-        self.wv = nn.Linear(cfg.width, cfg.kv_heads * cfg.head_dim, bias=False)
-        self.wo = nn.Linear(cfg.heads * cfg.head_dim, cfg.width, bias=False)
+            layer=layer, heads=cfg.heads, kv_heads=cfg.kv_heads, head_dim=d,
+            scale=own.scale or (d**-0.5 if rotary else 1.0), causal=causal and not cross, cross=cross,
+            window=None if cross or not causal else own.window_of(layer),
+        )  # fmt: skip
+        self.rotary = Rotary(cfg, d) if rotary and not cross else None
+        self.shared = () if relative is None else (relative,)  # in a tuple: not a submodule of this layer
+        self.clip = own.clip
+        self.wq = nn.Linear(cfg.width, cfg.heads * d, bias=own.qkv_bias)
+        self.wk = nn.Linear(cfg.width, cfg.kv_heads * d, bias=own.qkv_bias)
+        self.wv = nn.Linear(cfg.width, cfg.kv_heads * d, bias=own.qkv_bias)
+        self.wo = nn.Linear(cfg.heads * d, cfg.width, bias=own.output_bias)
+        sizes = {"none": None, "head": (d, d), "width": (cfg.heads * d, cfg.kv_heads * d)}[own.qk_norm]
+        self.q_norm, self.k_norm = (RMSNorm(n, cfg.norm_eps) for n in sizes) if sizes else (None, None)
+        self.sinks = nn.Parameter(torch.zeros(cfg.heads)) if own.sinks and not cross else None
 
     def forward(self, x_TD: Tensor, positions_T: Tensor, ctx: Context) -> Tensor:
-        heads, kv_heads = (-1, self.spec.heads, self.spec.head_dim), (-1, self.spec.kv_heads, self.spec.head_dim)
-        q_THd = rope(self.wq(x_TD).view(heads), positions_T, self.theta)
-        k_TGd = rope(self.wk(x_TD).view(kv_heads), positions_T, self.theta)
-        o_THd = ctx.attend(self.spec, q_THd, Heads(k_TGd, self.wv(x_TD).view(kv_heads)))
+        m_SD = x_TD
+        if self.spec.cross:
+            assert ctx.memory is not None, "cross-attention needs the encoder's hidden states"
+            m_SD = ctx.memory
+        q_THd = self._heads(self.wq(x_TD), self.spec.heads, self.q_norm)
+        k_SGd = self._heads(self.wk(m_SD), self.spec.kv_heads, self.k_norm)
+        v_SGd = self._heads(self.wv(m_SD), self.spec.kv_heads, None)
+        if self.rotary is not None:
+            q_THd, k_SGd = self.rotary(positions_T, q_THd, k_SGd)
+        bias_HR = self.shared[0]() if self.shared else None
+        o_THd = ctx.attend(self.spec, q_THd, Heads(k_SGd, v_SGd), self.sinks, bias_HR)
         return self.wo(o_THd.flatten(1))
+
+    def _heads(self, y: Tensor, heads: int, norm: nn.Module | None) -> Tensor:
+        """Clamped, normalised over a head or over all, and seen as heads."""
+        y = y if self.clip is None else y.clamp(-self.clip, self.clip)
+        y_THd = y.unflatten(-1, (heads, self.spec.head_dim))
+        if norm is None:
+            return y_THd
+        return norm(y_THd) if norm.weight.numel() == self.spec.head_dim else norm(y).view_as(y_THd)
 
     def keep_part(self, rank: int, size: int) -> tuple[str, ...]:
         """Attend for part `rank` of `size` equal parts of the heads, and the K/V heads that these read.

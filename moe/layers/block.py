@@ -1,4 +1,4 @@
-"""One pre-norm decoder block; its feed-forward slot is dense or a mixture of experts. T tokens, D width."""
+"""One pre-norm block; its feed-forward slot is dense or a mixture of experts. T tokens, D width."""
 
 from torch import Tensor, nn
 
@@ -7,21 +7,38 @@ from ..routing.record import Routing
 from .attention import Attention
 from .context import Context
 from .ffn import FeedForward
+from .latent import LatentAttention
 from .moe import MoE
 from .norm import RMSNorm
+from .relative import RelativeBias
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x))."""
+    """x + attention(norm(x)), with an encoder x + cross(norm(x)), then x + ffn(norm(x)).
 
-    def __init__(self, cfg: ModelConfig, layer: int) -> None:
+    Args:
+        cfg: the model.
+        layer: the block's id; an encoder's blocks have those from `cfg.layers` on.
+        relative: the stack's biases by distance.
+    """
+
+    def __init__(self, cfg: ModelConfig, layer: int, relative: RelativeBias | None = None) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, decodes = layer, layer < cfg.layers
         self.attention_norm = RMSNorm(cfg.width, cfg.norm_eps)
-        self.attention = Attention(cfg, layer)
+        self.attention: nn.Module = (
+            Attention(cfg, layer, causal=decodes, relative=relative)
+            if cfg.attention.latent is None
+            else LatentAttention(cfg, layer)
+        )
+        crosses = decodes and cfg.encoder is not None
+        self.cross_norm = RMSNorm(cfg.width, cfg.norm_eps) if crosses else None
+        self.cross = Attention(cfg, layer, cross=True) if crosses else None
         self.ffn_norm = RMSNorm(cfg.width, cfg.norm_eps)
         sparse = cfg.moe is not None and layer in cfg.moe_layers
-        self.ffn: nn.Module = MoE(cfg.moe, layer) if sparse and cfg.moe else FeedForward(cfg.width, cfg.ffn_width)
+        self.ffn: nn.Module = (
+            MoE(cfg.moe, layer) if sparse and cfg.moe else FeedForward(cfg.width, cfg.ffn_width, cfg.activation)
+        )
 
     def forward(self, x_TD: Tensor, positions_T: Tensor, ctx: Context) -> Tensor:
         """The block; a sparse one shows its routing to the context."""
@@ -33,6 +50,8 @@ class Block(nn.Module):
     def compute(self, x_TD: Tensor, positions_T: Tensor, ctx: Context) -> tuple[Tensor, Routing | None]:
         """The block and its routing, which nobody has been shown: what may be computed again."""
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), positions_T, ctx)
+        if self.cross is not None and self.cross_norm is not None:
+            x_TD = x_TD + self.cross(self.cross_norm(x_TD), positions_T, ctx)
         y_TD, routing = self.feed(self.ffn_norm(x_TD), ctx)
         return x_TD + y_TD, routing
 

@@ -14,7 +14,18 @@ from ..routing.record import RouteContext, Routing
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """What one attention layer is, as the context must know it. `scale` multiplies q·k."""
+    """What one attention layer is, as the context must know it.
+
+    Args:
+        layer: which part of the cache is its own.
+        heads: H.
+        kv_heads: G.
+        head_dim: d of queries and keys.
+        scale: multiplies q · k.
+        causal: a query sees nothing after it.
+        window: a query sees its own position and the window - 1 before it.
+        cross: the keys and values are the encoder's: of other tokens than the queries, all of which are seen.
+    """
 
     layer: int
     heads: int
@@ -23,14 +34,37 @@ class AttentionSpec:
     scale: float
     causal: bool = True
     window: int | None = None
+    cross: bool = False
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Keys and values of the tokens at hand, both [T, G, d], keys already rotated."""
+    """Keys and values of the tokens at hand, both [T, G, d], keys already rotated.
+
+    Under cross-attention the tokens are those of `Context.memory`.
+    """
 
     k: Tensor
     v: Tensor
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Keys and values of the tokens at hand as one latent (DeepSeek-V2 2405.04434 eq. 9-14), queries beside them.
+
+    Head h's key is (w_uk[h] · c, k_rope), its value w_uv[h] · c; its query is (q_nope, q_rope).
+
+    Args:
+        c: [T, rank], normalised.
+        k_rope: [T, rope_dim], rotated, the same for all heads.
+        w_uk: [H, d, rank].
+        w_uv: [H, value_dim, rank].
+    """
+
+    c: Tensor
+    k_rope: Tensor
+    w_uk: Tensor
+    w_uv: Tensor
 
 
 class Context(Protocol):
@@ -39,13 +73,25 @@ class Context(Protocol):
     Attributes:
         route: groups, valid tokens and random keys for the routers.
         logit_rows: int64 rows whose logits are wanted; None = all.
+        memory: the encoder's hidden states [S, D] that cross-attention has not seen yet; None without an encoder.
     """
 
     route: RouteContext
     logit_rows: Tensor | None
+    memory: Tensor | None
 
-    def attend(self, spec: AttentionSpec, q_THd: Tensor, kv: Heads) -> Tensor:
-        """Attention output [T, H, d]; serving also stores `kv`."""
+    def attend(
+        self,
+        spec: AttentionSpec,
+        q_THd: Tensor,
+        kv: Heads | Latent,
+        sinks_H: Tensor | None = None,
+        bias_HR: Tensor | None = None,
+    ) -> Tensor:
+        """Attention output [T, H, d of values]; serving also stores `kv`.
+
+        `sinks_H` and `bias_HR` are as in `kernels.varlen_attention`.
+        """
         ...
 
     def observe(self, layer: int, routing: Routing) -> None:

@@ -5,17 +5,32 @@ T tokens, D width, F hidden width.
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import swiglu
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": swiglu, "relu": F.relu, "gelu": F.gelu}
+
+
+def swiglu_clamped(gate_up_N2F: Tensor) -> Tensor:
+    """(up + 1) · gate · sigmoid(1.702 · gate), gate at most 7 and up within ± 7 (GPT-OSS 2508.10925)."""
+    gate, up = gate_up_N2F.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": swiglu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "swiglu_clamped": swiglu_clamped,
+}
 
 
 def hidden_rows(activation: str, hidden: int) -> int:
     """Rows of the input projection: gate and up for SwiGLU (Shazeer 2002.05202), one row a hidden unit otherwise."""
-    return 2 * hidden if activation == "swiglu" else hidden
+    return 2 * hidden if activation.startswith("swiglu") else hidden
 
 
 class FeedForward(nn.Module):

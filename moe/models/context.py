@@ -9,7 +9,8 @@ from torch import Tensor
 from ...kernels import varlen_attention
 from ...parallel.context import Piece, gather_keys, pieces
 from ...parallel.spread import Spread
-from ..layers.context import AttentionSpec, Heads
+from ..layers.context import AttentionSpec, Heads, Latent
+from ..layers.latent import expand
 from ..routing.record import RouteContext, Routing
 
 
@@ -21,6 +22,8 @@ class VarlenContext:
         route: the routers' surroundings.
         logit_rows: int64 rows whose logits are wanted; None = all.
         spread: how the sequences' tokens are divided over ranks; None = all are here.
+        memory: the encoder's hidden states [S, D]; None without an encoder.
+        cu_memory_B1: int [B+1], where each sequence's part of `memory` begins.
 
     Attributes:
         routings: layer id → Routing of this forward pass, without gradients: what is noted keeps no graph alive.
@@ -32,25 +35,39 @@ class VarlenContext:
         route: RouteContext | None = None,
         logit_rows: Tensor | None = None,
         spread: Spread | None = None,
+        memory: Tensor | None = None,
+        cu_memory_B1: Tensor | None = None,
     ) -> None:
         self.cu_seqlens_B1 = cu_seqlens_B1
         self.route = route or RouteContext()
         self.logit_rows = logit_rows
         self.spread = spread
+        self.memory = memory
+        self.cu_memory_B1 = cu_memory_B1
         self.routings: dict[int, Routing] = {}
         self._found: dict[int | None, list[Piece]] = {}
 
-    def attend(self, spec: AttentionSpec, q_THd: Tensor, kv: Heads) -> Tensor:
+    def attend(
+        self,
+        spec: AttentionSpec,
+        q_THd: Tensor,
+        kv: Heads | Latent,
+        sinks_H: Tensor | None = None,
+        bias_HR: Tensor | None = None,
+    ) -> Tensor:
+        kv = expand(kv)
+        learned = {"sinks_H": sinks_H, "bias_HR": bias_HR}
         if self.spread is None or self.spread.mesh.size("cp") == 1:
             return varlen_attention(
-                q_THd, kv.k, kv.v, self.cu_seqlens_B1, scale=spec.scale, causal=spec.causal, window=spec.window
-            )
+                q_THd, kv.k, kv.v, self.cu_seqlens_B1, scale=spec.scale, causal=spec.causal, window=spec.window,
+                cu_k_B1=self.cu_memory_B1 if spec.cross else None, **learned,
+            )  # fmt: skip
         assert spec.causal, "context parallelism gives each rank an equal share of causal attention"
         k_WGd, v_WGd = gather_keys(kv.k, kv.v, self.spread)
         outputs = [
             varlen_attention(
                 q_THd[piece.queries], k_WGd[piece.keys], v_WGd[piece.keys], piece.cu_q_B1,
-                scale=spec.scale, window=spec.window, cu_k_B1=piece.cu_k_B1,
+                scale=spec.scale, window=spec.window, cu_k_B1=piece.cu_k_B1, **learned,
             )
             for piece in self._pieces(self.spread, spec.window)
         ]  # fmt: skip

@@ -1,6 +1,6 @@
-"""The decoder-only transformer, dense or sparse: the same object trains and serves.
+"""The transformer, dense or sparse, with an encoder or without: the same object trains and serves.
 
-T tokens, D width, V vocabulary, R rows whose logits are wanted.
+T tokens, D width, V vocabulary, R rows whose logits are wanted, S tokens of the encoder.
 """
 
 import torch.nn.functional as F
@@ -10,18 +10,36 @@ from ..config import ModelConfig
 from ..layers.block import Block
 from ..layers.context import Context
 from ..layers.norm import RMSNorm
+from ..layers.relative import RelativeBias
+
+
+class Encoder(nn.Module):
+    """The blocks of an encoder and their norm; it embeds with the decoder's embedding."""
+
+    def __init__(self, cfg: ModelConfig, layers: int) -> None:
+        super().__init__()
+        self.relative = RelativeBias(cfg, causal=False) if cfg.attention.positions == "relative" else None
+        self.blocks = nn.ModuleList(Block(cfg, cfg.layers + layer, self.relative) for layer in range(layers))
+        self.norm = RMSNorm(cfg.width, cfg.norm_eps)
+
+    def forward(self, x_SD: Tensor, positions_S: Tensor, ctx: Context) -> Tensor:
+        for block in self.blocks:
+            x_SD = block(x_SD, positions_S, ctx)
+        return self.norm(x_SD)
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, norm, head (tied to the embedding or not)."""
+    """Embedding, blocks, norm, head (tied to the embedding or not); before them an encoder, if there is one."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.cfg = cfg
         self.embed = nn.Embedding(cfg.vocab_size, cfg.width)
-        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.layers))
+        self.relative = RelativeBias(cfg, causal=True) if cfg.attention.positions == "relative" else None
+        self.blocks = nn.ModuleList(Block(cfg, layer, self.relative) for layer in range(cfg.layers))
         self.norm = RMSNorm(cfg.width, cfg.norm_eps)
         self.head = None if cfg.tie_embeddings else nn.Linear(cfg.width, cfg.vocab_size, bias=False)
+        self.encoder = None if cfg.encoder is None else Encoder(cfg, cfg.encoder.layers)
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, ctx: Context) -> Tensor:
         """Logits of the next token.
@@ -29,7 +47,7 @@ class Decoder(nn.Module):
         Args:
             tokens_T: int64 token ids of packed sequences.
             positions_T: int64 position of each token in its own sequence.
-            ctx: how to attend, how to route, which rows are wanted.
+            ctx: how to attend, how to route, which rows are wanted, what an encoder has made of its own tokens.
 
         Returns:
             logits_RV for the rows `ctx.logit_rows` (all T when None).
@@ -39,9 +57,16 @@ class Decoder(nn.Module):
             x_TD = block(x_TD, positions_T, ctx)
         return self.logits(x_TD, ctx)
 
+    def encode(self, tokens_S: Tensor, positions_S: Tensor, ctx: Context) -> Tensor:
+        """The encoder's hidden states [S, D], which are `ctx.memory` of a forward pass; `ctx` here is the encoder's own."""
+        assert self.encoder is not None, "a decoder-only model encodes nothing"
+        return self.encoder(self.embed(tokens_S), positions_S, ctx)
+
     def logits(self, x_TD: Tensor, ctx: Context) -> Tensor:
         """Logits [R, V] of the wanted rows, from what the last block returned."""
         x_RD = self.norm(x_TD if ctx.logit_rows is None else x_TD[ctx.logit_rows])
+        if self.cfg.logit_scale != 1:
+            x_RD = x_RD * self.cfg.logit_scale
         return F.linear(x_RD, self.embed.weight if self.head is None else self.head.weight)
 
     def plan(self) -> dict[str, str]:
@@ -50,6 +75,7 @@ class Decoder(nn.Module):
             "embed.weight": "vocab",
             "head.weight": "vocab",
             "blocks.*.attention.w[qkv].weight": "column",
+            "blocks.*.attention.wkv.weight": "column",
             "blocks.*.attention.wo.weight": "row",
             "blocks.*.ffn.w_in.weight": "gated",
             "blocks.*.ffn.w_out.weight": "row",

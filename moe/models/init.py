@@ -23,7 +23,7 @@ DENSE_SCALE = 0.1
 
 @torch.no_grad()
 def init_weights(model: Decoder, seed: int, shards: Mapping[str, ShardSpec] | None = None) -> None:
-    """Fill every parameter in place; norms become one. The parameters must be materialised (not on meta).
+    """Fill every parameter in place; norms become one, biases zero. The parameters must be materialised (not on meta).
 
     `shards` is what `parallelize`, or `fsdp.divide`, returned; None: every matrix is whole.
     """
@@ -37,6 +37,8 @@ def init_weights(model: Decoder, seed: int, shards: Mapping[str, ShardSpec] | No
         stack, place = stacks.get(owner), shards[name] if shards else None
         if owner in routers:
             _draw(weight, routers[owner].variance(leaf), f"{seed}/{name}")
+        elif leaf in ("bias", "sinks", "b_in", "b_out"):
+            nn.init.zeros_(weight)
         elif weight.ndim == 1:
             nn.init.ones_(weight)
         elif stack is None:

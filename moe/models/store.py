@@ -17,12 +17,12 @@ from torch import Tensor
 from ... import CheckpointError, ConfigError
 from ...configs.typed import build, to_dict
 from ..config import ModelConfig
+from ..families.directory import DTYPES, load_foreign, read_foreign
 from .decoder import Decoder
 
 MODEL_TYPE = "turnout"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def save_model(
@@ -87,16 +87,27 @@ def load_config(path: str | Path) -> ModelConfig:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} does not read as JSON ({error}): export the model again") from error
     kind = data.pop("model_type", None) if isinstance(data, dict) else None
-    if kind != MODEL_TYPE:
-        raise ConfigError(f"model_type ({kind}) of {file} must be {MODEL_TYPE}: give a model that Turnout wrote")
-    return build(ModelConfig, data)
+    return build(ModelConfig, data) if kind == MODEL_TYPE else read_foreign(file.parent).cfg
+
+
+def is_foreign(path: str | Path) -> bool:
+    """Whether the directory is Hugging Face's, not ours.
+
+    Raises:
+        CheckpointError: no model there. ConfigError: its configuration does not read.
+    """
+    file = model_directory(path) / CONFIG
+    try:
+        return bool(json.loads(file.read_text(encoding="utf-8")).get("model_type") != MODEL_TYPE)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{file} does not read as JSON ({error}): export the model again") from error
 
 
 def load_model(path: str | Path, dtype: str | None = None, device: str | torch.device = "cpu") -> Decoder:
     """Load a servable model in evaluation mode.
 
     Args:
-        path: a run directory or a model directory.
+        path: a run directory, a model directory, or a Hugging Face directory as it is.
         dtype: `float32`, `bfloat16`, `float16` or `float64`; None or `auto` = as stored. Routers stay float32.
         device: where the weights go.
 
@@ -104,9 +115,11 @@ def load_model(path: str | Path, dtype: str | None = None, device: str | torch.d
         CheckpointError: files are missing or malformed, or tensors are missing, unexpected, misshaped.
         ConfigError: the configuration does not validate, or the dtype is unknown.
     """
-    cfg, file = load_config(path), model_directory(path) / WEIGHTS
     if dtype not in (None, "auto", *DTYPES):
         raise ConfigError(f"dtype ({dtype}) is not supported: use auto, {', '.join(DTYPES)}")
+    if is_foreign(path):
+        return load_foreign(model_directory(path), dtype, device)
+    cfg, file = load_config(path), model_directory(path) / WEIGHTS
     try:
         with safe_open(file, framework="pt") as reader:
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (not a dict)

@@ -1,0 +1,198 @@
+"""A Hugging Face directory as a model, and a model as a Hugging Face directory: one tensor at a time."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import CheckpointError, ConfigError
+from ..config import ModelConfig
+from ..models.decoder import Decoder
+from ..shapes import is_router
+from .family import Family, family
+from .keys import Keys
+from .place import Place
+from .shards import FLOATS, Shards, write_shards
+
+CONFIG, ORIGIN = "config.json", "origin.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
+    "special_tokens_map.json",
+)  # fmt: skip
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """What a directory's config.json says.
+
+    Attributes:
+        unknown: keys that nobody has read: what they change, if anything, is not computed.
+    """
+
+    family: Family
+    cfg: ModelConfig
+    data: dict[str, Any]
+    unknown: tuple[str, ...]
+
+
+def read_foreign(path: str | Path) -> Foreign:
+    """Read and map a Hugging Face configuration.
+
+    Raises:
+        ConfigError: not JSON, an unknown family, or a model that can not be computed here.
+    """
+    file = Path(path) / CONFIG
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} does not read as JSON ({error}): copy the model's config.json again") from error
+    if not isinstance(data, dict) or "model_type" not in data:
+        raise ConfigError(f"{file} (no model_type) must be a model's configuration: copy the model's config.json again")
+    found, keys = family(str(data["model_type"])), Keys(data)
+    if data.get("quantization_config") is not None:
+        method = data["quantization_config"].get("quant_method")
+        raise ConfigError(f"quantization_config ({method}) must not be there: give the model in bfloat16 or float32")
+    cfg = found.read(keys)
+    return Foreign(family=found, cfg=cfg, data=data, unknown=tuple(keys.unknown))
+
+
+@torch.no_grad()
+def load_foreign(path: str | Path, dtype: str | None = None, device: str | torch.device = "cpu") -> Decoder:
+    """Load a Hugging Face directory in evaluation mode; no more than the model and one tensor are in memory.
+
+    Args:
+        path: the directory.
+        dtype: as `load_model` has it.
+        device: where the weights go.
+
+    Raises:
+        ConfigError: the configuration. CheckpointError: a tensor is missing, unexpected, misshaped or no number.
+    """
+    found = read_foreign(path)
+    with torch.device("meta"):
+        model = Decoder(found.cfg)
+    with Shards(Path(path)) as shards:
+        places = match_places(found, shards, dict(model.state_dict()))
+        wanted = DTYPES[dtype if dtype not in (None, "auto") else _stored(shards)]
+        ours = {
+            name: torch.empty(
+                tensor.shape, device=device, dtype=torch.float32 if is_router(name) and wanted.itemsize < 4 else wanted
+            )
+            for name, tensor in model.state_dict().items()
+        }
+        for name in shards:
+            if name in places:
+                places[name].put(shards.read(name), ours[places[name].ours])
+    model.load_state_dict(ours, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def match_places(found: Foreign, shards: Shards, ours: Mapping[str, Tensor]) -> dict[str, Place]:
+    """Their name → its place, after every name, shape and dtype has been found right.
+
+    Raises:
+        CheckpointError: naming the first tensor that is not.
+    """
+    places = {place.theirs: place for place in found.family.places(found.cfg)}
+    held, source = set(shards), shards.directory
+    if missing := sorted(places.keys() - held):
+        raise CheckpointError(f"{missing[0]} is missing in {source} ({len(missing)} in all): download it again")
+    extra = sorted(name for name in held - places.keys() if not any(fnmatchcase(name, p) for p in found.family.ignored))
+    if extra:
+        rule = f"has no place in a {found.family.name} of this {CONFIG}"
+        raise CheckpointError(f"{extra[0]} in {source} {rule} ({len(extra)} in all): give the files of one model")
+    for name, place in places.items():
+        shape, needed = shards.shape(name), place.their_shape(ours[place.ours])
+        if shape != needed:
+            raise CheckpointError(f"{name} {list(shape)} in {source} must have shape {list(needed)}: see {CONFIG}")
+        if shards.dtype(name) not in FLOATS:
+            kind = shards.dtype(name)
+            raise CheckpointError(f"{name} ({kind}) in {source} must be floating point: give an unquantized model")
+    return places
+
+
+def save_foreign(
+    directory: str | Path,
+    cfg: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    to: str,
+    *,
+    dtype: str | None = None,
+    origin: Mapping[str, Any] | None = None,
+    beside: str | Path | None = None,
+    most: int = SHARD_BYTES,
+) -> Path:
+    """Write a Hugging Face directory, replacing an earlier one only when the new one is whole.
+
+    Args:
+        directory: where.
+        cfg: the model's configuration.
+        tensors: every parameter and persistent buffer of ours, whole.
+        to: the family's `model_type`.
+        dtype: of the files; None = each tensor's own.
+        origin: the config.json that this model came with; its keys are kept where they still say the same.
+        beside: a directory whose tokenizer travels along.
+        most: bytes of a file.
+
+    Raises:
+        ConfigError: the family can not compute this model. CheckpointError: the directory can not be written.
+    """
+    kind = family(to)
+    data = config_of(cfg, kind, dtype or str(tensors["embed.weight"].dtype).removeprefix("torch."), origin)
+    places = {place.theirs: place for place in kind.places(cfg)}
+    wanted = None if dtype is None else DTYPES[dtype]
+
+    def take(name: str) -> Tensor:
+        theirs = places[name].take(tensors[places[name].ours])
+        return theirs.cpu() if wanted is None else theirs.to("cpu", wanted)
+
+    sizes = {
+        name: place.of(tensors[place.ours]).numel() * (wanted or tensors[place.ours].dtype).itemsize
+        for name, place in places.items()
+    }
+    directory = Path(directory)
+    aside = directory.with_name(f"tmp-{directory.name}")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        write_shards(aside, sizes, take, most)
+        (aside / CONFIG).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        copy_tokenizer(beside, aside)
+        shutil.rmtree(directory, ignore_errors=True)
+        aside.rename(directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory} can not be written ({error}): free space or choose another") from error
+    return directory
+
+
+def config_of(cfg: ModelConfig, kind: Family, dtype: str, origin: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Their config.json: `origin`, if it still describes `cfg`; else written anew, with origin's other keys."""
+    if origin is not None and origin.get("model_type") == kind.name:
+        if kind.read(Keys(origin)) == cfg:
+            named = "dtype" if "dtype" in origin else "torch_dtype"
+            return {**origin, named: dtype}
+        return {**origin, **kind.to_theirs(cfg, dtype)}
+    return kind.to_theirs(cfg, dtype)
+
+
+def copy_tokenizer(source: str | Path | None, target: Path) -> None:
+    """The tokenizer's files, those that are there."""
+    for name in TOKENIZER_FILES if source is not None else ():
+        file = Path(source or "") / name
+        if file.is_file():
+            shutil.copyfile(file, target / name)
+
+
+def _stored(shards: Shards) -> str:
+    """The dtype that most tensors have."""
+    kinds = [STORED[shards.dtype(name)] for name in shards if shards.dtype(name) in STORED]
+    return max(set(kinds), key=kinds.count)

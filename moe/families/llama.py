@@ -1,0 +1,38 @@
+"""Llama 1 to 3 and what has their form (SmolLM2, TinyLlama, Mistral without a window): dense decoders."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ... import ConfigError
+from ..config import AttentionConfig, ModelConfig
+from . import common
+from .family import Family
+from .keys import Keys
+from .place import Place
+
+
+def read(keys: Keys) -> ModelConfig:
+    keys.only("mlp_bias", (False,), False)
+    bias = keys.get("attention_bias", False)
+    return ModelConfig(**common.read_sizes(keys), attention=AttentionConfig(qkv_bias=bias, output_bias=bias))
+
+
+def write(cfg: ModelConfig) -> dict[str, Any]:
+    own = cfg.attention
+    if cfg.moe is not None or own != AttentionConfig(qkv_bias=own.qkv_bias, output_bias=own.qkv_bias):
+        raise ConfigError("family (llama) must be a dense model with Llama's attention: choose another family")
+    return {**common.write_sizes(cfg), "attention_bias": own.qkv_bias, "mlp_bias": False}
+
+
+def places(cfg: ModelConfig) -> Iterator[Place]:
+    yield from common.ends(cfg)
+    for layer in range(cfg.layers):
+        yield from common.norms(layer)
+        yield from common.attention(cfg, layer)
+        yield from common.gated(f"{common.LAYER}.{layer}.mlp", f"blocks.{layer}.ffn", cfg.ffn_width)
+
+
+LLAMA = Family(
+    name="llama", architecture="LlamaForCausalLM", read=read, write=write, places=places,
+    ignored=("*.rotary_emb.inv_freq",),
+)  # fmt: skip
