@@ -15,6 +15,10 @@ def close(value, truth, bound):
     torch.testing.assert_close(value.double(), truth, rtol=bound, atol=bound)
 
 
+def turns(theta, d, dtype=torch.float32):
+    return theta ** (-torch.arange(0, d, 2, dtype=torch.promote_types(dtype, torch.float32)) / d)
+
+
 @pytest.mark.parametrize(("dtype", "bound"), DTYPES)
 @pytest.mark.parametrize("T", [0, 1, 7])
 def test_rms_norm_divides_by_the_root_mean_square(T, dtype, bound):
@@ -34,19 +38,20 @@ def test_rms_norm_of_half_precision_is_computed_in_float32():
 @pytest.mark.parametrize("T", [0, 1, 6])
 def test_rope_rotates_each_pair_by_its_angle(T, dtype, bound):
     x, positions = torch.randn(T, 2, 8, dtype=dtype), torch.randint(0, 500, (T,))
-    y = rope(x, positions, 100.0)
+    y = rope(x, positions, turns(100.0, 8, dtype), 1.5)
     assert y.dtype == dtype
     pairs = torch.complex(x[..., :4].double(), x[..., 4:].double())
     angles = positions.double()[:, None] * 100.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
-    turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
+    turned = pairs * torch.polar(torch.full_like(angles, 1.5), angles)[:, None]
     close(y, torch.cat((turned.real, turned.imag), dim=-1), max(bound, 1e-4) if dtype != torch.float64 else 1e-12)
 
 
 def test_rope_makes_scores_depend_on_distance_alone():
     q, k = torch.randn(1, 1, 16, dtype=torch.float64), torch.randn(1, 1, 16, dtype=torch.float64)
+    turns_h = turns(1e4, 16, torch.float64)
 
     def score(at_q, at_k):
-        return (rope(q, torch.tensor([at_q]), 1e4) * rope(k, torch.tensor([at_k]), 1e4)).sum()
+        return (rope(q, torch.tensor([at_q]), turns_h) * rope(k, torch.tensor([at_k]), turns_h)).sum()
 
     torch.testing.assert_close(score(7, 3), score(1007, 1003), rtol=1e-9, atol=1e-9)
     assert abs(score(7, 3) - score(7, 4)) > 1e-3
@@ -55,8 +60,8 @@ def test_rope_makes_scores_depend_on_distance_alone():
 def test_rope_angles_stay_float32_under_autocast():
     x, positions = torch.randn(3, 2, 8), torch.tensor([1, 1001, 4097])
     with torch.autocast("cpu", torch.bfloat16):
-        y = rope(x, positions, 1e4)
-    assert torch.equal(y, rope(x, positions, 1e4))
+        y = rope(x, positions, turns(1e4, 8))
+    assert torch.equal(y, rope(x, positions, turns(1e4, 8)))
 
 
 def test_rope_agrees_with_hugging_face():
@@ -66,7 +71,7 @@ def test_rope_agrees_with_hugging_face():
     theirs, _ = modeling.apply_rotary_pos_emb(
         x.transpose(0, 1)[None], x.transpose(0, 1)[None], angles.cos(), angles.sin()
     )
-    torch.testing.assert_close(rope(x, positions, 1e4), theirs[0].transpose(0, 1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rope(x, positions, turns(1e4, 8)), theirs[0].transpose(0, 1), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), DTYPES)
@@ -111,6 +116,6 @@ def test_gradchecks(form):
     weight = torch.rand(4, dtype=torch.float64, requires_grad=True)
     positions, targets = torch.tensor([0, 3, 9]), torch.tensor([1, -1, 3])
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-3), (x, weight))
-    assert torch.autograd.gradcheck(lambda x: rope(x[:, None], positions, 10.0), (x,))
+    assert torch.autograd.gradcheck(lambda x: rope(x[:, None], positions, turns(10.0, 4, torch.float64)), (x,))
     assert torch.autograd.gradcheck(swiglu, (x,))
     assert torch.autograd.gradcheck(lambda x: cross_entropy(x, targets), (x,))
