@@ -91,7 +91,7 @@ class AttentionConfig:
         qkv_bias: biases on queries, keys and values (Qwen2, GPT-OSS); under `latent` on what makes the latents.
         output_bias: a bias on the output projection.
         qk_norm: RMSNorm on queries and keys before rotation: over each `head` (Qwen3), the whole `width` (OLMoE).
-        clip: queries, keys and values are clamped to ± this before anything else (OLMoE's clip_qkv).
+        clip: queries, keys and values are clamped to ± this, after `qk_norm` and before rotation (OLMoE's clip_qkv).
         window: a query sees its own position and the window - 1 before it.
         window_layers: ids of the layers whose attention is so limited; null = all.
         sinks: a learned score a head that takes part in the softmax and has no value (GPT-OSS).

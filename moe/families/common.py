@@ -12,8 +12,10 @@ from .place import Place, expert, rows, transposed
 LAYER = "model.layers"
 
 
-def read_sizes(keys: Keys) -> dict[str, Any]:
-    """ModelConfig's arguments that all families spell alike."""
+def read_sizes(
+    keys: Keys, *, head_dim: int | None = None, norm_eps: float = 1e-6, theta: float = 10000.0
+) -> dict[str, Any]:
+    """ModelConfig's arguments that all families spell alike; the others are their defaults where a key is missing."""
     heads, width = keys.get("num_attention_heads"), keys.get("hidden_size")
     keys.only("hidden_act", ("silu",), "silu")
     eos = keys.maybe("eos_token_id")
@@ -23,13 +25,13 @@ def read_sizes(keys: Keys) -> dict[str, Any]:
         "layers": keys.get("num_hidden_layers"),
         "heads": heads,
         "kv_heads": keys.get("num_key_value_heads", heads),
-        "head_dim": keys.get("head_dim", width // heads),
+        "head_dim": keys.get("head_dim", head_dim or width // heads),
         "ffn_width": keys.get("intermediate_size"),
         "max_seq_len": keys.get("max_position_embeddings"),
-        "norm_eps": keys.get("rms_norm_eps", 1e-6),
+        "norm_eps": keys.get("rms_norm_eps", norm_eps),
         "tie_embeddings": keys.get("tie_word_embeddings", False),
         "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
-        **read_rope(keys),
+        **read_rope(keys, theta),
     }
 
 
@@ -53,17 +55,20 @@ def write_sizes(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-def read_rope(keys: Keys) -> dict[str, Any]:
+def read_rope(keys: Keys, theta: float = 10000.0) -> dict[str, Any]:
     """`rope_theta` and `rope`, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
     old = keys.maybe("rope_scaling") or {}
     given = {"rope_theta": keys.maybe("rope_theta"), **old, **(keys.maybe("rope_parameters") or {})}
     kind, length = given.get("rope_type", given.get("type", "default")), keys.get("max_position_embeddings")
-    theta = {"rope_theta": float(given.get("rope_theta") or 10000.0)}
+    base = {"rope_theta": float(given.get("rope_theta") or theta)}
+    turning = given.get("partial_rotary_factor", keys.get("partial_rotary_factor", 1.0))
+    if turning != 1:
+        raise ConfigError(f"partial_rotary_factor ({turning}) of config.json must be 1: others are not computed here")
     if kind == "default":
-        return theta
+        return base
     original = given.get("original_max_position_embeddings")
     if kind == "dynamic":  # it changes nothing up to the length that the model may be used with
-        return theta
+        return base
     stretch: dict[str, Any] = {"kind": kind, "factor": float(given["factor"]), "original_len": original or length}
     if kind == "llama3":
         stretch |= {name: float(given[name]) for name in ("low_freq_factor", "high_freq_factor")}
@@ -71,8 +76,10 @@ def read_rope(keys: Keys) -> dict[str, Any]:
         stretch |= {name: float(given[name]) for name in ("beta_fast", "beta_slow") if given.get(name)}
         stretch |= {"truncate": bool(given.get("truncate", True)), "magnitude": given.get("attention_factor")}
     elif kind != "linear":
-        raise ConfigError(f"rope_type ({kind}) of config.json must be default, linear, dynamic, yarn or llama3: convert it")
-    return theta | {"rope": RopeConfig(**stretch)}
+        raise ConfigError(
+            f"rope_type ({kind}) of config.json must be default, linear, dynamic, yarn or llama3: convert it"
+        )
+    return base | {"rope": RopeConfig(**stretch)}
 
 
 def write_rope(cfg: ModelConfig) -> dict[str, Any]:

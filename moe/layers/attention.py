@@ -72,12 +72,11 @@ class Attention(nn.Module):
         return self.wo(o_THd.flatten(1))
 
     def _heads(self, y: Tensor, heads: int, norm: nn.Module | None) -> Tensor:
-        """Clamped, normalised over a head or over all, and seen as heads."""
-        y = y if self.clip is None else y.clamp(-self.clip, self.clip)
+        """Normalised over a head or over all, clamped, and seen as heads."""
         y_THd = y.unflatten(-1, (heads, self.spec.head_dim))
-        if norm is None:
-            return y_THd
-        return norm(y_THd) if norm.weight.numel() == self.spec.head_dim else norm(y).view_as(y_THd)
+        if norm is not None:
+            y_THd = norm(y_THd) if norm.weight.numel() == self.spec.head_dim else norm(y).view_as(y_THd)
+        return y_THd if self.clip is None else y_THd.clamp(-self.clip, self.clip)
 
     def keep_part(self, rank: int, size: int) -> tuple[str, ...]:
         """Attend for part `rank` of `size` equal parts of the heads, and the K/V heads that these read.
