@@ -135,7 +135,7 @@ class AttentionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """The encoder of an encoder-decoder (T5 1910.10683; Switch 2101.03961): blocks like the decoder's, seeing both ways.
+    """The encoder of an encoder-decoder (T5 1910.10683; Switch 2101.03961): blocks that see both ways.
 
     Args:
         layers: how many blocks.

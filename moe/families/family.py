@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import Any
 
 from ... import ConfigError
-from ..config import ModelConfig
+from ..config import ModelConfig, MoEConfig
+from .computed import computed
 from .keys import Keys
 from .place import Place
 
@@ -32,13 +33,39 @@ class Family:
     ignored: tuple[str, ...] = ()
 
     def to_theirs(self, cfg: ModelConfig, dtype: str) -> dict[str, Any]:
-        """The whole config.json."""
+        """The whole config.json.
+
+        Raises:
+            ConfigError: read again it would compute something else; what can not be said is named.
+        """
         kind = {"model_type": self.name, "architectures": [self.architecture], "dtype": dtype}
-        return kind | self.write(cfg)
+        written = kind | self.write(cfg)
+        said, meant = computed(self.read(Keys(written))), computed(cfg)
+        for name in sorted(said.keys() | meant.keys()):
+            if said.get(name) != meant.get(name):
+                rule = f"can not be said in a {self.name}, which has {said.get(name)}"
+                raise ConfigError(f"{name} ({meant.get(name)}) {rule}: choose another family, or keep it in turnout")
+        return written
+
+
+def needs_moe(cfg: ModelConfig) -> MoEConfig:
+    """The model's mixture of experts.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if cfg.moe is None:
+        raise ConfigError("model.moe (null) must be set for a family of mixtures of experts: choose llama or qwen3")
+    return cfg.moe
 
 
 MODULES: Mapping[str, str] = {
     "llama": "llama",
+    "mixtral": "mixtral",
+    "qwen2_moe": "qwen",
+    "qwen3": "qwen",
+    "qwen3_moe": "qwen",
+    "olmoe": "olmoe",
 }
 
 
@@ -53,3 +80,25 @@ def family(model_type: str) -> Family:
         raise ConfigError(f"model_type ({model_type}) must be one that can be read: use a model of {known}, or turnout")
     found: Family = getattr(import_module(f".{MODULES[model_type]}", __package__), model_type.upper())
     return found
+
+
+def families() -> list[Family]:
+    """All of them."""
+    return [family(name) for name in MODULES]
+
+
+def fitting(cfg: ModelConfig) -> Family:
+    """The first family that can compute the model.
+
+    Raises:
+        ConfigError: none can; each says why not.
+    """
+    reasons = []
+    for kind in families():
+        try:
+            kind.to_theirs(cfg, "float32")
+        except ConfigError as error:
+            reasons.append(f"{kind.name}: {error}")
+        else:
+            return kind
+    raise ConfigError("no family can compute this model, keep it in turnout. " + " | ".join(reasons))

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-from ... import ConfigError
 from ..config import AttentionConfig, ModelConfig
 from . import common
 from .family import Family
@@ -18,10 +17,7 @@ def read(keys: Keys) -> ModelConfig:
 
 
 def write(cfg: ModelConfig) -> dict[str, Any]:
-    own = cfg.attention
-    if cfg.moe is not None or own != AttentionConfig(qkv_bias=own.qkv_bias, output_bias=own.qkv_bias):
-        raise ConfigError("family (llama) must be a dense model with Llama's attention: choose another family")
-    return {**common.write_sizes(cfg), "attention_bias": own.qkv_bias, "mlp_bias": False}
+    return {**common.write_sizes(cfg), "attention_bias": cfg.attention.qkv_bias, "mlp_bias": False}
 
 
 def places(cfg: ModelConfig) -> Iterator[Place]:

@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face directory: safetensors only, in one file or several with an index, checked before use."""
+"""The tensors of a Hugging Face directory: safetensors only, one file or several with an index, checked before use."""
 
 import json
 from collections.abc import Iterator, Mapping
