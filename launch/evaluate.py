@@ -19,7 +19,7 @@ SUMMARY = "loss, bits per byte and an expert report on held-out text"
 HELP = """\
 usage: turnout evaluate CKPT [key=value ...]
 
-CKPT is a run or model directory. Loss is in nats a token; bits per byte compares across tokenizers.
+CKPT is a run, a model directory or a GGUF file. Loss is in nats a token; bits per byte compares across tokenizers.
 
   data=pydocs        pydocs, or a .jsonl, .jsonl.xz or .txt file
   split=validation   train, validation, or tuning: what the run's data.tuning kept from training
@@ -79,7 +79,7 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
     from ..moe.data.tokenizer import Tokenizer
     from ..moe.eval.perplexity import evaluate, limit_bytes
     from ..moe.eval.shuffle import shuffled_experts
-    from ..moe.models.store import model_directory
+    from ..moe.models.store import tokenizer_directory
 
     tuning = _tuning(path, options.split)
     documents = limit_bytes(read_documents(options.data, options.split, tuning), options.max_bytes)
@@ -87,7 +87,8 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
     check(options.device != "cuda" or has_gpu, "device", "cuda", "is not on this machine", "use device=cpu")
     device = options.device if options.device != "auto" else "cuda" if has_gpu else "cpu"
     model = load_model(path, options.dtype, device)
-    tokenizer = Tokenizer.load(model_directory(path))
+    with tokenizer_directory(path) as directory:
+        tokenizer = Tokenizer.load(directory)
     moe = model.cfg.moe
     seq_len = options.seq_len or (moe.capacity_tokens if moe and moe.capacity_tokens else model.cfg.max_seq_len)
     measure = partial(evaluate, model, tokenizer, documents, seq_len=seq_len, stride=options.stride)

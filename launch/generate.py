@@ -12,9 +12,10 @@ SUMMARY = "complete a prompt and stream the text"
 HELP = """\
 usage: turnout generate CKPT prompt=TEXT [key=value ...]
 
-CKPT is a run or model directory. The completion streams to stdout, a line about its speed goes to stderr.
+CKPT is a run, a model directory or a GGUF file. The text streams to stdout, a line about its speed goes to stderr.
 
   prompt          the text to complete, taken literally
+  chat            false   the prompt is a user's message: answer it, through the model's chat template
   max_tokens      128     tokens to generate at most
   min_tokens      0       end-of-sequence and stop are suppressed until then
   temperature     0.8     0 = greedy
@@ -34,6 +35,7 @@ class GenerateOptions(Options):
     """What `turnout generate` takes; see HELP."""
 
     prompt: str
+    chat: bool = False
     max_tokens: int = 128
     min_tokens: int = 0
     temperature: float = 0.8
@@ -66,7 +68,8 @@ def main(args: list[str]) -> int:
 
     engine = Engine.from_path(path, options.engine)
     start = time.perf_counter()
-    engine.add_request("generate", options.prompt, params)
+    asked = engine.chat.encode([{"role": "user", "content": options.prompt}]) if options.chat else options.prompt
+    engine.add_request("generate", asked, params)
     first, shown = 0.0, 0
     while engine.has_unfinished:
         for output in engine.step():

@@ -1,4 +1,4 @@
-"""Serve a run or a model directory over HTTP: `turnout serve runs/x port=8000`."""
+"""Serve a model over HTTP: `turnout serve runs/x port=8000`."""
 
 import asyncio
 import os
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 SUMMARY = "serve a model over an OpenAI-compatible HTTP API"
 HELP = """\
-Serve a run or a model directory over an OpenAI-compatible HTTP API.
+Serve a run, a model directory or a GGUF file over an OpenAI-compatible HTTP API.
 
 usage: turnout serve CKPT [key=value ...]
 
   port=8000                    0 takes any free port; the line `ready: URL` tells which
   host=127.0.0.1               anything but loopback needs api_key
   api_key=KEY                  clients send it as `Authorization: Bearer KEY`
-  served_model_name=NAME       the model's name in requests; by default the name of its directory
+  served_model_name=NAME       the model's name in requests; by default its directory's or file's
   drain_seconds=30             how long running requests may still take after SIGTERM
   max_num_seqs=64              requests that run at once
   max_num_batched_tokens=512   tokens in one step
@@ -73,16 +73,18 @@ def main(args: list[str]) -> int:
 
 
 def model_name(path: Path) -> str:
-    """What a checkpoint is called in requests: its directory's name, a run's for `runs/x/model`."""
+    """What a checkpoint is called in requests: its directory's name, a run's for `runs/x/model`, a GGUF file's or
+    package's without `.gguf` or `package:`."""
     path = path.resolve()
-    return path.parent.name if path.name == "model" else path.name
+    name = path.parent.name if path.name == "model" else path.name
+    return name.removesuffix(".gguf").removeprefix("package:")
 
 
 class _Loader:
     """Loads the engine and remembers what took how long.
 
     Args:
-        path: a run or model directory.
+        path: as `load_model` has it.
         config: the engine's settings.
 
     Attributes:

@@ -1,8 +1,9 @@
-"""A Hugging Face directory as a model, and a model as a Hugging Face directory: one tensor at a time."""
+"""A Hugging Face directory or GGUF file as a model, and a model as such a directory: one tensor at a time."""
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,9 +17,10 @@ from ..config import ModelConfig
 from ..models.decoder import Decoder
 from ..shapes import is_router
 from .family import Family, family
+from .gguf import GgufFile, read_metadata
 from .keys import Keys
 from .place import Place
-from .shards import FLOATS, Shards, write_shards
+from .shards import FLOATS, Shards, Tensors, write_shards
 
 CONFIG, ORIGIN = "config.json", "origin.json"
 TOKENIZER_FILES = (
@@ -32,7 +34,7 @@ SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True, kw_only=True)
 class Foreign:
-    """What a directory's config.json says.
+    """What a directory's config.json, or a GGUF file's metadata, says.
 
     Attributes:
         unknown: keys that nobody has read: what they change, if anything, is not computed.
@@ -47,9 +49,15 @@ class Foreign:
 def read_foreign(path: str | Path) -> Foreign:
     """Read and map a Hugging Face configuration.
 
+    Args:
+        path: the directory, or a GGUF file.
+
     Raises:
-        ConfigError: not JSON, an unknown family, or a model that can not be computed here.
+        ConfigError: not JSON, an unknown family, or a model that can not be computed here. CheckpointError: not GGUF.
     """
+    if Path(path).is_file():
+        with GgufFile(Path(path)) as source:
+            return _read_gguf(source)
     file = Path(path) / CONFIG
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
@@ -65,22 +73,42 @@ def read_foreign(path: str | Path) -> Foreign:
     return Foreign(family=found, cfg=cfg, data=data, unknown=tuple(keys.unknown))
 
 
+def _read_gguf(source: GgufFile) -> Foreign:
+    data, unread = read_metadata(source)
+    keys = Keys(data, str(source.path))
+    cfg = source.family.read(keys)
+    return Foreign(family=source.family, cfg=cfg, data=data, unknown=(*keys.unknown, *unread))
+
+
+@contextmanager
+def open_foreign(path: Path) -> Iterator[tuple[Foreign, Tensors]]:
+    """A directory's or GGUF file's configuration and its tensors, which are closed at the end."""
+    if path.is_file():
+        with GgufFile(path) as source:
+            yield _read_gguf(source), source
+    else:
+        found = read_foreign(path)
+        with Shards(path) as shards:
+            yield found, shards
+
+
 @torch.no_grad()
 def load_foreign(path: str | Path, dtype: str | None = None, device: str | torch.device = "cpu") -> Decoder:
-    """Load a Hugging Face directory in evaluation mode; no more than the model and one tensor are in memory.
+    """Load a Hugging Face directory or a GGUF file in evaluation mode.
+
+    No more than the model and one tensor are in memory.
 
     Args:
-        path: the directory.
+        path: the directory or file.
         dtype: as `load_model` has it.
         device: where the weights go.
 
     Raises:
         ConfigError: the configuration. CheckpointError: a tensor is missing, unexpected, misshaped or no number.
     """
-    found = read_foreign(path)
-    with torch.device("meta"):
-        model = Decoder(found.cfg)
-    with Shards(Path(path)) as shards:
+    with open_foreign(Path(path)) as (found, shards):
+        with torch.device("meta"):
+            model = Decoder(found.cfg)
         places = match_places(found, shards, dict(model.state_dict()))
         wanted = DTYPES[dtype if dtype not in (None, "auto") else _stored(shards)]
         ours = {
@@ -96,24 +124,26 @@ def load_foreign(path: str | Path, dtype: str | None = None, device: str | torch
     return model.eval().requires_grad_(False)
 
 
-def match_places(found: Foreign, shards: Shards, ours: Mapping[str, Tensor]) -> dict[str, Place]:
+def match_places(found: Foreign, shards: Tensors, ours: Mapping[str, Tensor]) -> dict[str, Place]:
     """Their name → its place, after every name, shape and dtype has been found right.
 
     Raises:
         CheckpointError: naming the first tensor that is not.
     """
     places = {place.theirs: place for place in found.family.places(found.cfg)}
-    held, source = set(shards), shards.directory
+    held, source = set(shards), shards.path
     if missing := sorted(places.keys() - held):
         raise CheckpointError(f"{missing[0]} is missing in {source} ({len(missing)} in all): download it again")
     extra = sorted(name for name in held - places.keys() if not any(fnmatchcase(name, p) for p in found.family.ignored))
     if extra:
-        rule = f"has no place in a {found.family.name} of this {CONFIG}"
+        rule = f"has no place in a {found.family.name} of this configuration"
         raise CheckpointError(f"{extra[0]} in {source} {rule} ({len(extra)} in all): give the files of one model")
     for name, place in places.items():
         shape, needed = shards.shape(name), place.their_shape(ours[place.ours])
         if shape != needed:
-            raise CheckpointError(f"{name} {list(shape)} in {source} must have shape {list(needed)}: see {CONFIG}")
+            raise CheckpointError(
+                f"{name} {list(shape)} in {source} must have shape {list(needed)}: its configuration says so"
+            )
         if shards.dtype(name) not in FLOATS:
             kind = shards.dtype(name)
             raise CheckpointError(f"{name} ({kind}) in {source} must be floating point: give an unquantized model")
@@ -192,7 +222,7 @@ def copy_tokenizer(source: str | Path | None, target: Path) -> None:
             shutil.copyfile(file, target / name)
 
 
-def _stored(shards: Shards) -> str:
+def _stored(shards: Tensors) -> str:
     """The dtype that most tensors have."""
     kinds = [STORED[shards.dtype(name)] for name in shards if shards.dtype(name) in STORED]
     return max(set(kinds), key=kinds.count)

@@ -19,14 +19,16 @@ HARMLESS = frozenset(
 
 
 class Keys:
-    """One config.json while it is read.
+    """One config.json, or what says the same, while it is read.
 
     Attributes:
         data: the whole of it.
+        source: its name in messages.
     """
 
-    def __init__(self, data: Mapping[str, Any]) -> None:
+    def __init__(self, data: Mapping[str, Any], source: str = "config.json") -> None:
         self.data = data
+        self.source = source
         self._read: set[str] = set()
 
     def get(self, name: str, default: V | None = None) -> Any:
@@ -40,7 +42,7 @@ class Keys:
         if value is None:
             value = default
         if value is None:
-            raise ConfigError(f"{name} (missing) must be in config.json: copy the model's own config.json again")
+            raise ConfigError(f"{name} (missing) must be in {self.source}: copy the model's own again")
         return value
 
     def maybe(self, name: str) -> Any:
@@ -57,7 +59,7 @@ class Keys:
         value = self.get(name, default)
         if value not in allowed:
             known = " or ".join(map(str, allowed))
-            raise ConfigError(f"{name} ({value}) of config.json must be {known}: other models are not computed here")
+            raise ConfigError(f"{name} ({value}) of {self.source} must be {known}: other models are not computed here")
         return value
 
     @property

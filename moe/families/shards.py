@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -16,6 +16,27 @@ ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
+class Tensors(Protocol):
+    """Foreign tensors on disk; a context manager, for files stay open.
+
+    Attributes:
+        path: where they lie.
+    """
+
+    path: Path
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Without reading the tensor."""
+
+    def dtype(self, name: str) -> str:
+        """As safetensors spells it: `F32`, `BF16`, ..."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, on the CPU in its own dtype."""
+
+
 class Shards:
     """Names, shapes and bytes of a directory's tensors; a context manager, for the files stay open.
 
@@ -23,8 +44,8 @@ class Shards:
         CheckpointError: no safetensors there, a file missing or broken, or an index that does not fit the files.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self._open = ExitStack()
         self._files: dict[str, Any] = {}
         try:
@@ -58,13 +79,13 @@ class Shards:
 
     def _listed(self) -> dict[str, set[str] | None]:
         """File → the tensors that the index says it has; None where there is no index."""
-        index, one = self.directory / INDEX, self.directory / ONE
+        index, one = self.path / INDEX, self.path / ONE
         if not index.is_file():
             if one.is_file():
                 return {ONE: None}
-            pickled = sorted(file.name for file in self.directory.glob("*.bin"))
+            pickled = sorted(file.name for file in self.path.glob("*.bin"))
             instead = f" ({pickled[0]} is a pickle, which is never read)" if pickled else ""
-            raise CheckpointError(f"{self.directory} holds no {ONE} and no {INDEX}{instead}: give safetensors")
+            raise CheckpointError(f"{self.path} holds no {ONE} and no {INDEX}{instead}: give safetensors")
         try:
             placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files: dict[str, set[str] | None] = {}
@@ -77,7 +98,7 @@ class Shards:
         return files
 
     def _add(self, file: str, listed: set[str] | None) -> None:
-        path = self.directory / file
+        path = self.path / file
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, but {INDEX} lists it: download that shard")
         try:

@@ -5,8 +5,10 @@ Written aside and renamed, so a directory is whole or absent; read strictly, nam
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from ... import CheckpointError, ConfigError
 from ...configs.typed import build, to_dict
 from ..config import ModelConfig
 from ..families.directory import DTYPES, load_foreign, read_foreign
+from ..families.gguf import PACKAGE, GgufFile, package_file
+from ..families.gguf_tokenizer import write_tokenizer
 from .decoder import Decoder
 
 MODEL_TYPE = "turnout"
@@ -63,25 +67,52 @@ def save_model(
 
 
 def model_directory(path: str | Path) -> Path:
-    """The model directory that `path` means: itself, or `model/` of a run.
+    """The model directory that `path` means: itself, or `model/` of a run; a GGUF file stands for itself.
+
+    Args:
+        path: a directory, a GGUF file, or `package:NAME` for the one GGUF file of an installed Python package.
 
     Raises:
-        CheckpointError: neither holds a `config.json`.
+        CheckpointError: there is no model.
     """
+    if str(path).startswith(PACKAGE):
+        return package_file(str(path))
     path = Path(path)
+    if path.is_file():
+        return path
     for candidate in (path, path / "model"):
         if (candidate / CONFIG).is_file():
             return candidate
     raise CheckpointError(f"{path} holds no model ({CONFIG} is missing): give a run or a model directory")
 
 
+@contextmanager
+def tokenizer_directory(path: str | Path) -> Iterator[Path]:
+    """The directory of the model's tokenizer files: its own; for a GGUF file one that goes when the context ends.
+
+    Raises:
+        CheckpointError: no model there, or a broken tokenizer. ConfigError: one that is not understood.
+    """
+    place = model_directory(path)
+    if not place.is_file():
+        yield place
+        return
+    with TemporaryDirectory() as directory:
+        with GgufFile(place) as file:
+            write_tokenizer(file, Path(directory))
+        yield Path(directory)
+
+
 def load_config(path: str | Path) -> ModelConfig:
-    """Read and validate a model directory's configuration.
+    """Read and validate the configuration of a model directory or GGUF file.
 
     Raises:
         CheckpointError: no model there. ConfigError: not a Turnout configuration.
     """
-    file = model_directory(path) / CONFIG
+    place = model_directory(path)
+    if place.is_file():
+        return read_foreign(place).cfg
+    file = place / CONFIG
     try:
         data: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -91,12 +122,15 @@ def load_config(path: str | Path) -> ModelConfig:
 
 
 def is_foreign(path: str | Path) -> bool:
-    """Whether the directory is Hugging Face's, not ours.
+    """Whether the directory is Hugging Face's, not ours, or a GGUF file.
 
     Raises:
         CheckpointError: no model there. ConfigError: its configuration does not read.
     """
-    file = model_directory(path) / CONFIG
+    place = model_directory(path)
+    if place.is_file():
+        return True
+    file = place / CONFIG
     try:
         return bool(json.loads(file.read_text(encoding="utf-8")).get("model_type") != MODEL_TYPE)
     except (OSError, ValueError, AttributeError) as error:
@@ -107,7 +141,7 @@ def load_model(path: str | Path, dtype: str | None = None, device: str | torch.d
     """Load a servable model in evaluation mode.
 
     Args:
-        path: a run directory, a model directory, or a Hugging Face directory as it is.
+        path: a run, a model directory, a Hugging Face directory or a GGUF file (also `package:NAME`) as it is.
         dtype: `float32`, `bfloat16`, `float16` or `float64`; None or `auto` = as stored. Routers stay float32.
         device: where the weights go.
 
