@@ -66,6 +66,7 @@ MODULES: Mapping[str, str] = {
     "qwen3": "qwen",
     "qwen3_moe": "qwen",
     "olmoe": "olmoe",
+    "switch_transformers": "switch_transformers",
 }
 
 
