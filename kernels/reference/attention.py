@@ -71,9 +71,7 @@ def varlen_attention(
     return torch.cat(outputs)
 
 
-def store_kv(
-    k_TGd: Tensor, v_TGd: Tensor | None, cache_k: Tensor, cache_v: Tensor | None, slots_T: Tensor
-) -> None:
+def store_kv(k_TGd: Tensor, v_TGd: Tensor | None, cache_k: Tensor, cache_v: Tensor | None, slots_T: Tensor) -> None:
     for new, cache in ((k_TGd, cache_k), (v_TGd, cache_v)):
         if new is not None and cache is not None:
             cache.view(-1, *cache.shape[2:]).index_copy_(0, slots_T, new.to(cache.dtype))
@@ -96,9 +94,10 @@ def paged_attention(
     outputs = [q_THd.new_empty(0, q_THd.shape[1], cache_v.shape[3])]
     spans = itertools.pairwise(cu_q_B1.tolist())
     for (start, end), length, table in zip(spans, context_lens_B.tolist(), block_tables_BM, strict=True):
-        blocks = table[: -(-length // cache_k.shape[1])].long()
-        k_LGd, v_LGd = (cache[blocks].flatten(0, 1)[:length] for cache in (cache_k, cache_v))
-        k_at = torch.arange(length, device=q_THd.device)
+        size, first = cache_k.shape[1], 0 if window is None else max(length - (end - start) - window + 1, 0)
+        blocks, gone = table[first // size : -(-length // size)].long(), first // size * size
+        k_LGd, v_LGd = (cache[blocks].flatten(0, 1)[first - gone : length - gone] for cache in (cache_k, cache_v))
+        k_at = torch.arange(first, length, device=q_THd.device)
         q_at = torch.arange(length - (end - start), length, device=q_THd.device)
         bias_HSL = None if bias_HR is None else distance_bias(bias_HR, q_at, k_at)
         seen_SL = visible(q_at, k_at, causal, window)

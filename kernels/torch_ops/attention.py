@@ -70,24 +70,29 @@ def paged_attention(
     sinks_H: Tensor | None = None,
     bias_HR: Tensor | None = None,
 ) -> Tensor:
-    """All sequences with one query (decode) form one batch, padded to the longest; the others run one by one."""
-    out_THd = q_THd.new_empty(q_THd.shape[0], q_THd.shape[1], cache_v.shape[3])
+    """All sequences with one query (decode) form one batch, padded to the longest; the others run one by one.
+
+    Of a window nothing is read that has left it.
+    """
+    out_THd = q_THd.new_zeros(q_THd.shape[0], q_THd.shape[1], cache_v.shape[3])
     starts = cu_q_B1.tolist()
     lengths = context_lens_B.tolist()
     decode: list[int] = []
     prefill: list[int] = []
     for b, (start, end) in enumerate(itertools.pairwise(starts)):
-        if end > start:
+        if end > start and lengths[b]:
             (decode if end - start == 1 else prefill).append(b)
     groups = [[b] for b in prefill] + ([decode] if decode else [])
     for group in groups:
-        count, longest = starts[group[0] + 1] - starts[group[0]], max(lengths[b] for b in group)
-        k_at = torch.arange(longest, device=q_THd.device)
-        ends_B1 = context_lens_B[group][:, None]
-        slots_BL = _slots(block_tables_BM[group], torch.minimum(k_at, ends_B1 - 1), cache_k.shape[1])
-        q_at_BS1 = (ends_B1 - count + torch.arange(count, device=q_THd.device))[..., None]
-        ahead = k_at - q_at_BS1
-        seen_BSL = (ahead <= 0) if causal else (k_at < ends_B1[..., None]).expand_as(ahead)
+        count = starts[group[0] + 1] - starts[group[0]]
+        ends_B1 = context_lens_B[group][:, None].long()
+        firsts = [0 if window is None else max(lengths[b] - count - window + 1, 0) for b in group]
+        longest = max(lengths[b] - first for b, first in zip(group, firsts, strict=True))
+        k_at_BL = torch.tensor(firsts, device=q_THd.device)[:, None] + torch.arange(longest, device=q_THd.device)
+        slots_BL = _slots(block_tables_BM[group], torch.minimum(k_at_BL, ends_B1 - 1), cache_k.shape[1])
+        q_at_BS = ends_B1 - count + torch.arange(count, device=q_THd.device)
+        ahead = k_at_BL[:, None] - q_at_BS[..., None]
+        seen_BSL = (ahead <= 0) if causal else (k_at_BL < ends_B1)[:, None].expand_as(ahead)
         if window is not None:
             seen_BSL = seen_BSL & (ahead.abs() < window)
         bias_BHSL = None if bias_HR is None else _biases(bias_HR, ahead)
@@ -135,7 +140,8 @@ def _attend(
             sink = sinks_H[:, None, None].expand(*scores.shape[:-1], 1).to(scores.dtype)
             scores = torch.cat((scores, sink), -1)
             k, v = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
-        mask = scores.unflatten(-3, (G, R)).flatten(-3, -2).to(q.dtype)
+        mask = scores.unflatten(-3, (G, R)).flatten(-3, -2)
+        mask = mask if q.device.type == "cpu" else mask.to(q.dtype)  # a GPU's fast kernels take no other
         o = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         return o.unflatten(2, (R, S)).permute(0, 3, 1, 2, 4).reshape(B, S, H, -1)
     if R > 1:
