@@ -19,6 +19,7 @@ from ..shapes import is_router
 from .family import Family, family
 from .gguf import GgufFile, read_metadata
 from .keys import Keys
+from .mxfp4 import unpacked
 from .place import Place
 from .shards import FLOATS, Shards, Tensors, write_shards
 
@@ -66,8 +67,8 @@ def read_foreign(path: str | Path) -> Foreign:
     if not isinstance(data, dict) or "model_type" not in data:
         raise ConfigError(f"{file} (no model_type) must be a model's configuration: copy the model's config.json again")
     found, keys = family(str(data["model_type"])), Keys(data)
-    if data.get("quantization_config") is not None:
-        method = data["quantization_config"].get("quant_method")
+    method = (data.get("quantization_config") or {}).get("quant_method", found.packed)
+    if method != found.packed:
         raise ConfigError(f"quantization_config ({method}) must not be there: give the model in bfloat16 or float32")
     cfg = found.read(keys)
     return Foreign(family=found, cfg=cfg, data=data, unknown=tuple(keys.unknown))
@@ -89,7 +90,7 @@ def open_foreign(path: Path) -> Iterator[tuple[Foreign, Tensors]]:
     else:
         found = read_foreign(path)
         with Shards(path) as shards:
-            yield found, shards
+            yield found, unpacked(found.family, shards)
 
 
 @torch.no_grad()
@@ -207,6 +208,7 @@ def save_foreign(
 def config_of(cfg: ModelConfig, kind: Family, dtype: str, origin: Mapping[str, Any] | None) -> dict[str, Any]:
     """Their config.json: `origin`, if it still describes `cfg`; else written anew, with origin's other keys."""
     if origin is not None and origin.get("model_type") == kind.name:
+        origin = {name: value for name, value in origin.items() if name != "quantization_config"}
         if kind.read(Keys(origin)) == cfg:
             named = "dtype" if "dtype" in origin else "torch_dtype"
             return {**origin, named: dtype}

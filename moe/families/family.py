@@ -23,6 +23,7 @@ class Family:
         write: ours → theirs, without the keys that `to_theirs` adds. Raises ConfigError where they can not compute it.
         places: where their tensors lie in ours.
         ignored: name patterns (as in file names) of tensors that say nothing: buffers, heads that are tied.
+        packed: the `quant_method` that is undone while reading; all others are refused.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Family:
     write: Callable[[ModelConfig], dict[str, Any]]
     places: Callable[[ModelConfig], Iterable[Place]]
     ignored: tuple[str, ...] = ()
+    packed: str | None = None
 
     def to_theirs(self, cfg: ModelConfig, dtype: str) -> dict[str, Any]:
         """The whole config.json.
@@ -60,6 +62,7 @@ def needs_moe(cfg: ModelConfig) -> MoEConfig:
 
 
 MODULES: Mapping[str, str] = {
+    "gpt_oss": "gpt_oss",
     "llama": "llama",
     "mixtral": "mixtral",
     "qwen2_moe": "qwen",

@@ -14,8 +14,9 @@ from ..config import ModelConfig
 from ..models.decoder import Decoder
 from ..models.store import WEIGHTS, is_foreign, load_config, model_directory
 from .directory import match_places, read_foreign
+from .mxfp4 import unpacked
 from .place import Place
-from .shards import Shards
+from .shards import Shards, Tensors
 
 
 class Source(Protocol):
@@ -54,8 +55,9 @@ class OwnSource:
 class ForeignSource:
     """A Hugging Face directory."""
 
-    def __init__(self, path: Path, shards: Shards) -> None:
+    def __init__(self, path: Path, shards: Tensors) -> None:
         found = read_foreign(path)
+        shards = unpacked(found.family, shards)
         self.cfg, self._shards, self._shapes = found.cfg, shards, whole_shapes(found.cfg)
         ours = {name: torch.empty(shape, device="meta") for name, shape in self._shapes.items()}
         self._places: dict[str, list[Place]] = {name: [] for name in ours}
