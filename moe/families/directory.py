@@ -66,7 +66,7 @@ def read_foreign(path: str | Path) -> Foreign:
         raise ConfigError(f"{file} does not read as JSON ({error}): copy the model's config.json again") from error
     if not isinstance(data, dict) or "model_type" not in data:
         raise ConfigError(f"{file} (no model_type) must be a model's configuration: copy the model's config.json again")
-    found, keys = family(str(data["model_type"])), Keys(data)
+    found, keys = family(str(data["model_type"])).of(data), Keys(data)
     method = (data.get("quantization_config") or {}).get("quant_method", found.packed)
     if method != found.packed:
         raise ConfigError(f"quantization_config ({method}) must not be there: give the model in bfloat16 or float32")
@@ -132,10 +132,11 @@ def match_places(found: Foreign, shards: Tensors, ours: Mapping[str, Tensor]) ->
         CheckpointError: naming the first tensor that is not.
     """
     places = {place.theirs: place for place in found.family.places(found.cfg)}
+    ignored = [pattern.format(layers=found.cfg.layers) for pattern in found.family.ignored]
     held, source = set(shards), shards.path
     if missing := sorted(places.keys() - held):
         raise CheckpointError(f"{missing[0]} is missing in {source} ({len(missing)} in all): download it again")
-    extra = sorted(name for name in held - places.keys() if not any(fnmatchcase(name, p) for p in found.family.ignored))
+    extra = sorted(name for name in held - places.keys() if not any(fnmatchcase(name, p) for p in ignored))
     if extra:
         rule = f"has no place in a {found.family.name} of this configuration"
         raise CheckpointError(f"{extra[0]} in {source} {rule} ({len(extra)} in all): give the files of one model")
@@ -179,17 +180,16 @@ def save_foreign(
     """
     kind = family(to)
     data = config_of(cfg, kind, dtype or str(tensors["embed.weight"].dtype).removeprefix("torch."), origin)
-    places = {place.theirs: place for place in kind.places(cfg)}
+    places = {place.theirs: place for place in kind.of(data).places(cfg)}
     wanted = None if dtype is None else DTYPES[dtype]
 
-    def take(name: str) -> Tensor:
-        theirs = places[name].take(tensors[places[name].ours])
-        return theirs.cpu() if wanted is None else theirs.to("cpu", wanted)
+    def kept(place: Place) -> torch.dtype:
+        return torch.float32 if place.wide else wanted or tensors[place.ours].dtype
 
-    sizes = {
-        name: place.of(tensors[place.ours]).numel() * (wanted or tensors[place.ours].dtype).itemsize
-        for name, place in places.items()
-    }
+    def take(name: str) -> Tensor:
+        return places[name].take(tensors[places[name].ours]).to("cpu", kept(places[name]))
+
+    sizes = {name: place.of(tensors[place.ours]).numel() * kept(place).itemsize for name, place in places.items()}
     directory = Path(directory)
     aside = directory.with_name(f"tmp-{directory.name}")
     try:

@@ -7,6 +7,7 @@ twice. A family's places cover every element of our tensors exactly once (`check
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,12 +24,16 @@ class Place:
         ours: the name of the tensor of ours that it is a part of.
         view: from that tensor to the view whose elements, in order, are theirs; None = all of it.
         shape: of theirs, where it is not the view's.
+        order: their row i is row order[i] of the view, where rows have another order.
+        wide: float32 in their files, whatever the rest has.
     """
 
     theirs: str
     ours: str
     view: View | None = None
     shape: tuple[int, ...] | None = None
+    order: tuple[int, ...] | None = None
+    wide: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
         """The view of our `tensor`; writing to it writes to `tensor`."""
@@ -42,11 +47,20 @@ class Place:
     def put(self, theirs: Tensor, ours: Tensor) -> None:
         """Copy their tensor to its place in ours, in the dtype and on the device of ours."""
         view = self.of(ours)
-        view.copy_(theirs.reshape(view.shape))
+        rows = theirs.reshape(view.shape)
+        if self.order is None:
+            view.copy_(rows)
+        else:
+            view[self._rows(view)] = rows.to(view.device, view.dtype)
 
     def take(self, ours: Tensor) -> Tensor:
         """Their tensor, contiguous."""
-        return self.of(ours).detach().reshape(self.their_shape(ours)).contiguous()
+        view = self.of(ours).detach()
+        rows = view if self.order is None else view[self._rows(view)]
+        return rows.reshape(self.their_shape(ours)).contiguous()
+
+    def _rows(self, view: Tensor) -> Tensor:
+        return torch.tensor(self.order, device=view.device)
 
 
 def rows(start: int, count: int) -> View:
@@ -64,18 +78,15 @@ def transposed(tensor: Tensor) -> Tensor:
     return tensor.transpose(-2, -1)
 
 
-def paired(heads: int, size: int, turning: int) -> View:
-    """Output features of `heads` heads of `size` numbers, of which the last `turning` are rotary.
+@cache
+def paired(heads: int, size: int, turning: int) -> tuple[int, ...]:
+    """The order of the output features of `heads` heads of `size` numbers, of which the last `turning` are rotary.
 
-    Ours turn in halves, (x_i, x_{i + turning/2}); theirs in neighbours, (x_2i, x_2i+1), as DeepSeek's do. The features
-    before the rotary ones, if any, are another Place's: see `unpaired`.
+    Ours turn in halves, (x_i, x_{i + turning/2}); theirs in neighbours, (x_2i, x_2i+1), as DeepSeek's do.
     """
-
-    def view(tensor: Tensor) -> Tensor:
-        by_head = tensor.unflatten(0, (heads, size)).narrow(1, size - turning, turning)
-        return by_head.unflatten(1, (2, turning // 2)).transpose(1, 2)
-
-    return view
+    still, half = size - turning, turning // 2
+    head = [*range(still), *(still + i + half * second for i in range(half) for second in (0, 1))]
+    return tuple(size * h + row for h in range(heads) for row in head)
 
 
 def check_cover(places: Iterable[Place], tensors: Mapping[str, Tensor]) -> None:
@@ -86,5 +97,6 @@ def check_cover(places: Iterable[Place], tensors: Mapping[str, Tensor]) -> None:
         assert place.theirs not in names, f"{place.theirs} has two places"
         names.add(place.theirs)
         place.of(counts[place.ours]).add_(1)
+        assert place.order is None or sorted(place.order) == [*range(len(place.order))], f"{place.theirs} repeats a row"
     wrong = [name for name, count in counts.items() if not bool((count == 1).all())]
     assert not wrong, f"not covered exactly once: {wrong}"
