@@ -57,14 +57,24 @@ class Latent:
     Args:
         c: [T, rank], normalised.
         k_rope: [T, rope_dim], rotated, the same for all heads.
-        w_uk: [H, d, rank].
-        w_uv: [H, value_dim, rank].
+        w_kv: [H, d + value_dim, rank], of each head w_uk above w_uv.
+        key_dim: d.
     """
 
     c: Tensor
     k_rope: Tensor
-    w_uk: Tensor
-    w_uv: Tensor
+    w_kv: Tensor
+    key_dim: int
+
+    @property
+    def w_uk(self) -> Tensor:
+        """[H, d, rank]."""
+        return self.w_kv[:, : self.key_dim]
+
+    @property
+    def w_uv(self) -> Tensor:
+        """[H, value_dim, rank]."""
+        return self.w_kv[:, self.key_dim :]
 
 
 class Context(Protocol):

@@ -7,10 +7,13 @@ with c' = norm(W_dq x), or x itself. Keys and values are kept as (c, rope(W_kr x
 T tokens, D width, H heads, d head size without positions, r rope_dim, c rank of the latent.
 """
 
+from dataclasses import replace
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import ModelConfig
+from ..config import ModelConfig, check_heads
 from .context import AttentionSpec, Context, Heads, Latent
 from .norm import RMSNorm
 from .rotary import Rotary
@@ -44,28 +47,39 @@ class LatentAttention(nn.Module):
         q_THd, q_THr = self.wq(q_TQ).unflatten(-1, (self.spec.heads, -1)).split((nope, own.rope_dim), -1)
         c_Tc, k_Tr = self.wkv_down(x_TD).split((own.rank, own.rope_dim), -1)
         q_THr, k_T1r = self.rotary(positions_T, q_THr, k_Tr[:, None])
-        w_uk, w_uv = self.wkv.weight.unflatten(0, (self.spec.heads, -1)).split((nope, own.value_dim), 1)
-        latent = Latent(self.kv_norm(c_Tc), k_T1r[:, 0], w_uk, w_uv)
+        w_kv = self.wkv.weight.unflatten(0, (self.spec.heads, -1))
+        latent = Latent(self.kv_norm(c_Tc), k_T1r[:, 0], w_kv, nope)
         return self.wo(ctx.attend(self.spec, torch.cat((q_THd, q_THr), -1), latent).flatten(1))
+
+    def keep_part(self, rank: int, size: int) -> tuple[str, ...]:
+        """Attend for part `rank` of `size` equal parts of the heads; what makes the latents is no head's and stays.
+
+        Raises:
+            ConfigError: the heads can not be divided so.
+        """
+        heads = self.spec.heads
+        check_heads(heads, heads, size)
+        self.spec = replace(self.spec, heads=heads // size, kv_heads=heads // size)
+        return ()
 
 
 def expand(kv: Heads | Latent) -> Heads:
     """Keys and values by head, whatever they were: attention over all tokens at once is cheapest with them."""
     if isinstance(kv, Heads):
         return kv
-    k_THd = torch.einsum("tc,hdc->thd", kv.c, kv.w_uk.to(kv.c.dtype))
-    k_THr = kv.k_rope[:, None].expand(-1, k_THd.shape[1], -1)
-    v_THv = torch.einsum("tc,hvc->thv", kv.c, kv.w_uv.to(kv.c.dtype))
+    heads = len(kv.w_kv)
+    kv_THx = F.linear(kv.c, kv.w_kv.flatten(0, 1)).unflatten(-1, (heads, -1))
+    k_THd, v_THv = kv_THx.tensor_split((kv.key_dim,), -1)
+    k_THr = kv.k_rope[:, None].expand(-1, heads, -1).to(k_THd.dtype)
     return Heads(torch.cat((k_THd, k_THr), -1), v_THv)
 
 
 def absorb(q_THd: Tensor, kv: Latent) -> Tensor:
     """Queries [T, H, c + r] that meet the latents themselves: q_nope · W_uk beside q_rope; all heads read one key."""
-    nope = kv.w_uk.shape[1]
-    q_THc = torch.einsum("thd,hdc->thc", q_THd[..., :nope], kv.w_uk.to(q_THd.dtype))
-    return torch.cat((q_THc, q_THd[..., nope:]), -1)
+    q_THn, q_THr = q_THd.tensor_split((kv.key_dim,), -1)
+    return torch.cat((torch.einsum("thd,hdc->thc", q_THn, kv.w_uk), q_THr), -1)
 
 
 def release(o_THc: Tensor, kv: Latent) -> Tensor:
     """Outputs [T, H, v] from the latents' weighted sums: W_uv after attention instead of before."""
-    return torch.einsum("thc,hvc->thv", o_THc, kv.w_uv.to(o_THc.dtype))
+    return torch.einsum("thc,hvc->thv", o_THc, kv.w_uv)
