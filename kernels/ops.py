@@ -124,9 +124,7 @@ def varlen_attention(
         )
 
 
-def store_kv(
-    k_TGd: Tensor, v_TGd: Tensor | None, cache_k: Tensor, cache_v: Tensor | None, slots_T: Tensor
-) -> None:
+def store_kv(k_TGd: Tensor, v_TGd: Tensor | None, cache_k: Tensor, cache_v: Tensor | None, slots_T: Tensor) -> None:
     """Write keys and values into their pages, in place; without values, keys only.
 
     Args:

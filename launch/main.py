@@ -20,7 +20,7 @@ from .. import (
     __version__,
 )
 
-VERBS = ("quickstart", "plan", "train", "generate", "serve", "evaluate")
+VERBS = ("quickstart", "plan", "train", "generate", "serve", "evaluate", "convert")
 
 PREEMPTED = 143
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (

@@ -1,10 +1,11 @@
 """A Hugging Face directory or GGUF file as a model, and a model as such a directory: one tensor at a time."""
 
 import json
+import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from .mxfp4 import unpacked
 from .place import Place
 from .shards import FLOATS, Shards, Tensors, write_shards
 
-CONFIG, ORIGIN = "config.json", "origin.json"
+LOG = logging.getLogger(__name__)
+CONFIG, ORIGIN, GENERATION = "config.json", "origin.json", "generation_config.json"
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", GENERATION,
     "special_tokens_map.json",
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -38,6 +40,9 @@ class Foreign:
     """What a directory's config.json, or a GGUF file's metadata, says.
 
     Attributes:
+        family: its `model_type`'s.
+        cfg: ours; a text ends at what generation_config.json says, too.
+        data: theirs, as it is.
         unknown: keys that nobody has read: what they change, if anything, is not computed.
     """
 
@@ -45,6 +50,21 @@ class Foreign:
     cfg: ModelConfig
     data: dict[str, Any]
     unknown: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What the way back to a Hugging Face directory needs to be exact; `origin.json` of a Turnout directory.
+
+    Attributes:
+        config: their config.json.
+        dtype: that most of their tensors had.
+        dtypes: their name → dtype of those that had another.
+    """
+
+    config: dict[str, Any]
+    dtype: str
+    dtypes: dict[str, str]
 
 
 def read_foreign(path: str | Path) -> Foreign:
@@ -60,17 +80,18 @@ def read_foreign(path: str | Path) -> Foreign:
         with GgufFile(Path(path)) as source:
             return _read_gguf(source)
     file = Path(path) / CONFIG
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} does not read as JSON ({error}): copy the model's config.json again") from error
-    if not isinstance(data, dict) or "model_type" not in data:
+    data = _json(file)
+    if "model_type" not in data:
         raise ConfigError(f"{file} (no model_type) must be a model's configuration: copy the model's config.json again")
     found, keys = family(str(data["model_type"])).of(data), Keys(data)
     method = (data.get("quantization_config") or {}).get("quant_method", found.packed)
     if method != found.packed:
         raise ConfigError(f"quantization_config ({method}) must not be there: give the model in bfloat16 or float32")
-    cfg = found.read(keys)
+    cfg, generation = found.read(keys), Path(path) / GENERATION
+    ends = _json(generation).get("eos_token_id") if generation.is_file() else None
+    more = [end for end in (ends if isinstance(ends, list) else [ends]) if end not in (None, *cfg.eos_token_ids)]
+    if more:
+        cfg = replace(cfg, eos_token_id=(*cfg.eos_token_ids, *more) if cfg.eos_token_ids or more[1:] else more[0])
     return Foreign(family=found, cfg=cfg, data=data, unknown=tuple(keys.unknown))
 
 
@@ -108,21 +129,55 @@ def load_foreign(path: str | Path, dtype: str | None = None, device: str | torch
         ConfigError: the configuration. CheckpointError: a tensor is missing, unexpected, misshaped or no number.
     """
     with open_foreign(Path(path)) as (found, shards):
+        if found.unknown:
+            names = ", ".join(found.unknown)
+            LOG.warning("%s: nobody here reads %s; what they change is not computed", shards.path, names)
         with torch.device("meta"):
             model = Decoder(found.cfg)
-        places = match_places(found, shards, dict(model.state_dict()))
-        wanted = DTYPES[dtype if dtype not in (None, "auto") else _stored(shards)]
-        ours = {
-            name: torch.empty(
-                tensor.shape, device=device, dtype=torch.float32 if is_router(name) and wanted.itemsize < 4 else wanted
-            )
-            for name, tensor in model.state_dict().items()
-        }
-        for name in shards:
-            if name in places:
-                places[name].put(shards.read(name), ours[places[name].ours])
-    model.load_state_dict(ours, assign=True)
+        model.load_state_dict(read_tensors(found, shards, dtype, device), assign=True)
     return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def read_tensors(
+    found: Foreign, shards: Tensors, dtype: str | None = None, device: str | torch.device = "cpu"
+) -> dict[str, Tensor]:
+    """Our tensors by name, made of theirs one at a time; arguments and errors as `load_foreign` has them."""
+    with torch.device("meta"):
+        expected = Decoder(found.cfg).state_dict()
+    places = match_places(found, shards, expected)
+    wanted = DTYPES[dtype if dtype not in (None, "auto") else stored_dtype(shards)]
+    decides = torch.promote_types(wanted, torch.float32)
+    ours = {
+        name: torch.empty(tensor.shape, device=device, dtype=decides if is_router(name) else wanted)
+        for name, tensor in expected.items()
+    }
+    for name in shards:
+        if name in places:
+            places[name].put(shards.read(name), ours[places[name].ours])
+    return ours
+
+
+def origin_of(found: Foreign, shards: Tensors) -> Origin:
+    """What to keep of a directory."""
+    most = stored_dtype(shards)
+    others = {name: STORED[shards.dtype(name)] for name in shards if shards.dtype(name) in STORED}
+    return Origin(config=found.data, dtype=most, dtypes={name: kind for name, kind in others.items() if kind != most})
+
+
+def load_origin(directory: Path) -> Origin | None:
+    """The origin of a Turnout model directory; None if it has none.
+
+    Raises:
+        ConfigError: origin.json does not read.
+    """
+    file = directory / ORIGIN
+    if not file.is_file():
+        return None
+    try:
+        return Origin(**_json(file))
+    except TypeError as error:
+        raise ConfigError(f"{file} is no origin ({error}): convert the model again") from error
 
 
 def match_places(found: Foreign, shards: Tensors, ours: Mapping[str, Tensor]) -> dict[str, Place]:
@@ -132,12 +187,10 @@ def match_places(found: Foreign, shards: Tensors, ours: Mapping[str, Tensor]) ->
         CheckpointError: naming the first tensor that is not.
     """
     places = {place.theirs: place for place in found.family.places(found.cfg)}
-    ignored = [pattern.format(layers=found.cfg.layers) for pattern in found.family.ignored]
     held, source = set(shards), shards.path
     if missing := sorted(places.keys() - held):
         raise CheckpointError(f"{missing[0]} is missing in {source} ({len(missing)} in all): download it again")
-    extra = sorted(name for name in held - places.keys() if not any(fnmatchcase(name, p) for p in ignored))
-    if extra:
+    if extra := sorted(held - places.keys() - set(ignored_tensors(found, shards))):
         rule = f"has no place in a {found.family.name} of this configuration"
         raise CheckpointError(f"{extra[0]} in {source} {rule} ({len(extra)} in all): give the files of one model")
     for name, place in places.items():
@@ -152,6 +205,13 @@ def match_places(found: Foreign, shards: Tensors, ours: Mapping[str, Tensor]) ->
     return places
 
 
+def ignored_tensors(found: Foreign, names: Iterable[str]) -> list[str]:
+    """Those of `names` that say nothing: the family's buffers, and a head that is the embedding."""
+    own = (pattern.format(layers=found.cfg.layers) for pattern in found.family.ignored)
+    patterns = (*own, *(("lm_head.weight",) if found.cfg.tie_embeddings else ()))
+    return sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
+
+
 def save_foreign(
     directory: str | Path,
     cfg: ModelConfig,
@@ -159,6 +219,7 @@ def save_foreign(
     to: str,
     *,
     dtype: str | None = None,
+    dtypes: Mapping[str, str] | None = None,
     origin: Mapping[str, Any] | None = None,
     beside: str | Path | None = None,
     most: int = SHARD_BYTES,
@@ -170,7 +231,8 @@ def save_foreign(
         cfg: the model's configuration.
         tensors: every parameter and persistent buffer of ours, whole.
         to: the family's `model_type`.
-        dtype: of the files; None = each tensor's own.
+        dtype: of the files; None = the embedding's.
+        dtypes: their name → dtype, of tensors that have another.
         origin: the config.json that this model came with; its keys are kept where they still say the same.
         beside: a directory whose tokenizer travels along.
         most: bytes of a file.
@@ -179,17 +241,17 @@ def save_foreign(
         ConfigError: the family can not compute this model. CheckpointError: the directory can not be written.
     """
     kind = family(to)
-    data = config_of(cfg, kind, dtype or str(tensors["embed.weight"].dtype).removeprefix("torch."), origin)
+    dtype = dtype or str(tensors["embed.weight"].dtype).removeprefix("torch.")
+    data = config_of(cfg, kind, dtype, origin)
     places = {place.theirs: place for place in kind.of(data).places(cfg)}
-    wanted = None if dtype is None else DTYPES[dtype]
-
-    def kept(place: Place) -> torch.dtype:
-        return torch.float32 if place.wide else wanted or tensors[place.ours].dtype
+    wanted = {
+        name: torch.float32 if place.wide else DTYPES[(dtypes or {}).get(name, dtype)] for name, place in places.items()
+    }
 
     def take(name: str) -> Tensor:
-        return places[name].take(tensors[places[name].ours]).to("cpu", kept(places[name]))
+        return places[name].take(tensors[places[name].ours]).to("cpu", wanted[name])
 
-    sizes = {name: place.of(tensors[place.ours]).numel() * kept(place).itemsize for name, place in places.items()}
+    sizes = {name: place.of(tensors[place.ours]).numel() * wanted[name].itemsize for name, place in places.items()}
     directory = Path(directory)
     aside = directory.with_name(f"tmp-{directory.name}")
     try:
@@ -209,8 +271,8 @@ def config_of(cfg: ModelConfig, kind: Family, dtype: str, origin: Mapping[str, A
     """Their config.json: `origin`, if it still describes `cfg`; else written anew, with origin's other keys."""
     if origin is not None and origin.get("model_type") == kind.name:
         origin = {name: value for name, value in origin.items() if name != "quantization_config"}
-        if kind.read(Keys(origin)) == cfg:
-            named = "dtype" if "dtype" in origin else "torch_dtype"
+        if replace(kind.read(Keys(origin)), eos_token_id=cfg.eos_token_id) == cfg:
+            named = "torch_dtype" if "torch_dtype" in origin else "dtype"
             return {**origin, named: dtype}
         return {**origin, **kind.to_theirs(cfg, dtype)}
     return kind.to_theirs(cfg, dtype)
@@ -224,7 +286,17 @@ def copy_tokenizer(source: str | Path | None, target: Path) -> None:
             shutil.copyfile(file, target / name)
 
 
-def _stored(shards: Tensors) -> str:
+def stored_dtype(shards: Tensors) -> str:
     """The dtype that most tensors have."""
     kinds = [STORED[shards.dtype(name)] for name in shards if shards.dtype(name) in STORED]
     return max(set(kinds), key=kinds.count)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} does not read as JSON ({error}): copy the model's {file.name} again") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file} ({type(data).__name__}) must hold a JSON object: copy the model's {file.name} again")
+    return data

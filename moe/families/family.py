@@ -22,14 +22,10 @@ class Family:
         read: their configuration → ours. Raises ConfigError where we can not compute the same.
         write: ours → theirs, without the keys that `to_theirs` adds. Raises ConfigError where they can not compute it.
         places: where their tensors lie in ours.
-<<<<<<< HEAD
-        ignored: name patterns (as in file names) of tensors that say nothing: buffers, heads that are tied.
-        packed: the `quant_method` that is undone while reading; all others are refused.
-=======
         ignored: name patterns (as in file names) of tensors that say nothing: buffers, heads that are tied; `{layers}`
             stands for how many layers the model has.
+        packed: the `quant_method` that is undone while reading; all others are refused.
         variant: the family as one config.json has it, where it also says where the tensors lie; None = always alike.
->>>>>>> 5dea11c (families: read and write DeepSeek-V2 and V3)
     """
 
     name: str
@@ -38,15 +34,12 @@ class Family:
     write: Callable[[ModelConfig], dict[str, Any]]
     places: Callable[[ModelConfig], Iterable[Place]]
     ignored: tuple[str, ...] = ()
-<<<<<<< HEAD
     packed: str | None = None
-=======
     variant: "Callable[[Mapping[str, Any]], Family] | None" = None
 
     def of(self, data: Mapping[str, Any]) -> "Family":
         """The family as this config.json has it."""
         return self if self.variant is None else self.variant(data)
->>>>>>> 5dea11c (families: read and write DeepSeek-V2 and V3)
 
     def to_theirs(self, cfg: ModelConfig, dtype: str) -> dict[str, Any]:
         """The whole config.json.

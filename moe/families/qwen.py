@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ...configs.typed import check
 from ..config import AttentionConfig, ModelConfig
 from . import common, llama, sparse
 from .family import Family, needs_moe
@@ -29,6 +30,8 @@ def read_qwen2_moe(keys: Keys) -> ModelConfig:
 
 def write_qwen2_moe(cfg: ModelConfig) -> dict[str, Any]:
     moe = needs_moe(cfg)
+    shared, rule = moe.shared_experts, "must be at least 1 in a qwen2_moe, which always has a shared expert"
+    check(shared > 0, "moe.shared_experts", shared, rule, "choose another family")
     return {
         **common.write_sizes(cfg),
         **sparse.write_moe(moe, width=WIDTH),

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,18 +20,22 @@ from torch import Tensor
 from ... import CheckpointError, ConfigError
 from ...configs.typed import build, to_dict
 from ..config import ModelConfig
-from ..families.directory import DTYPES, load_foreign, read_foreign
+from ..families.directory import DTYPES, ORIGIN, Origin, copy_tokenizer, load_foreign, read_foreign
 from ..families.gguf import PACKAGE, GgufFile, package_file
 from ..families.gguf_tokenizer import write_tokenizer
 from .decoder import Decoder
 
 MODEL_TYPE = "turnout"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER = "tokenizer.json"
 
 
 def save_model(
-    directory: str | Path, cfg: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: str | Path | None = None
+    directory: str | Path,
+    cfg: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    tokenizer: str | Path | None = None,
+    origin: Origin | None = None,
 ) -> Path:
     """Write a servable directory, replacing an earlier one only when the new one is whole.
 
@@ -38,7 +43,8 @@ def save_model(
         directory: where.
         cfg: the model's configuration.
         tensors: every parameter and persistent buffer under its global name, whole (not sharded).
-        tokenizer: a directory whose `tokenizer.json` and, if it is there, `tokenizer_config.json` travel along.
+        tokenizer: a directory whose `tokenizer.json` travels along, and what else belongs to it.
+        origin: where the model came from, so that the way back is exact.
 
     Raises:
         CheckpointError: `tensors` are not exactly the model's, or the directory can not be written.
@@ -54,9 +60,9 @@ def save_model(
         (aside / CONFIG).write_text(json.dumps({"model_type": MODEL_TYPE, **to_dict(cfg)}, indent=1) + "\n")
         if tokenizer is not None:
             shutil.copyfile(Path(tokenizer) / TOKENIZER, aside / TOKENIZER)
-            settings = Path(tokenizer) / TOKENIZER_CONFIG
-            if settings.exists():
-                shutil.copyfile(settings, aside / TOKENIZER_CONFIG)
+            copy_tokenizer(tokenizer, aside)
+        if origin is not None:
+            (aside / ORIGIN).write_text(json.dumps(asdict(origin), indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(directory, ignore_errors=True)
         aside.rename(directory)
     except OSError as error:
@@ -110,15 +116,9 @@ def load_config(path: str | Path) -> ModelConfig:
         CheckpointError: no model there. ConfigError: not a Turnout configuration.
     """
     place = model_directory(path)
-    if place.is_file():
-        return read_foreign(place).cfg
-    file = place / CONFIG
-    try:
-        data: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} does not read as JSON ({error}): export the model again") from error
-    kind = data.pop("model_type", None) if isinstance(data, dict) else None
-    return build(ModelConfig, data) if kind == MODEL_TYPE else read_foreign(file.parent).cfg
+    data = {} if place.is_file() else _config(place)
+    kind = data.pop("model_type", None)
+    return build(ModelConfig, data) if kind == MODEL_TYPE else read_foreign(place).cfg
 
 
 def is_foreign(path: str | Path) -> bool:
@@ -128,13 +128,7 @@ def is_foreign(path: str | Path) -> bool:
         CheckpointError: no model there. ConfigError: its configuration does not read.
     """
     place = model_directory(path)
-    if place.is_file():
-        return True
-    file = place / CONFIG
-    try:
-        return bool(json.loads(file.read_text(encoding="utf-8")).get("model_type") != MODEL_TYPE)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{file} does not read as JSON ({error}): export the model again") from error
+    return place.is_file() or bool(_config(place)["model_type"] != MODEL_TYPE)
 
 
 def load_model(path: str | Path, dtype: str | None = None, device: str | torch.device = "cpu") -> Decoder:
@@ -153,13 +147,7 @@ def load_model(path: str | Path, dtype: str | None = None, device: str | torch.d
         raise ConfigError(f"dtype ({dtype}) is not supported: use auto, {', '.join(DTYPES)}")
     if is_foreign(path):
         return load_foreign(model_directory(path), dtype, device)
-    cfg, file = load_config(path), model_directory(path) / WEIGHTS
-    try:
-        with safe_open(file, framework="pt") as reader:
-            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} does not read as safetensors ({error}): export the model again") from error
-    _match(tensors, cfg, str(file))
+    cfg, tensors = load_tensors(path)
     with torch.device("meta"):
         model = Decoder(cfg)
     wanted = DTYPES.get(dtype or "auto")
@@ -169,6 +157,29 @@ def load_model(path: str | Path, dtype: str | None = None, device: str | torch.d
     }
     model.load_state_dict(cast, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def load_tensors(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """A Turnout model's configuration and its tensors as stored; arguments and errors as `load_model` has them."""
+    cfg, file = load_config(path), model_directory(path) / WEIGHTS
+    try:
+        with safe_open(file, framework="pt") as reader:
+            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} does not read as safetensors ({error}): export the model again") from error
+    _match(tensors, cfg, str(file))
+    return cfg, tensors
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    file = directory / CONFIG
+    try:
+        data: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} does not read as JSON ({error}): export the model again") from error
+    if not isinstance(data, dict) or "model_type" not in data:
+        raise ConfigError(f"{file} (no model_type) must be a model's configuration: export the model again")
+    return data
 
 
 def _match(tensors: Mapping[str, Tensor], cfg: ModelConfig, source: str) -> None:
