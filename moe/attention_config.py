@@ -1,6 +1,6 @@
 """How a model attends: kinds of keys and values, positions, and what single families add. No torch here."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from ..configs.typed import check, check_choices
@@ -152,9 +152,3 @@ class EncoderConfig:
         for layer in self.sparse_layers or ():
             rule = f"must lie below model.encoder.layers ({self.layers})"
             check(0 <= layer < self.layers, "model.encoder.sparse_layers", layer, rule, "leave it out")
-
-
-def default_attention() -> AttentionConfig:
-    """A field of type AttentionConfig."""
-    made: AttentionConfig = field(default_factory=AttentionConfig)
-    return made

@@ -1,15 +1,15 @@
 """What a model is: a frozen dataclass, validated at birth. No torch here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import gcd
 
 from ..configs.typed import check, check_choices
-from .attention_config import AttentionConfig, EncoderConfig, LatentConfig, RopeConfig, default_attention
+from .attention_config import AttentionConfig, EncoderConfig, LatentConfig, RopeConfig
 from .layer_config import BASE, COEFFICIENTS, PAPER, Activation, MoEConfig, RouterName, at_least, divisors
 
 __all__ = [
-    "BASE", "COEFFICIENTS", "PAPER", "Activation", "AttentionConfig", "EncoderConfig", "LatentConfig", "MoEConfig", "ModelConfig",
-    "RopeConfig", "RouterName", "check_heads",
+    "BASE", "COEFFICIENTS", "PAPER", "Activation", "AttentionConfig", "EncoderConfig", "LatentConfig", "MoEConfig",
+    "ModelConfig", "RopeConfig", "RouterName", "check_heads",
 ]  # fmt: skip
 
 
@@ -53,7 +53,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     logit_scale: float = 1.0
     eos_token_id: int | tuple[int, ...] | None = None
-    attention: AttentionConfig = default_attention()
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     encoder: EncoderConfig | None = None
     moe: MoEConfig | None = None
 

@@ -16,8 +16,8 @@ from .directory import (
     Origin,
     ignored_tensors,
     load_origin,
-    origin_of,
     open_foreign,
+    origin_of,
     read_tensors,
     save_foreign,
 )

@@ -1,4 +1,4 @@
-"""Rotary frequencies (Su et al. 2104.09864), as they are or stretched to longer sequences (`RopeConfig`). d head size."""
+"""Rotary frequencies (Su et al. 2104.09864), as they are or stretched (`RopeConfig`). d numbers that turn."""
 
 import math
 

@@ -58,7 +58,7 @@ class Decoder(nn.Module):
         return self.logits(x_TD, ctx)
 
     def encode(self, tokens_S: Tensor, positions_S: Tensor, ctx: Context) -> Tensor:
-        """The encoder's hidden states [S, D], which are `ctx.memory` of a forward pass; `ctx` here is the encoder's own."""
+        """The encoder's hidden states [S, D], the `memory` of a forward pass; `ctx` is the encoder's own."""
         assert self.encoder is not None, "a decoder-only model encodes nothing"
         return self.encoder(self.embed(tokens_S), positions_S, ctx)
 

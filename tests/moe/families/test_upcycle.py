@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from tests.helpers.llama import llama
 
 from turnout import CheckpointError, ConfigError
 from turnout.configs.typed import build, to_dict
@@ -15,6 +14,7 @@ from turnout.moe.models.context import VarlenContext
 from turnout.moe.models.decoder import Decoder
 from turnout.moe.models.store import load_model, save_model
 from turnout.moe.upcycle_config import UpcycleConfig
+from turnout.tests.helpers.llama import llama
 
 TOKENS = 64
 
