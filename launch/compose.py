@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,8 +26,10 @@ from ..configs.typed import build, check
 from ..moe.config import ModelConfig, MoEConfig
 from ..moe.data.config import DataConfig
 from ..moe.train.config import LogConfig, OptimConfig, RunConfig, TrainConfig
+from ..moe.upcycle_config import UpcycleConfig
 from ..parallel.config import ParallelConfig
 from .auto import Choice, Machines, choose, detect, gpus
+from .follow import Said, follow, said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,7 @@ GROUPS: Mapping[str, type] = {
     "optim": OptimConfig,
     "parallel": ParallelConfig,
     "train": TrainConfig,
+    "upcycle": UpcycleConfig,
     "log": LogConfig,
 }
 ROOT_KEYS = ("seed", "engine", "nproc", "run", "experiment")
@@ -116,6 +120,8 @@ def compose(
     if swept is not None:
         raise ConfigError(f"{swept.input_line!r} is a sweep: use -m, as in `turnout train -m ...`")
     plain, auto = _plain(overrides)
+    if build(TrainConfig, plain["train"], "train").init is not None:
+        plain = follow(plain, _said(overrides, parsed))
     launch = build(Launch, {key: plain.pop(key) for key in ("nproc", "run")})
     config = _typed(plain)
     if world is None:
@@ -179,17 +185,7 @@ def _check_key(override: Override, known: Sequence[str]) -> None:
 
 def _plain(overrides: Sequence[str]) -> tuple[dict[str, Any], bool]:
     """What Hydra composes, as plain values with every interpolation resolved; and whether it is `parallel=auto`."""
-    register(GROUPS)
-    try:
-        with initialize_config_module(f"{__package__.rpartition('.')[0]}.configs", version_base="1.3"):
-            composed = hydra_compose("train", overrides=list(overrides), return_hydra_config=True)
-        auto = composed.hydra.runtime.choices["parallel"] == "auto"
-        with open_dict(composed):
-            del composed["hydra"]
-        plain: Any = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        line = " ".join(str(error).split())
-        raise ConfigError(f"{line}: see the groups of `turnout train --help`") from error
+    plain, auto = _composed(overrides, resolve=True)
     for group, values in plain.items():
         for key, value in values.items() if isinstance(values, dict) else ():
             if value == MISSING:
@@ -197,11 +193,35 @@ def _plain(overrides: Sequence[str]) -> tuple[dict[str, Any], bool]:
     return plain, auto
 
 
+def _said(overrides: Sequence[str], parsed: Sequence[Override]) -> Said:
+    """What somebody has set: see `follow`."""
+    files = [CONFIGS / o.key_or_group / f"{o.value()}.yaml" for o in parsed if o.key_or_group in GROUPS]
+    chosen = {file.parent.name: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}
+    words = {o.key_or_group for o in parsed} | {f"{group}.{key}" for group in chosen for key in chosen[group]}
+    return said(_composed(overrides, resolve=False)[0], _composed([], resolve=False)[0], words)
+
+
+def _composed(overrides: Sequence[str], resolve: bool) -> tuple[dict[str, Any], bool]:
+    register(GROUPS)
+    try:
+        with initialize_config_module(f"{__package__.rpartition('.')[0]}.configs", version_base="1.3"):
+            composed = hydra_compose("train", overrides=list(overrides), return_hydra_config=True)
+        auto = composed.hydra.runtime.choices["parallel"] == "auto"
+        with open_dict(composed):
+            del composed["hydra"]
+        plain: Any = OmegaConf.to_container(composed, resolve=resolve)
+    except (HydraException, OmegaConfBaseException) as error:
+        line = " ".join(str(error).split())
+        raise ConfigError(f"{line}: see the groups of `turnout train --help`") from error
+    return plain, auto
+
+
 def _typed(plain: dict[str, Any]) -> RunConfig:
     """The groups, each built under its own name, a group before those that follow its values, so that a message names
     the key that was written; `moe` goes into the model, its `Recording` into the run."""
     built: dict[str, Any] = {
-        group: build(GROUPS[group], plain[group], group) for group in ("data", "train", "optim", "parallel", "log")
+        group: build(GROUPS[group], plain[group], group)
+        for group in ("data", "train", "optim", "parallel", "upcycle", "log")
     }
     sparse = plain["model"]["moe"]
     fix = "use model.moe=null for a dense model, and moe.* for the experts"

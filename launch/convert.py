@@ -12,8 +12,8 @@ HELP = """\
 usage: turnout convert SRC DST [key=value ...]
 
 SRC is a run, a model directory, a Hugging Face directory with safetensors, or a GGUF file (also package:NAME). DST must
-not exist yet, or hold a model. Weights are copied, never computed: back in the format that it came from, every tensor is
-the same to the bit.
+not exist yet, or hold a model. Weights are copied, never computed: back in the format that it came from, every tensor
+is the same to the bit.
 
   to=KIND       turnout, or the model_type of a family (docs/families.md lists them); by default turnout for what is
                 foreign, and for a model of ours the family it came from, or the first that can compute it

@@ -10,6 +10,7 @@ from ...configs.typed import check, check_choices
 from ...parallel.config import Layout, ParallelConfig
 from ..config import ModelConfig
 from ..data.config import DataConfig
+from ..upcycle_config import UpcycleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,8 @@ class TrainConfig:
         recompute: activations that the backward pass computes again instead of keeping them: `none`; `selective`, the
             inside of feed-forward networks and experts; `full`, all of every block but its input.
         compile: compile the blocks' training pass with torch.compile; attention, routing and experts stay as they are.
-        init: a run or model directory whose weights the run starts from.
+        init: a run, model or Hugging Face directory: the run starts from its weights, with its architecture and
+            tokenizer (`launch/follow.py`), made sparse where `upcycle` says so.
         resume: true = go on from the run's newest checkpoint if there is one; or a run or checkpoint directory.
         profile: steps that a profiler records after a short warm-up, into `profile/` of the run; null = none.
         spike: a step whose loss exceeds this many times the median of the last steps rewinds the run; null = never.
@@ -134,9 +136,9 @@ class TrainConfig:
         check(self.seq_len >= 2, "train.seq_len", self.seq_len, "must be at least 2", "use 256")
         if self.seconds is not None:
             _positive("train.seconds", self.seconds, "use 180")
-        if self.init is not None and self.resume is not False:
-            rule = "can not be combined with train.resume"
-            check(False, "train.init", self.init, rule, "resume continues a run, init starts a new one: keep one")
+        if self.init is not None and isinstance(self.resume, str):
+            rule = f"can not be combined with train.resume ({self.resume})"
+            check(False, "train.init", self.init, rule, "a run starts from one place: keep one, or train.resume=true")
         for name in ("rewinds", "skip_nonfinite", "save_failures"):
             value = getattr(self, name)
             check(value >= 0, f"train.{name}", value, "must not be negative", "use 0 or more")
@@ -187,6 +189,7 @@ class RunConfig:
     replay: str | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -203,6 +206,9 @@ class RunConfig:
             tokens = model.moe.capacity_tokens
             rule = f"must equal train.seq_len ({seq_len}), the group whose capacity is shared in training"
             check(tokens in (None, seq_len), "moe.capacity_tokens", tokens, rule, "leave it to follow train.seq_len")
+        experts, fits = self.upcycle.num_experts, self.upcycle.num_experts is None or self.train.init is not None
+        rule = "makes a checkpoint sparse, and train.init (null) names none"
+        check(fits, "upcycle.num_experts", experts, rule, "use train.init=DIR, or upcycle.num_experts=null")
         timed = [source for source in self.data.mix or () if (source.since, source.until) != (0, 1)]
         rule = "has sources for a part of the run, which is measured in steps"
         fits = not timed or self.train.steps is not None

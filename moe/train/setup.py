@@ -1,6 +1,7 @@
 """What a run needs before its first step: data, model, engine, and the state it starts or resumes from."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ from ..data.mixture import Mixture
 from ..data.rows import Rows
 from ..data.stream import prepare, prepare_mix
 from ..data.tokenizer import Tokenizer
+from ..families.source import Source, open_source, whole_shapes
+from ..families.upcycle import Upcycled
 from ..models.decoder import Decoder
 from ..models.init import init_weights
-from ..models.store import load_model
 from ..shapes import is_router
+from ..upcycle_config import UpcycleConfig
 from . import state
 from .config import RunConfig, flatten, identity
 from .optim import build_optimizers
@@ -61,7 +64,9 @@ def prepare_run(config: RunConfig, run: Path, mesh: Mesh) -> Setup:
     process.barrier()
     tokenizer, rows = read(config, run)
     agree({"tokenizer": tokenizer.digest, "training data": rows.sha256})
-    model, shards = build_model(dataclasses.replace(config.model, eos_token_id=tokenizer.eos_id), config, mesh)
+    ends = tuple(sorted({*config.model.eos_token_ids, tokenizer.eos_id}))
+    cfg = dataclasses.replace(config.model, eos_token_id=ends if len(ends) > 1 else tokenizer.eos_id)
+    model, shards = build_model(cfg, config, mesh)
     if config.train.compile:
         from .compiled import compile_blocks  # imports the compiler
 
@@ -116,17 +121,28 @@ def build_model(cfg: ModelConfig, config: RunConfig, mesh: Mesh) -> tuple[Decode
     if config.train.init is None:
         init_weights(model, config.seed, shards)
         return model, shards
-    source = load_model(config.train.init, dtype="float32").state_dict()
-    with torch.no_grad():
+    start_from(config.train.init, config.upcycle, model, shards)
+    return model, shards
+
+
+@torch.no_grad()
+def start_from(path: str, how: UpcycleConfig, model: Decoder, shards: Mapping[str, ShardSpec]) -> None:
+    """Fill this rank's part of the model from a checkpoint, made sparse as `how` says: one whole tensor at a time.
+
+    Raises:
+        ConfigError: the checkpoint has other tensors than the model. CheckpointError: it does not read.
+    """
+    with open_source(path) as dense:
+        source: Source = dense if how.num_experts is None else Upcycled(dense, how)
+        there = whole_shapes(source.cfg)
         for name, weight in model.state_dict().items():
-            if name not in source or tuple(source[name].shape) != shards[name].global_shape:
+            if there.get(name) != shards[name].global_shape:
                 raise ConfigError(
-                    f"train.init ({config.train.init}) has no {name} of shape {shards[name].global_shape}: "
+                    f"train.init ({path}) has no {name} of shape {shards[name].global_shape}: "
                     "start from a model of the same shape"
                 )
             mine = own(weight)
-            mine.copy_(shards[name].take(source[name], tuple(mine.shape)))
-    return model, shards
+            mine.copy_(shards[name].take(source.read(name), tuple(mine.shape)))
 
 
 def stages(cfg: ModelConfig, config: RunConfig, mesh: Mesh) -> dict[int, range]:

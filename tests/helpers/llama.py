@@ -13,7 +13,7 @@ TEXT = "the quick brown fox jumps over the lazy dog while five wizards judge a b
 
 
 def llama(directory: Path, tokenizer: Tokenizer | None = None, **changes: object) -> Path:
-    """Write it to `directory`: 4 blocks, 32 wide, the tokenizer's vocabulary; weights that tell blocks apart."""
+    """Write it to `directory`: 4 blocks, 32 wide, the tokenizer's vocabulary, weights that all matter."""
     tokenizer = tokenizer or train_tokenizer([TEXT * 20], 300)
     sizes = {
         "vocab_size": tokenizer.vocab_size, "width": 32, "layers": 4, "heads": 2, "kv_heads": 1, "head_dim": 16,

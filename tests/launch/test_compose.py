@@ -143,7 +143,7 @@ BAD = [
     ("train.async_save=2", "train.async_save (2) must be true or false"),
     ("train.resume=maybe", "train.resume (maybe) is not a directory"),
     ("train.resume=true", "train.resume (true) needs a run to resume"),
-    ("train.init=x train.resume=true", "train.init (x) can not be combined with train.resume"),
+    ("train.init=x train.resume=y", "train.init (x) can not be combined with train.resume (y)"),
     ("optim.lr=0", "optim.lr (0.0) must be positive"),
     ("optim.name=sgd", "optim.name ('sgd') must be one of adamw, muon, adafactor"),
     ("optim.beta1=1", "optim.beta1 (1.0) must lie in [0, 1)"),

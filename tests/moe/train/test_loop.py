@@ -356,7 +356,8 @@ def test_init_starts_from_another_run_s_weights_at_step_0(data, tmp_path):
     config = compose(tiny(data, f"train.init={tmp_path / 'run'}")).config
     model, _ = build_model(config.model, config, mesh_of(config))
     assert all(torch.equal(weight, trained[name]) for name, weight in model.named_parameters())
-    bad = compose(tiny(data, f"train.init={tmp_path / 'run'}", "model.ffn_width=32")).config
+    bad = compose(tiny(data, "model.ffn_width=32")).config
+    bad = replace(bad, train=replace(bad.train, init=str(tmp_path / "run")))
     with pytest.raises(ConfigError, match=r"train\.init .* of shape"):
         build_model(bad.model, bad, mesh_of(bad))
 
