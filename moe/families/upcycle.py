@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig, MoEConfig
 from ..layers.ffn import hidden_rows
 from ..upcycle_config import UpcycleConfig
-from .source import Source
+from .reading import Source
 
 TINY = 1e-7  # σ of Switch's logits at the start, for inputs of mean square one
 

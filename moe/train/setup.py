@@ -30,7 +30,7 @@ from ..data.mixture import Mixture
 from ..data.rows import Rows
 from ..data.stream import prepare, prepare_mix
 from ..data.tokenizer import Tokenizer
-from ..families.source import Source, open_source, whole_shapes
+from ..families.reading import Source, open_source, whole_shapes
 from ..families.upcycle import Upcycled
 from ..models.decoder import Decoder
 from ..models.init import init_weights

@@ -6,7 +6,7 @@ import pytest
 
 from turnout import ConfigError
 from turnout.launch.compose import compose
-from turnout.moe.families.source import open_source, whole_shapes
+from turnout.moe.families.reading import open_source, whole_shapes
 from turnout.moe.families.upcycle import Upcycled
 from turnout.moe.models.store import load_config, save_model
 from turnout.moe.upcycle_config import UpcycleConfig

@@ -8,7 +8,7 @@ import torch
 from turnout import CheckpointError, ConfigError
 from turnout.configs.typed import build, to_dict
 from turnout.moe.config import ModelConfig
-from turnout.moe.families.source import open_source, whole_shapes
+from turnout.moe.families.reading import open_source, whole_shapes
 from turnout.moe.families.upcycle import Upcycled
 from turnout.moe.models.context import VarlenContext
 from turnout.moe.models.decoder import Decoder

@@ -7,7 +7,7 @@ import torch
 
 from turnout.launch.compose import compose
 from turnout.moe.data.tokenizer import Tokenizer
-from turnout.moe.families.source import open_source, whole_shapes
+from turnout.moe.families.reading import open_source, whole_shapes
 from turnout.moe.families.upcycle import Upcycled
 from turnout.moe.models.store import load_config, load_model
 from turnout.moe.train import loop, state
