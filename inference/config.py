@@ -14,10 +14,12 @@ class EngineConfig:
 
     Args:
         max_num_seqs: requests that may run at once.
-        max_num_batched_tokens: token budget of one step; at least `max_num_seqs`, so that no decode ever starves.
+        max_num_batched_tokens: token budget of one step; at least `max_num_seqs`, so that no decode ever starves, and
+            more than the longest input of an encoder, which is read in one step.
         block_size: tokens in one block of the KV cache.
         num_blocks: blocks in the pool, the null block included; None = from `kv_memory_mb`.
-        max_model_len: longest prompt + completion in tokens; None = what the model was built for.
+        max_model_len: longest prompt + completion in tokens; with an encoder the prompt, its input, may be as long as
+            well. None = what the model was built for.
         enable_prefix_caching: share the keys and values of equal prefixes between requests.
         dtype: precision of weights and KV cache; "auto" = the checkpoint's.
         seed: key of the random numbers of requests that bring no seed of their own.

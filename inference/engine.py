@@ -60,7 +60,7 @@ class EngineStats(SchedulerStats):
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A checked request that has not been added yet."""
+    """A checked request that has not been added yet; where there is an encoder, the prompt is its input."""
 
     request_id: str
     prompt: str | None
@@ -186,11 +186,12 @@ class Engine:
         name, params = prepared.request_id, prepared.params
         if name in self._groups:
             raise RequestError(f"request_id ({name!r}) must be new among live requests: choose another", "request_id")
-        arrival = self._clock()
+        arrival, encoder = self._clock(), self.model_config.encoder
         requests = [
             Request(
                 id=f"{name}#{choice}",
-                prompt_token_ids=prepared.prompt_token_ids,
+                prompt_token_ids=prepared.prompt_token_ids if encoder is None else (encoder.start_token_id,),
+                encoder_token_ids=None if encoder is None else prepared.prompt_token_ids,
                 params=params,
                 arrival=arrival,
                 priority=prepared.priority,

@@ -31,7 +31,7 @@ class RequestOutput:
     Args:
         request_id: the caller's id.
         prompt: the prompt's text; None when it came as tokens.
-        prompt_token_ids: the prompt's tokens.
+        prompt_token_ids: the prompt's tokens, which an encoder reads where there is one.
         outputs: one for each choice, by index.
         finished: every choice has its finish reason.
         num_cached_tokens: prompt tokens that the prefix cache had when the request started.

@@ -3,6 +3,9 @@
 Every usable block is free (nothing in it is of use), idle (computed and published, no reference; evicted when free ones
 run out) or referenced (in as many live tables as its count says). Block 0 is the null block, the target of padding.
 Only full, computed blocks are shared, so a block that is still written to has exactly one owner.
+
+What cross-attention reads of an encoder has blocks of its own in the same pool, a request's memory. Live requests of
+one encoder input share them: the choices of a request, and whoever sends the same again.
 """
 
 from .prefix import PrefixCache
@@ -27,6 +30,8 @@ class BlockManager:
         self.free = list(range(num_blocks - 1, 0, -1))
         self.counts = [0] * num_blocks
         self.prefix = PrefixCache(fingerprint)
+        self.memories: dict[bytes, tuple[int, ...]] = {}
+        """The memory of every encoder input that a live request holds."""
         self._caching = enable_prefix_caching
 
     @property
@@ -41,21 +46,36 @@ class BlockManager:
     def start(self, request: Request) -> bool:
         """Give a request without blocks all that its tokens need, reusing its longest cached prefix.
 
-        At least one token is left to compute, because the next one is sampled from its logits.
+        At least one token is left to compute, because the next one is sampled from its logits. With an encoder it
+        also gets its memory.
 
         Returns:
             Whether there was room; then `num_computed_tokens` counts the reused tokens.
         """
         reused = self._match(request)
         missing = self._needed(request) - len(reused)
-        if missing > self.num_available - sum(self.counts[block] == 0 for block in reused):
+        encode = self.to_encode(request)
+        if missing + self.spanned(encode) > self.num_available - sum(self.counts[block] == 0 for block in reused):
             return False
         for block in reused:
             self._reference(block)
+        self._remember(request, encode)
         request.block_table = reused + [self._take() for _ in range(missing)]
         request.num_published_blocks = len(reused)
         request.num_computed_tokens = len(reused) * self.block_size
         return True
+
+    def to_encode(self, request: Request) -> int:
+        """How many encoder tokens a request must compute when it starts: none if a live one has computed them.
+
+        One that starts in the same step counts as well: nothing that starts later can outrank it and drop it.
+        """
+        ids = request.encoder_token_ids
+        return 0 if ids is None or (self._caching and self.prefix.root(request) in self.memories) else len(ids)
+
+    def spanned(self, tokens: int) -> int:
+        """Blocks that hold so many tokens."""
+        return -(-tokens // self.block_size)
 
     def extend(self, request: Request) -> bool:
         """Lengthen a table to cover all of the request's tokens; False = no room."""
@@ -92,11 +112,34 @@ class BlockManager:
         for block in reversed(request.block_table):
             self._drop(block)
         request.block_table = []
+        self._forget(request)
         request.num_published_blocks = 0
         request.num_computed_tokens = 0
 
     def _needed(self, request: Request) -> int:
-        return -(-len(request.token_ids) // self.block_size)
+        return self.spanned(len(request.token_ids))
+
+    def _remember(self, request: Request, encode: int) -> None:
+        """Give a request its memory: new blocks for `encode` tokens, or those that are there."""
+        request.num_unencoded_tokens = encode
+        if request.encoder_token_ids is None:
+            return
+        if encode:
+            request.memory_table = tuple(self._take() for _ in range(self.spanned(encode)))
+            if self._caching:
+                self.memories[self.prefix.root(request)] = request.memory_table
+            return
+        request.memory_table = self.memories[self.prefix.root(request)]
+        for block in request.memory_table:
+            self._reference(block)
+
+    def _forget(self, request: Request) -> None:
+        for block in request.memory_table:
+            self._drop(block)
+        if request.memory_table and not self.counts[request.memory_table[0]]:
+            self.memories.pop(request.root, None)
+        request.memory_table = ()
+        request.num_unencoded_tokens = 0
 
     def _match(self, request: Request) -> list[int]:
         if not self._caching:

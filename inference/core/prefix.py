@@ -1,7 +1,8 @@
 """The prefix cache: which blocks hold which computed prefix, and which of them nobody uses just now.
 
 A block's name is a sha256 chain: the hash of its parent and its own tokens, from a root made of the model's fingerprint
-and the request's salt. So a name stands for a whole prefix under one set of weights, and can not collide by chance.
+and the request's salt and encoder input. So a name stands for a whole prefix under one set of weights, and can not
+collide by chance.
 """
 
 import hashlib
@@ -40,10 +41,19 @@ class PrefixCache:
         """The names of the request's first `count` blocks, all full of known tokens; kept in the request."""
         names = request.block_hashes
         for i in range(len(names), count):
-            parent = names[-1] if names else self._root_of(request.cache_salt)
+            parent = names[-1] if names else self.root(request)
             tokens = array("q", request.token_ids[i * block_size : (i + 1) * block_size])
             names.append(hashlib.sha256(parent + tokens.tobytes()).digest())
         return names[:count]
+
+    def root(self, request: Request) -> bytes:
+        """The name of the empty prefix under the request's salt and encoder input; kept in the request."""
+        if not request.root:
+            request.root = self._root_of(request.cache_salt)
+            if request.encoder_token_ids is not None:
+                tokens = array("q", request.encoder_token_ids)
+                request.root = hashlib.sha256(b"encoder" + request.root + tokens.tobytes()).digest()
+        return request.root
 
     def _root_of(self, salt: str) -> bytes:
         return hashlib.sha256(self._root + salt.encode("utf-8", "surrogatepass")).digest()

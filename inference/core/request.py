@@ -43,6 +43,8 @@ class Request:
         eos_token_ids: the model's end-of-sequence tokens.
         choice: which of the n choices this is.
         cache_salt: requests share cached prefixes only with requests of the same salt.
+        encoder_token_ids: what an encoder reads first, whole, in the step in which the request starts; the prompt is
+            then what the decoder begins with. None without an encoder.
     """
 
     id: str
@@ -53,6 +55,7 @@ class Request:
     eos_token_ids: frozenset[int] = _NONE
     choice: int = 0
     cache_salt: str = ""
+    encoder_token_ids: Sequence[int] | None = None
 
     status: Status = field(default=Status.WAITING, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
@@ -77,6 +80,12 @@ class Request:
     """Hash chain of the full blocks of `token_ids`, as far as it was needed."""
     num_published_blocks: int = field(default=0, init=False)
     """Leading blocks of the table that are in the prefix cache."""
+    root: bytes = field(default=b"", init=False)
+    """Hash of what all its keys and values depend on besides its tokens, once it was needed."""
+    memory_table: tuple[int, ...] = field(default=(), init=False)
+    """Block i holds what cross-attention reads of encoder tokens i * block_size onwards; equal inputs share it."""
+    num_unencoded_tokens: int = field(default=0, init=False)
+    """Encoder tokens to compute in the step in which it starts: all, or none when a live request has done it."""
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)

@@ -1,11 +1,13 @@
 """The scheduling rule: every request's computed tokens catch up with its tokens under one token budget a step.
 
 Running requests first, in the order in which they started, then waiting ones by (priority, arrival). That one rule is
-chunked prefill, prefix-cache hits and resumption after preemption. Policy returns data: `schedule` gives a StepPlan,
-the runner executes it, `commit` takes the sampled tokens. Between the two the step is launched, and no block that it
-may touch is freed.
+chunked prefill, prefix-cache hits and resumption after preemption. An encoder's input is computed whole, in the step
+in which its request starts, under the same budget. Policy returns data: `schedule` gives a StepPlan, the runner
+executes it, `commit` takes the sampled tokens. Between the two the step is launched, and no block that it may touch is
+freed.
 """
 
+import sys
 from bisect import bisect_left, insort
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +31,8 @@ class Scheduled:
         count: at least 1.
         block_table: block of every `block_size` positions, at least as far as this step writes; stable until commit.
         samples: the last of these tokens is the sequence's last, so its logits give the next token.
+        memory_table: block of every `block_size` encoder tokens; empty without an encoder.
+        encoded: encoder tokens to compute before these: all of the request's, or 0.
     """
 
     request: Request
@@ -36,6 +40,13 @@ class Scheduled:
     count: int
     block_table: Sequence[int]
     samples: bool
+    memory_table: Sequence[int] = ()
+    encoded: int = 0
+
+    @property
+    def cost(self) -> int:
+        """Tokens of the budget."""
+        return self.count + self.encoded
 
     @property
     def token_ids(self) -> list[int]:
@@ -49,7 +60,7 @@ class StepPlan:
 
     Args:
         scheduled: in batch order, every request at most once.
-        num_tokens: sum of their counts, at most the budget.
+        num_tokens: sum of their costs, at most the budget.
         preempted: requests that lost their blocks and wait again.
         expired: requests that waited longer than `queue_timeout` and finished as "abort" (HTTP 503).
     """
@@ -92,15 +103,17 @@ class _Draft:
     def give(self, request: Request) -> None:
         """Schedule as many of the request's missing tokens as the budget allows."""
         start, missing = request.num_computed_tokens, len(request.token_ids) - request.num_computed_tokens
-        count = min(missing, self.budget)
-        self.budget -= count
-        self.scheduled[request.id] = Scheduled(request, start, count, request.block_table, count == missing)
+        encoded = request.num_unencoded_tokens
+        count = min(missing, self.budget - encoded)
+        item = Scheduled(request, start, count, request.block_table, count == missing, request.memory_table, encoded)
+        self.budget -= item.cost
+        self.scheduled[request.id] = item
 
     def take_back(self, request: Request) -> None:
         """Unschedule a request; nothing is launched yet."""
         item = self.scheduled.pop(request.id, None)
         if item is not None:
-            self.budget += item.count
+            self.budget += item.cost
 
 
 class Scheduler:
@@ -197,6 +210,7 @@ class Scheduler:
                 self.blocks.release(request)
                 continue
             request.num_computed_tokens += item.count
+            request.num_unencoded_tokens = 0
             self.blocks.publish(request)
             if item.samples:
                 reason = request.append(sampled[request.id])
@@ -231,7 +245,7 @@ class Scheduler:
         prompt, wanted = len(request.prompt_token_ids), request.params.max_tokens
         if prompt == 0:
             raise RequestError("prompt (0 tokens) must have at least one token", "prompt")
-        slots = self.blocks.num_usable * self.blocks.block_size
+        slots = (self.blocks.num_usable - self._memory_blocks(request)) * self.blocks.block_size
         context = self.config.max_model_len
         limit, name = slots + 1, f"the KV cache ({slots} tokens) by more than the last, uncached one"
         if context is not None and context <= limit:
@@ -240,8 +254,27 @@ class Scheduler:
         if prompt + least > limit:
             field_name = "prompt" if prompt >= limit else "max_tokens"
             fix = "shorten the prompt or lower max_tokens"
-            raise RequestError(f"prompt ({prompt}) + max_tokens ({least}) must not exceed {name}: {fix}", field_name)
+            begin = "prompt" if request.encoder_token_ids is None else "start token"
+            raise RequestError(f"{begin} ({prompt}) + max_tokens ({least}) must not exceed {name}: {fix}", field_name)
         return limit - prompt if wanted is None else wanted
+
+    def _memory_blocks(self, request: Request) -> int:
+        """Blocks for the encoder's input, of which a whole one must fit a step, beside one of the decoder's tokens."""
+        if request.encoder_token_ids is None:
+            return 0
+        size, config = len(request.encoder_token_ids), self.config
+        if size == 0:
+            raise RequestError("prompt (0 tokens) must have at least one token", "prompt")
+        limits = {
+            "max_model_len": config.max_model_len or sys.maxsize,
+            "max_num_batched_tokens - 1: the encoder reads it in one step": config.max_num_batched_tokens - 1,
+            "the KV cache without one block, the decoder's": (self.blocks.num_usable - 1) * self.blocks.block_size,
+        }
+        for name, limit in limits.items():
+            if size > limit:
+                rule = f"must not exceed {limit} ({name}): shorten it or raise that"
+                raise RequestError(f"prompt ({size} tokens, the encoder's input) {rule}", "prompt")
+        return self.blocks.spanned(size)
 
     def _expire(self) -> tuple[Request, ...]:
         timeout = self.config.queue_timeout
@@ -282,13 +315,18 @@ class Scheduler:
             draft.give(request)
 
     def _make_room(self, request: Request, draft: _Draft) -> bool:
-        """Give a waiting request a seat and its blocks, if need be those of a running request of lower priority."""
-        while len(self.running) >= self.config.max_num_seqs or not self.blocks.start(request):
+        """Give a waiting request what it needs to start, if need be at the cost of running ones of lower priority."""
+        while not self._start(request, draft):
             victim = max(self.running, key=_rank, default=None)
             if victim is None or victim.priority <= request.priority:
                 return False
             self._preempt(victim, draft)
         return True
+
+    def _start(self, request: Request, draft: _Draft) -> bool:
+        """Find a seat, a share of the budget for its encoder's whole input and one token, and its blocks."""
+        seated = len(self.running) < self.config.max_num_seqs
+        return seated and self.blocks.to_encode(request) < draft.budget and self.blocks.start(request)
 
     def _preempt(self, victim: Request, draft: _Draft) -> None:
         draft.take_back(victim)

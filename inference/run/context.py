@@ -21,8 +21,7 @@ class PagedContext:
     Args:
         batch: the step.
         cache: keys and values of all sequences.
-        memory: the encoder's hidden states [S, D] of requests that begin in this step, in the order of
-            `batch.memory_slots_S`; None without an encoder.
+        memory: the encoder's hidden states [S, D] of `batch.memory.tokens_S`; None without an encoder.
 
     Attributes:
         routings: layer id → Routing of this step.
@@ -51,17 +50,21 @@ class PagedContext:
         chunks.
         """
         batch, (keys, values) = self._batch, self._cache.layer(spec.layer)
+        slots, tables_BM, lens_B = batch.slots_T, batch.block_tables_BM, batch.context_lens_B
+        if spec.cross:
+            assert batch.memory is not None, "an encoder's model is given an encoder's batch"
+            slots, tables_BM, lens_B = batch.memory.slots_S, batch.memory.tables_BM, batch.memory.lens_B
         if isinstance(kv, Latent):
-            store_kv(torch.cat((kv.c, kv.k_rope), -1)[:, None], None, keys, None, batch.slots_T)
+            store_kv(torch.cat((kv.c, kv.k_rope), -1)[:, None], None, keys, None, slots)
             q_THd = absorb(q_THd, kv)
         else:
-            store_kv(kv.k, kv.v, keys, values, batch.memory_slots_S if spec.cross else batch.slots_T)
+            store_kv(kv.k, kv.v, keys, values, slots)
         o_THd = paged_attention(
             q_THd,
             keys,
             values,
-            batch.memory_tables_BM if spec.cross else batch.block_tables_BM,
-            batch.memory_lens_B if spec.cross else batch.context_lens_B,
+            tables_BM,
+            lens_B,
             batch.cu_q_B1,
             scale=spec.scale,
             causal=spec.causal,

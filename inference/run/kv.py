@@ -99,7 +99,7 @@ def plan_kv(
         model: the model's shapes.
         config: `num_blocks` wins, then `kv_memory_mb`; without both every sequence fits at its longest, as far as
             memory goes.
-        max_model_len: the longest sequence, in tokens.
+        max_model_len: the longest sequence, in tokens; with an encoder also its longest input.
         dtype: of keys and values.
         free_bytes: what the cache may take.
 
@@ -109,7 +109,8 @@ def plan_kv(
     size = config.block_size
     form = KVForm.of(model)
     each = size * form.numbers * dtype.itemsize
-    wanted = 1 + config.max_num_seqs * -(-max_model_len // size)
+    tables = 1 if model.encoder is None else 2
+    wanted = 1 + config.max_num_seqs * tables * -(-max_model_len // size)
     if config.num_blocks is not None:
         num_blocks, limit = config.num_blocks, "num_blocks"
     elif config.kv_memory_mb is not None:

@@ -1,15 +1,17 @@
 """Runs the model on a step plan: the very `Decoder` that training built, with a paged context.
 
-R rows whose logits are wanted, V vocabulary.
+R rows whose logits are wanted, V vocabulary, S tokens of an encoder, D width.
 """
 
 import torch
 from torch import Tensor
 
+from ...moe.models.context import VarlenContext
 from ...moe.models.decoder import Decoder
+from ...moe.routing.record import RouteContext
 from ...moe.routing.stats import RoutingStats
 from ..core.scheduler import StepPlan
-from .batch import Batch, build_batch
+from .batch import Batch, Memory, build_batch
 from .context import PagedContext
 from .kv import KVCache, KVPlan
 
@@ -40,8 +42,20 @@ class ModelRunner:
         Returns:
             the batch, and float32 logits_RV of the next token of `batch.sampling`'s requests.
         """
-        batch = build_batch(plan, self.cache.plan.block_size, self.device)
-        context = PagedContext(batch, self.cache)
+        batch = build_batch(plan, self.cache.plan.block_size, self.device, self.model.encoder is not None)
+        memory_SD = None if batch.memory is None else self.encode(batch.memory)
+        context = PagedContext(batch, self.cache, memory_SD)
         logits_RV = self.model(batch.tokens_T, batch.positions_T, context)
         self.routing.add(context.routings)
         return batch, logits_RV.float()
+
+    @torch.inference_mode()
+    def encode(self, memory: Memory) -> Tensor:
+        """The encoder's hidden states [S, D] of a step's new inputs, each of which sees nothing of the others."""
+        if not memory.tokens_S.numel():
+            return self.model.embed.weight.new_empty(0, self.model.cfg.width)
+        route = RouteContext(cu_groups=memory.cu_N1, token_ids_T=memory.tokens_S, dropless=True, propagate_nan=True)
+        context = VarlenContext(memory.cu_N1, route)
+        memory_SD = self.model.encode(memory.tokens_S, memory.positions_S, context)
+        self.routing.add(context.routings)
+        return memory_SD
