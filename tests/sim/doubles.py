@@ -10,6 +10,7 @@ from turnout.inference.core.scheduler import Scheduled
 PRIME = 2**61 - 1
 VOCABULARY = 6  # prompts use 0, 1 and 2; 4 and 5 end a sequence
 EOS = frozenset({4, 5})
+END = VOCABULARY  # of an encoder's input
 
 
 class FakeClock:
@@ -21,11 +22,22 @@ class FakeClock:
 
 
 class HashModel:
-    """The value at a position is a hash of all tokens up to it; the next token is a hash of the last value."""
+    """The value at a position is a hash of all tokens up to it, an encoder's input included; the next token is a hash
+    of the last value."""
 
-    @staticmethod
-    def root(salt: str) -> int:
-        return zlib.crc32(salt.encode())
+    def root(self, request: Request) -> int:
+        """The value before the first token."""
+        value = zlib.crc32(request.cache_salt.encode())
+        if request.encoder_token_ids is None:
+            return value
+        for token in (*request.encoder_token_ids, END):
+            value = self.value(value, token)
+        return value
+
+    def memory(self, request: Request) -> list[int]:
+        """What cross-attention reads: at every position a hash of the whole input."""
+        root = self.root(request)
+        return [self.value(root, position) for position in range(len(request.encoder_token_ids or ()))]
 
     @staticmethod
     def value(previous: int, token: int) -> int:
@@ -37,7 +49,7 @@ class HashModel:
 
     def values(self, request: Request) -> list[int]:
         """The right value of every token of the request."""
-        values, value = [], self.root(request.cache_salt)
+        values, value = [], self.root(request)
         for token in request.token_ids:
             value = self.value(value, token)
             values.append(value)
@@ -45,7 +57,7 @@ class HashModel:
 
     def complete(self, request: Request) -> tuple[list[int], FinishReason]:
         """What the request must generate, by itself and all at once."""
-        value = self.root(request.cache_salt)
+        value = self.root(request)
         for token in request.prompt_token_ids:
             value = self.value(value, token)
         output: list[int] = []
@@ -92,13 +104,30 @@ class CanaryCache:
         slots = []
         for position, token in enumerate(item.token_ids, item.start):
             if position == 0:
-                previous = model.root(item.request.cache_salt)
+                previous = model.root(item.request)
             else:
                 cell = self.cells[self.slot(item, position - 1)]
                 previous = cell.value if cell else -1
             slots.append(self.slot(item, position))
             self.cells[slots[-1]] = Cell(model.value(previous, token), previous)
         return slots
+
+    def read_memory(self, item: Scheduled) -> list[int | None]:
+        """What cross-attention finds, through the table."""
+        cells = (self.cells[slot] for slot in self._memory_slots(item))
+        return [cell.value if cell else None for cell in cells]
+
+    def write_memory(self, model: HashModel, item: Scheduled) -> list[int]:
+        """Run the encoder if the item wants it; returns the slots written."""
+        slots = self._memory_slots(item) if item.encoded else []
+        for slot, value in zip(slots, model.memory(item.request), strict=False):
+            self.cells[slot] = Cell(value, -1)
+        return slots
+
+    def _memory_slots(self, item: Scheduled) -> list[int]:
+        size, table = self.block_size, item.memory_table
+        count = len(item.request.encoder_token_ids or ())
+        return [table[at // size] * size + at % size for at in range(count)]
 
     def block(self, block: int) -> list[Cell | None]:
         return self.cells[block * self.block_size : (block + 1) * self.block_size]

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from itertools import pairwise
 
 from turnout.inference.core.request import Request
-from turnout.inference.core.scheduler import Scheduler, StepPlan
+from turnout.inference.core.scheduler import Scheduled, Scheduler, StepPlan
 
 from .doubles import MODEL, CanaryCache
 
@@ -18,15 +18,21 @@ def check_blocks(scheduler: Scheduler, held: Collection[Request]) -> None:
     pool = Counter(range(1, blocks.num_usable + 1))
     assert free + idle + referenced == pool, "I1 every usable block is in exactly one set"
     owners = [*scheduler.running, *held]
-    tables = Counter(block for request in owners for block in request.block_table)
+    tables = Counter(block for request in owners for block in (*request.block_table, *request.memory_table))
     assert tables == +Counter(dict(enumerate(blocks.counts))), "I1 a count is the number of tables that hold the block"
     for request in scheduler.waiting:
         assert not request.block_table, "I2 a waiting request holds nothing"
+        assert not request.memory_table, "I2 a waiting request has no memory"
     for request in owners:
         table = request.block_table
         assert len(set(table)) == len(table), "I8 no block twice in a table"
         for block in table[request.num_published_blocks :]:
             assert blocks.counts[block] == 1, "I8 a writable block has one owner"
+        memory = request.memory_table
+        assert len({*memory, *table}) == len(memory) + len(table), "I8 a memory is no part of a table"
+        assert len(memory) == blocks.spanned(len(request.encoder_token_ids or ())), "O12 a memory holds the whole input"
+    live = {request.memory_table for request in owners}
+    assert live >= set(blocks.memories.values()), "O12 a memory goes with its last request"
     assert scheduler.stats().usage == len(referenced) / blocks.num_usable, "I10 usage = referenced / usable"
 
 
@@ -73,7 +79,9 @@ def check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
     """Budget, progress, fairness; to be called while the plan is launched."""
     config = scheduler.config
     counts = [item.count for item in plan.scheduled]
-    assert sum(counts) == plan.num_tokens <= config.max_num_batched_tokens, "the budget holds"
+    assert (
+        sum(counts) + sum(item.encoded for item in plan.scheduled) == plan.num_tokens <= config.max_num_batched_tokens
+    ), "the budget holds"
     assert plan.num_tokens >= 1 or not scheduler.requests, "P1 something runnable, so at least one token"
     assert all(count >= 1 for count in counts), "P1 nobody is scheduled for nothing"
     assert [item.request for item in plan.scheduled] == scheduler.running, "P7 every running request gets its share"
@@ -86,6 +94,22 @@ def check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
         assert len(item.block_table) * scheduler.blocks.block_size >= end, "every token has a slot"
     assert all(item.samples for item in plan.scheduled[:-1]), "P7 no decode waits for a prefill"
     _check_order(scheduler, plan)
+
+
+def check_memories(plan: StepPlan, fresh: Collection[Request], shared: bool) -> None:
+    """Live requests of one input have one memory, made when the first of them starts; `fresh` were not running."""
+    holders: dict[int, list[Scheduled]] = {}
+    for item in plan.scheduled:
+        if item.request.encoder_token_ids is not None:
+            key = MODEL.root(item.request) if shared else len(holders)
+            holders.setdefault(key, []).append(item)
+            assert item.encoded in (0, len(item.request.encoder_token_ids)), "O12 an input is encoded whole"
+    left = {MODEL.root(victim) for victim in plan.preempted} if shared else set()
+    for key, items in holders.items():
+        made = sum(item.encoded > 0 for item in items)
+        found = not all(item.request in fresh for item in items)
+        assert made == (0 if found else 1) or (made == 0 and key in left), "O12 a memory is made once"
+        assert len({item.memory_table for item in items}) == 1, "O12 equal inputs share a memory"
 
 
 def _check_order(scheduler: Scheduler, plan: StepPlan) -> None:
@@ -107,4 +131,5 @@ def check_drained(scheduler: Scheduler) -> None:
     stats = scheduler.stats()
     assert (stats.running, stats.waiting, stats.usage) == (0, 0, 0.0), "I2 drained"
     assert not scheduler.requests, "I2 no request is left"
+    assert not scheduler.blocks.memories, "I2 no memory is left"
     assert not any(scheduler.blocks.counts), "I2 no block is left referenced"

@@ -202,3 +202,68 @@ class PriorityIgnored(Scheduler):
 
     def _make_room(self, request: Request, draft: _Draft) -> bool:
         return len(self.running) < self.config.max_num_seqs and self.blocks.start(request)
+
+
+class _NoInput(PrefixCache):
+    def root(self, request: Request) -> bytes:
+        request.root = self._root_of(request.cache_salt)
+        return request.root
+
+
+class NoEncoderInput(BlockManager):
+    """Requests of different encoder inputs share memories and prefixes."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool) -> None:
+        super().__init__(num_blocks, block_size, enable_prefix_caching=enable_prefix_caching)
+        self.prefix = _NoInput(b"")
+
+
+class MemoryWithoutReference(BlockManager):
+    """Who shares a memory is not counted."""
+
+    def _remember(self, request: Request, encode: int) -> None:
+        super()._remember(request, encode)
+        if not encode:
+            for block in request.memory_table:
+                self.counts[block] -= 1
+
+
+class MemoryForEver(BlockManager):
+    """A request takes its memory with it."""
+
+    def _forget(self, request: Request) -> None:
+        request.memory_table = ()
+        super()._forget(request)
+
+
+class MemoryNameKept(BlockManager):
+    """A memory is found after its last request has gone."""
+
+    def _forget(self, request: Request) -> None:
+        known = dict(self.memories)
+        super()._forget(request)
+        self.memories = known
+
+
+class MemoryOfBefore(BlockManager):
+    """A preempted request takes it that its encoder has run."""
+
+    def _remember(self, request: Request, encode: int) -> None:
+        super()._remember(request, encode)
+        if request.num_preemptions:
+            request.num_unencoded_tokens = 0
+
+
+class EncoderIsFree(Scheduler):
+    """What the encoder reads is not counted in the budget."""
+
+    def _start(self, request: Request, draft: _Draft) -> bool:
+        started = super()._start(request, draft)
+        draft.budget += request.num_unencoded_tokens if started else 0
+        return started
+
+
+WITH_ENCODER = {
+    NoEncoderInput, MemoryWithoutReference, MemoryForEver, MemoryNameKept, MemoryOfBefore, EncoderIsFree,
+}  # fmt: skip
+"""Those that only an encoder-decoder can show."""

@@ -1,7 +1,7 @@
 """A simulated server: arrivals, aborts and stops by seed around a real scheduler, with every invariant checked.
 
 Nothing here knows how the scheduler decides; it knows what must hold whatever it decides. Replay a seed with
-`Simulation(seed).run()`.
+`Simulation(seed).run()`. With `encoder`, every prompt is an encoder's input and the decoder begins with one token.
 """
 
 import random
@@ -14,11 +14,11 @@ from turnout.inference.core.request import QueueFullError, Request, Status
 from turnout.inference.core.sampling import SamplingParams
 from turnout.inference.core.scheduler import Scheduled, Scheduler, StepPlan
 
-from .doubles import EOS, MODEL, CanaryCache, FakeClock, HashModel
-from .invariants import PrefixWatch, check_blocks, check_drained, check_plan
+from .doubles import EOS, MODEL, CanaryCache, FakeClock
+from .invariants import PrefixWatch, check_blocks, check_drained, check_memories, check_plan
 
 SALTS = ("", "tenant")
-ROOTS = frozenset(HashModel.root(salt) for salt in SALTS)
+START = 0
 
 
 class Simulation:
@@ -27,11 +27,17 @@ class Simulation:
     Args:
         seed: decides everything.
         scheduler, blocks: the classes under test; mutants are passed here.
+        encoder: serve an encoder-decoder.
     """
 
     def __init__(
-        self, seed: int, scheduler: type[Scheduler] = Scheduler, blocks: type[BlockManager] = BlockManager
+        self,
+        seed: int,
+        scheduler: type[Scheduler] = Scheduler,
+        blocks: type[BlockManager] = BlockManager,
+        encoder: bool = False,
     ) -> None:
+        self.encoder = encoder
         self.random = random.Random(seed)
         self.config = self._config()
         self.clock = FakeClock()
@@ -40,6 +46,7 @@ class Simulation:
         self.scheduler = scheduler(self.config, manager, self.clock)
         self.cache = CanaryCache(pool, size)
         self.watch = PrefixWatch()
+        self.roots: set[int] = set()
         self.prompts: list[tuple[int, ...]] = []
         self.requests: list[Request] = []
         self.ended: dict[Request, tuple[int, ...]] = {}
@@ -87,6 +94,7 @@ class Simulation:
         self.trace.extend((item.request.id, item.start, item.count) for item in plan.scheduled)
         check_plan(self.scheduler, plan)
         self._check_hits(plan, fresh)
+        check_memories(plan, fresh, self.config.enable_prefix_caching)
         held = self._abort_some("abort during a step")
         if self.to_arrive > 0 and self.random.random() < 0.1:
             self._arrive()
@@ -94,7 +102,7 @@ class Simulation:
         sampled = self._execute(plan)
         self._commit(plan, sampled)
         check_blocks(self.scheduler, [])
-        self.watch.check(self.scheduler, self.cache, ROOTS)
+        self.watch.check(self.scheduler, self.cache, self.roots)
 
     def _config(self) -> EngineConfig:
         draw = self.random
@@ -102,7 +110,9 @@ class Simulation:
         seats = draw.choice((1, 2, 3, 8))
         return EngineConfig(
             max_num_seqs=seats,
-            max_num_batched_tokens=seats + draw.choice((0, 1, size - 1, size, size + 1, 64)),
+            max_num_batched_tokens=seats
+            + draw.choice((0, 1, size - 1, size, size + 1, 64))
+            + (draw.choice((0, 3 * size)) if self.encoder else 0),
             block_size=size,
             num_blocks=1 + draw.choice((1, 2, 3, 5, 7, 10, 24)),
             max_model_len=draw.choice((None, None, 4 * size, 40)),
@@ -128,6 +138,10 @@ class Simulation:
         """One prompt with one to three choices, with live or used-up ids, perhaps one that can not be served."""
         self.to_arrive -= 1
         prompt, max_tokens = self._prompt(), self._length()
+        source: tuple[int, ...] | None = None
+        if self.encoder:
+            source = self.random.choice(self.prompts) if self.random.random() < 0.3 else prompt
+            prompt = (START,)
         params = SamplingParams(
             max_tokens=max_tokens,
             min_tokens=self.random.choice((0, 0, max_tokens // 2)),
@@ -137,7 +151,7 @@ class Simulation:
         name = f"request {self.random.randrange(40)}"
         priority, salt = self.random.choice((0, 0, 0, 1, -1)), self.random.choice((*SALTS, ""))
         group = [
-            Request(f"{name}/{i}", prompt, params, self.clock.now, priority, EOS, i, salt)
+            Request(f"{name}/{i}", prompt, params, self.clock.now, priority, EOS, i, salt, source)
             for i in range(self.random.choice((1, 1, 1, 3)))
         ]
         refusal = self._refusal(group)
@@ -150,6 +164,7 @@ class Simulation:
         assert outcome is refusal, f"P8 expected {refusal}, got {outcome}"
         if outcome is None:
             self.requests.extend(group)
+            self.roots.add(MODEL.root(group[0]))
         else:
             assert self.scheduler.requests == before, "I2 a refused request leaves nothing"
             self.seen[f"refused {outcome.__name__}"] += 1
@@ -157,7 +172,13 @@ class Simulation:
     def _refusal(self, group: list[Request]) -> type[RequestError] | None:
         """The error that the request must meet, from its sizes alone."""
         config, total = self.config, len(group[0].prompt_token_ids) + (group[0].params.max_tokens or 0)
-        slots = ((config.num_blocks or 0) - 1) * config.block_size
+        usable, size = (config.num_blocks or 0) - 1, config.block_size
+        source = len(group[0].encoder_token_ids or ())
+        if source:
+            usable -= -(-source // size)
+            if usable < 1 or source >= config.max_num_batched_tokens or source > (config.max_model_len or source):
+                return RequestError
+        slots = usable * size
         if total - 1 > slots or (config.max_model_len is not None and total > config.max_model_len):
             return RequestError
         if any(request.id in self.scheduler.requests for request in group):
@@ -180,6 +201,8 @@ class Simulation:
     def _check_hits(self, plan: StepPlan, fresh: set[Request]) -> None:
         for item in plan.scheduled:
             self.seen["chunked"] += not item.samples
+            self.seen["memory shared"] += bool(item.memory_table) and item.request in fresh and not item.encoded
+            self.seen["encoded again"] += item.encoded > 0 and item.request.num_preemptions > 0
             if item.request in fresh:
                 hit = self.watch.longest_hit(self.scheduler, item.request)
                 assert item.start == hit, "I5 the longest cached prefix is used, less at least one token"
@@ -188,8 +211,11 @@ class Simulation:
         """The model's step: all earlier tokens are read first, then all new ones are written, then read back."""
         for item in plan.scheduled:
             self._read(item, item.start)
+        memory = [slot for item in plan.scheduled for slot in self.cache.write_memory(MODEL, item)]
+        for item in plan.scheduled:
+            assert self.cache.read_memory(item) == MODEL.memory(item.request), "canary: a memory is not of this input"
         written = [slot for item in plan.scheduled for slot in self.cache.write(MODEL, item)]
-        assert len(set(written)) == len(written), "I9 no two tokens in one slot"
+        assert len({*memory, *written}) == len(memory) + len(written), "I9 no two tokens in one slot"
         for slot in written:
             block = slot // self.config.block_size
             assert block != 0, "I9 the null block takes padding only"

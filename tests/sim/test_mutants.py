@@ -28,6 +28,12 @@ BROKEN_RULE = {
     mutants.BackOfTheQueue: "P10",
     mutants.LostToken: "P3",
     mutants.PriorityIgnored: "P4",
+    mutants.NoEncoderInput: "O12",
+    mutants.MemoryWithoutReference: "I1",
+    mutants.MemoryForEver: "I1",
+    mutants.MemoryNameKept: "O12",
+    mutants.MemoryOfBefore: "O12",
+    mutants.EncoderIsFree: "the budget holds",
 }
 
 
@@ -37,7 +43,7 @@ def test_the_simulator_kills(mutant, rule):
     complaints = set()
     for seed in range(SEEDS):
         try:
-            Simulation(seed, **{changed: mutant}).run()
+            Simulation(seed, **{changed: mutant}, encoder=mutant in mutants.WITH_ENCODER).run()
         except (AssertionError, LookupError) as error:
             complaints.add(str(error))
             if str(error).startswith(rule):
