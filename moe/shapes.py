@@ -127,8 +127,9 @@ def is_router(name: str) -> bool:
 
 
 def is_hidden_matrix(name: str, dimensions: int) -> bool:
-    """Whether Muon moves the parameter: matrices and stacks of them, but for routers, embedding and head."""
-    return dimensions >= 2 and not is_router(name) and not name.startswith(("embed.", "head."))
+    """Whether Muon moves the parameter: matrices and stacks of them, but for routers, embedding, head and tables."""
+    table = name.startswith(("embed.", "head.")) or name.endswith("relative.weight")
+    return dimensions >= 2 and not is_router(name) and not table
 
 
 def _block(cfg: ModelConfig, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -28,6 +28,55 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpanConfig:
+    """Span corruption (T5 1910.10683 §3.1.4): spans of a row are taken out, and the decoder writes them.
+
+    Every row loses the same number of tokens in the same number of spans, so that all have one shape.
+
+    Attributes:
+        density: share of a row's tokens that are taken out.
+        mean: tokens of a span, in the mean.
+        sentinels: ids kept free for the marks that stand for spans, the last of the vocabulary.
+    """
+
+    density: float = 0.15
+    mean: float = 3.0
+    sentinels: int = 100
+
+    def __post_init__(self) -> None:
+        check(0 < self.density < 1, "data.spans.density", self.density, "must lie between 0 and 1", "use 0.15")
+        fits = 1 <= self.mean < float("inf")
+        check(fits, "data.spans.mean", self.mean, "must be at least 1", "use 3")
+        check(self.sentinels >= 1, "data.spans.sentinels", self.sentinels, "must be at least 1", "use 100")
+
+    def noise(self, row: int) -> int:
+        """Tokens that a row of so many loses."""
+        return min(max(round(row * self.density), 1), row - 1)
+
+    def count(self, row: int) -> int:
+        """Spans in which it loses them: each has a token, and a token before it."""
+        noise = self.noise(row)
+        return min(max(round(noise / self.mean), 1), row - noise)
+
+    def source(self, row: int) -> int:
+        """Tokens that the encoder reads: what is left, a mark a span, and the end."""
+        return row - self.noise(row) + self.count(row) + 1
+
+    def target(self, row: int) -> int:
+        """Tokens that the decoder writes: what is taken out, a mark a span, and the end."""
+        return self.noise(row) + self.count(row) + 1
+
+    def check_row(self, row: int) -> None:
+        """Check that there are marks enough for a row of so many tokens.
+
+        Raises:
+            ConfigError: data.spans.sentinels is named.
+        """
+        need, rule = self.count(row), f"must be at least the {self.count(row)} spans of a row (train.seq_len={row})"
+        check(self.sentinels >= need, "data.spans.sentinels", self.sentinels, rule, f"use {need}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Corpus and tokenizer.
 
@@ -41,6 +90,7 @@ class DataConfig:
             the held-out text; None = none of them.
         mix: what a run trains on in place of `path` alone, row by row in the proportion of the weights; tokenizer and
             held-out text stay those of `path`. None = `path`.
+        spans: what an encoder-decoder learns from; None = the next token, a decoder's.
     """
 
     path: str = "pydocs"
@@ -50,6 +100,7 @@ class DataConfig:
     cache: str | None = None
     tuning: float | None = None
     mix: tuple[Source, ...] | None = None
+    spans: SpanConfig | None = None
 
     def __post_init__(self) -> None:
         for field in ("path", "validation", "tokenizer", "cache"):
@@ -61,6 +112,12 @@ class DataConfig:
             "must lie in 257 (256 bytes and <|endoftext|>) to 1048576",
             "use 4096 to 8192 for a small corpus",
         )
+        if self.spans is not None:
+            least = 257 + self.spans.sentinels
+            rule = f"must hold 256 bytes, <|endoftext|> and the {self.spans.sentinels} of data.spans.sentinels"
+            check(self.vocab_size >= least, "data.vocab_size", self.vocab_size, rule, f"use {least} or more")
+            rule = "is not built for data.mix, whose rows are a decoder's"
+            check(self.mix is None, "data.spans", "set", rule, "use data.mix=null")
         rule = "must lie between 0 and 1"
         check(self.tuning is None or 0 < self.tuning < 1, "data.tuning", self.tuning, rule, "use 0.05, or null")
         check(self.mix is None or len(self.mix) > 0, "data.mix", "[]", "must name a source", "use null for data.path")

@@ -27,6 +27,25 @@ class Cursor:
 
 
 @dataclass(frozen=True)
+class Source:
+    """What an encoder reads beside a `Batch`: as many rows of one length, laid end to end, without padding, on the CPU.
+
+    Attributes:
+        tokens_S: int64 ids.
+        positions_S: int64 position inside the row.
+        cu_rows: int32 borders of the rows, from 0 to S.
+        index_S: int64 global token index, the same at every layout and different in every epoch.
+        total_tokens: tokens of the whole GLOBAL batch.
+    """
+
+    tokens_S: Tensor
+    positions_S: Tensor
+    cu_rows: Tensor
+    index_S: Tensor
+    total_tokens: int
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank: whole rows, laid end to end, on the CPU.
 
@@ -39,6 +58,7 @@ class Batch:
         valid_T: bool, False for padding.
         index_T: int64 global token index, the same at every layout and different in every epoch.
         total_tokens: valid targets of the whole GLOBAL batch, the loss's denominator.
+        source: what an encoder reads; None without one.
     """
 
     tokens_T: Tensor
@@ -49,6 +69,7 @@ class Batch:
     valid_T: Tensor
     index_T: Tensor
     total_tokens: int
+    source: Source | None = None
 
 
 class Rows:

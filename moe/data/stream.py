@@ -139,9 +139,10 @@ def open_stream(file: Path, vocab_size: int) -> TokenStream:
 def _open_tokenizer(config: DataConfig, cache: Path, source: str) -> Tokenizer:
     if config.tokenizer:
         return Tokenizer.load(config.tokenizer)
-    directory = cache / f"tokenizer-{digest([source, config.vocab_size])[:16]}"
+    sentinels = 0 if config.spans is None else config.spans.sentinels
+    directory = cache / f"tokenizer-{digest([source, config.vocab_size, *([sentinels] if sentinels else [])])[:16]}"
     if not (directory / "digest").exists():
-        trained = train_tokenizer(read_documents(config.path, "train"), config.vocab_size)
+        trained = train_tokenizer(read_documents(config.path, "train"), config.vocab_size, sentinels)
         trained.save(directory)
         (directory / "digest").write_text(trained.digest + "\n", encoding="ascii")
     tokenizer = Tokenizer.load(directory)

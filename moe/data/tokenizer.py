@@ -20,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from ... import DataError
 
 END = "<|endoftext|>"
+SENTINEL = "<extra_id_{}>"  # T5's name
 
 
 OWN_CONFIG: Mapping[str, Any] = {
@@ -71,6 +72,17 @@ class Tokenizer:
         eos_id = self._separator()
         assert eos_id is not None, "checked at birth"
         return eos_id
+
+    def sentinel_id(self, number: int) -> int:
+        """The id of a span's mark, numbered from 0; they count down from the vocabulary's last id, as T5's do.
+
+        Raises:
+            DataError: the tokenizer has none.
+        """
+        found = self.backend.token_to_id(SENTINEL.format(number))
+        if found is None:
+            raise DataError(f"tokenizer.json has no {SENTINEL.format(number)}: use one trained with data.spans")
+        return found
 
     @property
     def vocab_size(self) -> int:
@@ -134,20 +146,21 @@ def _config(directory: Path) -> Mapping[str, Any]:
     return found  # type: ignore[no-any-return]
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, sentinels: int = 0) -> Tokenizer:
     """Byte-level BPE (Sennrich et al. 2016, 1508.07909; bytes as in GPT-2). The same texts give the same tokenizer.
 
-    A text that is too small yields fewer than `vocab_size` entries.
+    A text that is too small yields fewer than `vocab_size` entries. The last `sentinels` of them mark spans.
     """
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - sentinels,
         special_tokens=[END],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
+    backend.add_special_tokens([SENTINEL.format(number) for number in reversed(range(sentinels))])
     backend.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])
     return Tokenizer(backend)

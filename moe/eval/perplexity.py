@@ -37,7 +37,8 @@ class EvalResult:
 
     Attributes:
         val_loss: nats a predicted token.
-        bits_per_byte: all nats / ln 2 / the documents' UTF-8 bytes; comparable across tokenizers.
+        bits_per_byte: all nats / ln 2 / the documents' UTF-8 bytes; comparable across tokenizers. None where not the
+            whole text is predicted (`denoising`).
         tokens: predicted tokens, one EOS a document included.
         bytes: UTF-8 bytes of the documents.
         seconds: wall clock on this rank.
@@ -45,7 +46,7 @@ class EvalResult:
     """
 
     val_loss: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     tokens: int
     bytes: int
     seconds: float
@@ -101,21 +102,21 @@ def evaluate(
     moe = model.cfg.moe
     tally = ExpertTally(model.cfg.moe_layers, moe.num_experts if moe else 0)
     nats = torch.zeros(1, dtype=torch.float64)
-    with _evaluating(model):
+    with evaluating(model):
         for step in range(-(-len(windows) // (batch * mesh.dp_size))):
             first = (step * mesh.dp_size + mesh.dp_rank) * batch
             packed = pack(windows[first : first + batch], mesh.layout.pieces, tokenizer.eos_id)
             part = part_of(packed, mesh, propagate_nan=mesh.world > 1, dropless=dropless)
-            nats += _nats(part, forward or model)
+            nats += nats_of(part, forward or model)
             tally.add(part.ctx.routings, part.valid_T)
-    total, tokens = float(_over(mesh, nats)), sum(len(part) - 1 for part in ids)
+    total, tokens = float(over_ranks(mesh, nats)), sum(len(part) - 1 for part in ids)
     return EvalResult(
         val_loss=total / tokens,
         bits_per_byte=total / math.log(2) / size_bytes,
         tokens=tokens,
         bytes=size_bytes,
         seconds=time.monotonic() - start,
-        experts=tally.report(partial(_over, mesh)),
+        experts=tally.report(partial(over_ranks, mesh)),
     )
 
 
@@ -172,7 +173,7 @@ def pack(windows: Sequence[Window], pieces: int, filler: int) -> Batch:
 
 
 @torch.no_grad()
-def _nats(part: Part, forward: Callable[..., Tensor | None]) -> Tensor:
+def nats_of(part: Part, forward: Callable[..., Tensor | None]) -> Tensor:
     """The summed cross entropy of the scored tokens held here, [1] float64 on the CPU; 0 where there is none."""
     rows_R = (part.targets_T >= 0).nonzero().flatten()
     part.ctx.logit_rows = rows_R
@@ -182,13 +183,14 @@ def _nats(part: Part, forward: Callable[..., Tensor | None]) -> Tensor:
     return cross_entropy(logits_RV, part.targets_T[rows_R]).double().sum().cpu().reshape(1)
 
 
-def _over(mesh: Mesh, sums: Tensor) -> Tensor:
+def over_ranks(mesh: Mesh, sums: Tensor) -> Tensor:
     """The sum over all ranks that take part."""
     return process.all_sum(sums, "sum of an evaluation") if mesh.world > 1 else sums
 
 
 @contextmanager
-def _evaluating(model: Decoder) -> Iterator[None]:
+def evaluating(model: Decoder) -> Iterator[None]:
+    """The model in evaluation mode; afterwards as it was."""
     training = model.training
     model.eval()
     try:

@@ -41,17 +41,22 @@ class Decoder(nn.Module):
         self.head = None if cfg.tie_embeddings else nn.Linear(cfg.width, cfg.vocab_size, bias=False)
         self.encoder = None if cfg.encoder is None else Encoder(cfg, cfg.encoder.layers)
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, ctx: Context) -> Tensor:
+    def forward(
+        self, tokens_T: Tensor, positions_T: Tensor, ctx: Context, source: tuple[Tensor, Tensor, Context] | None = None
+    ) -> Tensor:
         """Logits of the next token.
 
         Args:
             tokens_T: int64 token ids of packed sequences.
             positions_T: int64 position of each token in its own sequence.
             ctx: how to attend, how to route, which rows are wanted, what an encoder has made of its own tokens.
+            source: the arguments of `encode`, whose result becomes `ctx.memory` before anything else.
 
         Returns:
             logits_RV for the rows `ctx.logit_rows` (all T when None).
         """
+        if source is not None:
+            ctx.memory = self.encode(*source)
         x_TD = self.embed(tokens_T)
         for block in self.blocks:
             x_TD = block(x_TD, positions_T, ctx)
@@ -69,15 +74,20 @@ class Decoder(nn.Module):
             x_RD = x_RD * self.cfg.logit_scale
         return F.linear(x_RD, self.embed.weight if self.head is None else self.head.weight)
 
+    @property
+    def all_blocks(self) -> list[nn.Module]:
+        """The blocks held here, the encoder's after the decoder's."""
+        return [*self.blocks, *(() if self.encoder is None else self.encoder.blocks)]
+
     def plan(self) -> dict[str, str]:
         """How each parameter may be spread over ranks: name pattern → placement; what is not named is replicated."""
         return {
             "embed.weight": "vocab",
             "head.weight": "vocab",
-            "blocks.*.attention.w[qkv].weight": "column",
-            "blocks.*.attention.wkv.weight": "column",
-            "blocks.*.attention.wo.weight": "row",
-            "blocks.*.ffn.w_in.weight": "gated",
-            "blocks.*.ffn.w_out.weight": "row",
-            "blocks.*.ffn.experts.*": "expert",
+            "*blocks.*.attention.w[qkv].weight": "column",
+            "*blocks.*.attention.wkv.weight": "column",
+            "*blocks.*.attention.wo.weight": "row",
+            "*blocks.*.ffn.w_in.weight": "gated" if self.cfg.activation.startswith("swiglu") else "column",
+            "*blocks.*.ffn.w_out.weight": "row",
+            "*blocks.*.ffn.experts.*": "expert",
         }

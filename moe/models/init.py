@@ -3,7 +3,7 @@
 Every matrix is drawn from its own generator, keyed by (seed, parameter name, global expert id), so one rank and eight
 expert-parallel ranks start from the same numbers; a rank that holds a part of a matrix draws all of it and keeps that.
 Truncated normal at ±2σ, σ = sqrt(s / fan_in), s = 0.1: the smaller scale that keeps sparse models stable (Switch
-2101.03961 §2.4, table 3). A router names its own variances.
+2101.03961 §2.4, table 3). A router names its own variances; a head is larger by what `logit_scale` takes from it.
 """
 
 import hashlib
@@ -29,6 +29,7 @@ def init_weights(model: Decoder, seed: int, shards: Mapping[str, ShardSpec] | No
     """
     scale = model.cfg.moe.init_scale if model.cfg.moe else DENSE_SCALE
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    gain = {"embed.weight" if model.head is None else "head.weight": model.cfg.logit_scale**-2}
     routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
     for buffer in (buffer for router in routers.values() for buffer in router.buffers()):
         buffer.zero_()
@@ -43,7 +44,7 @@ def init_weights(model: Decoder, seed: int, shards: Mapping[str, ShardSpec] | No
             nn.init.ones_(weight)
         elif stack is None:
             fan_in = place.global_shape[1] if place else weight.shape[1]
-            _draw(weight, scale / fan_in, f"{seed}/{name}", place)
+            _draw(weight, scale / fan_in * gain.get(name, 1.0), f"{seed}/{name}", place)
         else:
             fan_in = model.cfg.width if name.endswith("w_in") else stack.cfg.expert_width
             for local, expert_weight in enumerate(weight):

@@ -235,6 +235,7 @@ class RunConfig:
             rule = "is not built for parallel.zero=3, whose parameters come and go"
             check(not self.train.compile, "train.compile", True, rule, "use train.compile=false, or parallel.zero=2")
         self._check_pipeline()
+        self._check_encoder()
         if self.engine == "deepspeed":
             rule = "is not built for engine=deepspeed (ZeRO shards flat AdamW states)"
             check(self.optim.name == "adamw", "optim.name", self.optim.name, rule, "use optim=adamw")
@@ -259,6 +260,32 @@ class RunConfig:
         rule = f"times parallel.virtual ({parallel.virtual}) can not exceed model.layers ({layers})"
         fits = parallel.pp * parallel.virtual <= layers
         check(fits, "parallel.pp", parallel.pp, rule, "use fewer, or a deeper model")
+
+    def _check_encoder(self) -> None:
+        """An encoder and the rows for it belong together; some of what trains a decoder is not built for both."""
+        spans, row = self.data.spans, self.train.seq_len
+        if self.model.encoder is None:
+            rule = "is what an encoder-decoder learns from, and model.encoder is null"
+            check(spans is None, "data.spans", "set", rule, "use data.spans=null, or model.encoder={layers: 4}")
+            return
+        rule = "needs data.spans, from which an encoder-decoder learns"
+        check(spans is not None, "model.encoder", "set", rule, "use data.spans={}, or model.encoder=null")
+        assert spans is not None
+        spans.check_row(row)
+        longest = max(spans.source(row), spans.target(row))
+        rule = f"makes {longest} tokens of a row's source or target, and model.max_seq_len is {self.model.max_seq_len}"
+        check(longest <= self.model.max_seq_len, "train.seq_len", row, rule, "shorten rows or raise model.max_seq_len")
+        rule = "is not built for an encoder-decoder"
+        for name in ("pp", "cp", "tp"):
+            size = getattr(self.parallel, name)
+            check(
+                size == 1, f"parallel.{name}", size, f"{rule}, whose two stacks it would divide apart", "use dp and ep"
+            )
+        check(self.engine == "native", "engine", self.engine, rule, "use engine=native")
+        check(not self.train.compile, "train.compile", True, rule, "use train.compile=false")
+        for name in ("trace", "replay"):
+            value = getattr(self, name)
+            check(not value, f"moe.{name}", value, f"{rule}: a trace is of one row of tokens", "leave it out")
 
     def layout(self, world: int) -> Layout:
         """How `world` ranks share the run.

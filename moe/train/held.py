@@ -45,7 +45,8 @@ class Held:
     def _share(self, part: Part) -> tuple[int, ...]:
         if not self.divides(part):
             return part.shape
-        cut, shape = int(part.name.endswith(".ffn.w_in.weight")), list(part.shape)
+        gated = part.name.endswith(".ffn.w_in.weight") and self.config.model.activation.startswith("swiglu")
+        cut, shape = int(gated), list(part.shape)
         shape[cut] = ceil(shape[cut] / self.replicas(part))
         return tuple(shape)
 
@@ -61,7 +62,7 @@ class Held:
     @cached_property
     def ends(self) -> int:
         """Numbers of embedding and head that FSDP2 gathers for the whole of a forward and a backward pass."""
-        return self.divided(part for part in self.parts if not part.name.startswith("blocks."))
+        return self.divided(part for part in self.parts if "blocks." not in part.name)
 
     def replicas(self, part: Part) -> int:
         """Ranks that would hold the same."""

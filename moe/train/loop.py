@@ -28,6 +28,7 @@ from ...parallel.dispatch.all_to_all import traffic_of
 from ...parallel.mesh import Mesh
 from ..data.rows import Cursor
 from ..data.stream import held_out_documents
+from ..eval.denoising import denoise
 from ..eval.perplexity import evaluate, limit_bytes
 from ..flops import flops_per_token
 from ..models.store import save_model
@@ -214,10 +215,12 @@ class Trainer:
         part = self.parts.pop(micro)
         ctx = part.ctx
         self.window.add(ctx.routings, part.valid_T)
+        if part.source is not None:
+            self.window.add(part.source[2].routings)
         if self.trace is not None:
             self.trace.add(ctx.route, ctx.routings)
         if self.biased:
-            for layer, routing in ctx.routings.items():
+            for layer, routing in part.routings.items():
                 self.counts[layer] = self.counts.get(layer, 0) + routing.counts_E
 
     def _move_biases(self) -> None:
@@ -257,13 +260,16 @@ class Trainer:
         """A row about held-out text, of which `limit` bytes (None: all) are read. Collective."""
         texts = limit_bytes(self._held_out, limit)
         with self.window.paused(), self.setup.engine.autocast():
-            result = evaluate(
+            spans = self.config.data.spans
+            measure = evaluate if spans is None else partial(denoise, spans=spans)
+            result = measure(
                 self.setup.model, self.setup.tokenizer, texts, seq_len=self.config.train.seq_len, mesh=self.mesh,
                 forward=self.setup.engine.infer,
             )  # fmt: skip
         split = self.config.train.eval_split
         row = {"kind": "eval", "step": self.now.step, **({} if split == "validation" else {"split": split})}
-        self.metrics.write({**row, "val_loss": result.val_loss, "bits_per_byte": result.bits_per_byte})
+        bits = {} if result.bits_per_byte is None else {"bits_per_byte": result.bits_per_byte}
+        self.metrics.write({**row, "val_loss": result.val_loss, **bits})
 
     def _save(self, last: bool = False) -> None:
         """Begin a checkpoint. Collective."""

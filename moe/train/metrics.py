@@ -60,8 +60,8 @@ class Window:
         self.losses[0] += loss
 
     @torch.no_grad()
-    def add(self, routings: Mapping[int, Routing], valid_T: Tensor) -> None:
-        """Add the routings of one micro-batch."""
+    def add(self, routings: Mapping[int, Routing], valid_T: Tensor | None = None) -> None:
+        """Add the routings of one micro-batch; without `valid_T` all its tokens are valid."""
         self.routing.add(routings, valid_T)
         for routing in routings.values():
             if self.coefficients:
@@ -208,8 +208,8 @@ def progress_line(row: Mapping[str, Any], remaining: float | None) -> str:
 
 
 def _eval_line(row: Mapping[str, Any]) -> str:
-    text = row.get("split", "held out")
-    return f"step {row['step']:>6}  {text}: loss {row['val_loss']:.4f}  {row['bits_per_byte']:.4f} bits per byte"
+    text = f"step {row['step']:>6}  {row.get('split', 'held out')}: loss {row['val_loss']:.4f}"
+    return f"{text}  {row['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in row else text
 
 
 def _reopen(path: Path, step: int) -> TextIO:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ...parallel.mesh import Mesh
 from ...parallel.spread import Spread
-from ..data.rows import Batch
+from ..data.rows import Batch, Source
 from ..models.context import VarlenContext
-from ..routing.record import Decision, RouteContext
+from ..routing.record import Decision, RouteContext, Routing
 
 # token indices and ids → layer → the decisions to take
 Decisions = Callable[[Tensor, Tensor], Mapping[int, Decision]]
@@ -31,6 +31,7 @@ class Part:
         valid_T: bool, False for padding.
         ctx: attention and routing.
         total_tokens: valid targets of the GLOBAL batch, the loss's denominator.
+        source: the arguments of an encoder; None without one.
     """
 
     tokens_T: Tensor
@@ -39,29 +40,37 @@ class Part:
     valid_T: Tensor
     ctx: VarlenContext
     total_tokens: int
+    source: tuple[Tensor, Tensor, VarlenContext] | None = None
 
     @property
-    def inputs(self) -> tuple[Tensor, Tensor, VarlenContext]:
+    def inputs(self) -> tuple[Any, ...]:
         """The model's arguments."""
-        return self.tokens_T, self.positions_A, self.ctx
+        own = (self.tokens_T, self.positions_A, self.ctx)
+        return own if self.source is None else (*own, self.source)
+
+    @property
+    def routings(self) -> dict[int, Routing]:
+        """Layer id → its routing, after the forward pass; of the encoder's layers too."""
+        return self.ctx.routings if self.source is None else {**self.ctx.routings, **self.source[2].routings}
 
 
 def part_of(
     batch: Batch, mesh: Mesh, replay: Decisions | None = None, *, propagate_nan: bool = True, **route: Any
 ) -> Part:
     """This rank's part of its data-parallel rank's micro-batch. `route` completes the `RouteContext`."""
-    tensors = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "total_tokens"}
-    here = {name: tensor.to(mesh.device, non_blocking=True) for name, tensor in tensors.items()}
+    here = _tensors(batch, mesh)
+    common: dict[str, Any] = {"propagate_nan": propagate_nan, **route}
+    if mesh.size("stage") > 1:
+        common["reducer"] = lambda tensor: mesh.sum(tensor, "stage")
     context = RouteContext(
         cu_groups=here["cu_rows"],
         valid_T=here["valid_T"],
         token_ids_T=here["tokens_T"],
         index_T=here["index_T"],
         total_tokens=batch.total_tokens,
-        reducer=(lambda tensor: mesh.sum(tensor, "stage")) if mesh.size("stage") > 1 else None,
-        propagate_nan=propagate_nan,
-        **route,
+        **common,
     )
+    source = None if batch.source is None else _source_of(batch.source, mesh, common)
     spread = Spread.of(mesh, len(batch.tokens_T)) if mesh.size("row") > 1 else None
     if spread is not None:
         own = {name: here[name][spread.own_T] for name in ("tokens_T", "targets_T", "valid_T", "index_T")}
@@ -82,6 +91,30 @@ def part_of(
         targets_T=here["targets_T"],
         positions_A=here["positions_T"],
         valid_T=here["valid_T"],
-        ctx=VarlenContext(here["cu_seqlens"], route=context, spread=spread),
+        ctx=VarlenContext(
+            here["cu_seqlens"], route=context, spread=spread, cu_memory_B1=source[2].cu_seqlens_B1 if source else None
+        ),
         total_tokens=batch.total_tokens,
+        source=source,
     )
+
+
+def _source_of(source: Source, mesh: Mesh, common: dict[str, Any]) -> tuple[Tensor, Tensor, VarlenContext]:
+    """The encoder's arguments: its layers route and balance over tokens of their own."""
+    here = _tensors(source, mesh)
+    context = RouteContext(
+        cu_groups=here["cu_rows"],
+        token_ids_T=here["tokens_S"],
+        index_T=here["index_S"],
+        total_tokens=source.total_tokens,
+        **common,
+    )
+    return here["tokens_S"], here["positions_S"], VarlenContext(here["cu_rows"], route=context)
+
+
+def _tensors(batch: Batch | Source, mesh: Mesh) -> dict[str, Tensor]:
+    """The tensors of a batch on the rank's device."""
+    found = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {
+        name: value.to(mesh.device, non_blocking=True) for name, value in found.items() if isinstance(value, Tensor)
+    }

@@ -29,7 +29,7 @@ from ..routing.recompute import keep_routing
 def recompute(model: Decoder, what: Literal["none", "selective", "full"]) -> None:
     """Have `model` compute `what` again in its backward pass, in place. Without gradients nothing changes."""
     if what == "full":
-        for block in model.blocks:
+        for block in model.all_blocks:
             _again(block, "compute", context_fn=keep_routing)
     if what == "selective":
         for module in model.modules():

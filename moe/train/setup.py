@@ -28,6 +28,7 @@ from ...parallel.stages import held
 from ..config import ModelConfig
 from ..data.mixture import Mixture
 from ..data.rows import Rows
+from ..data.spans import SpanRows
 from ..data.stream import prepare, prepare_mix
 from ..data.tokenizer import Tokenizer
 from ..families.reading import Source, open_source, whole_shapes
@@ -86,6 +87,10 @@ def read(config: RunConfig, run: Path) -> tuple[Tokenizer, Rows]:
     """The tokenizer and the training rows, built into the run's cache where they are not there yet."""
     data, train = config.data, config.train
     tokenizer, stream = prepare(data, run)
+    if data.spans is not None and config.model.encoder is not None:
+        marks = [tokenizer.sentinel_id(number) for number in range(data.spans.count(train.seq_len))]
+        start = config.model.encoder.start_token_id
+        return tokenizer, SpanRows(stream, train.seq_len, config.seed, data.spans, start, marks)
     if data.mix is None:
         return tokenizer, Rows(stream, train.seq_len, config.seed)
     streams, total = prepare_mix(data, run, tokenizer), train.global_batch * (train.steps or 1)
@@ -116,7 +121,7 @@ def build_model(cfg: ModelConfig, config: RunConfig, mesh: Mesh) -> tuple[Decode
     if mesh.layout.pp > 1:
         keep_stages(model, stages(cfg, config, mesh), mesh.layout.pp * config.parallel.virtual - 1)
     if config.parallel.fsdp:
-        shards = divide(model, model.blocks, mesh, shards, is_router, forward_dtype(config))
+        shards = divide(model, model.all_blocks, mesh, shards, is_router, forward_dtype(config))
     model.to_empty(device=mesh.device)
     if config.train.init is None:
         init_weights(model, config.seed, shards)
