@@ -1,13 +1,13 @@
 """Rows for an encoder-decoder: spans are taken out of each, and the decoder writes them (T5 1910.10683 §3.1.4).
 
     row       Thank you for inviting me to your party last week
-    source    Thank you <0> me to your party <1> week END
-    target    <0> for inviting <1> last END
+    source    Thank you <0> me to your <1> END
+    target    <0> for inviting <1> party last week END
 
-Text and spans take turns, text first. A row's tokens taken out are cut into its spans, and its text into as many pieces,
-at borders drawn from all that there are, with numbers keyed by (seed, number of the row in the run): T5's mask, the same
-at every layout, another one in every epoch. Rows are texts of one length, as in T5: documents meet inside of them, and
-the stream's last row, which would be shorter, is left out.
+Text and spans take turns, text first. What is taken out of a row is cut into its spans, and its text into as many
+pieces, at borders drawn from all that there are, with numbers keyed by (seed, number of the row in the run): T5's mask,
+the same at every layout, another one in every epoch. Rows are texts of one length, as in T5: documents meet inside of
+them, and the stream's last row, which would be shorter, is left out.
 
 R rows, N tokens of one, S of its source, T of its target, K spans.
 """

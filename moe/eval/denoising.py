@@ -47,7 +47,7 @@ def denoise(
         mesh, dropless, forward: as `perplexity.evaluate` has them.
 
     Returns:
-        `val_loss` in nats a token of the targets, marks and ends included; no `bits_per_byte`, for most bytes are given.
+        `val_loss` in nats a token of the targets, marks and ends included; without `bits_per_byte`.
 
     Raises:
         ConfigError: a length that does not fit. DataError: the documents fill no row.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from turnout.kernels import cross_entropy
-from turnout.moe.config import ModelConfig, MoEConfig
-from turnout.moe.data.rows import Batch
+from turnout.moe.config import AttentionConfig, EncoderConfig, ModelConfig, MoEConfig
+from turnout.moe.data.rows import Batch, Source
 from turnout.moe.models.decoder import Decoder
 from turnout.moe.models.init import init_weights
 from turnout.moe.routing.bias import update_biases
@@ -35,6 +35,7 @@ from turnout.parallel.shard import ShardSpec
 from turnout.parallel.stages import held
 
 ROWS, LENGTH, VOCAB, WIDTH, EXPERTS = 8, 12, 40, 16, 4
+SOURCE = 9  # tokens of a row that an encoder reads
 HOT = 1  # the expert that the case "hot" sends every token to
 
 
@@ -44,7 +45,7 @@ class Case:
 
     `split` says how many of the 8 rows each data-parallel rank gets (None = equally), `sizes` the other fields of
     `ParallelConfig`, `moe` and `model` other fields of `MoEConfig` and `ModelConfig`; `dense` has no experts,
-    `documents` cuts rows into documents, `optim` takes the run's own optimizers in place of `optimizer`,
+    `encoder` puts two blocks before the decoder's, `documents` cuts rows into documents, `optim` takes the run's own optimizers in place of `optimizer`,
     `autocast` is the forward pass's dtype.
     """
 
@@ -67,6 +68,7 @@ class Case:
     moe: tuple[tuple[str, Any], ...] = ()
     model: tuple[tuple[str, Any], ...] = ()
     dense: bool = False
+    encoder: bool = False
     documents: bool = False
     optim: OptimConfig | None = None
     autocast: torch.dtype | None = None
@@ -85,6 +87,9 @@ def model_config(case: Case) -> ModelConfig:
         "vocab_size": VOCAB, "width": WIDTH, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 8, "ffn_width": 24,
         "max_seq_len": LENGTH, "moe": None if case.dense else MoEConfig(**{**moe, **dict(case.moe)}),
     }  # fmt: skip
+    if case.encoder:
+        attention = AttentionConfig(positions="relative", buckets=8, max_distance=6)
+        model |= {"encoder": EncoderConfig(layers=2), "attention": attention, "activation": "relu"}
     return ModelConfig(**{**model, **dict(case.model)})
 
 
@@ -96,7 +101,7 @@ def build_model(case: Case) -> Decoder:
     with torch.no_grad():
         model.embed.weight.mul_(8)
         for layer in model.cfg.moe_layers:
-            weight = getattr(model.blocks[layer].ffn.router, "weight", None)
+            weight = getattr(model.all_blocks[layer].ffn.router, "weight", None)
             if weight is not None:
                 weight.mul_(10)
             if case.hot:
@@ -136,6 +141,19 @@ def batch_of(case: Case, rows: list[int], step: int) -> Batch:
         valid_T=valid_RS[pick].flatten(),
         index_T=torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)[pick].flatten(),
         total_tokens=int(valid_RS.sum()),
+        source=source_of(pick, step) if case.encoder else None,
+    )
+
+
+def source_of(pick: Tensor, step: int) -> Source:
+    """What the encoder reads beside these rows."""
+    tokens_RS = torch.randint(VOCAB, (ROWS, SOURCE), generator=torch.Generator().manual_seed(70 + step))
+    return Source(
+        tokens_S=tokens_RS[pick].flatten(),
+        positions_S=torch.arange(SOURCE).repeat(len(pick)),
+        cu_rows=torch.arange(len(pick) + 1, dtype=torch.int32) * SOURCE,
+        index_S=torch.arange(ROWS * SOURCE).view(ROWS, SOURCE)[pick].flatten(),
+        total_tokens=ROWS * SOURCE,
     )
 
 
@@ -160,7 +178,9 @@ def run_step(engine, case: Case, micro: list[list[int]], step: int) -> list[dict
 def observe(part, loss: Tensor | None) -> dict[str, Tensor]:
     """This rank's parts of the losses, and the routings with the index of their tokens."""
     seen = {"loss": torch.zeros(()) if loss is None else loss, "index": part.ctx.route.index_T}
-    for layer, routing in part.ctx.routings.items():
+    if part.source is not None:
+        seen |= {"source index": part.source[2].route.index_T}
+    for layer, routing in part.routings.items():
         seen |= {f"{name}/{layer}": value.detach() for name, value in routing.aux.items()}
         seen |= {f"ids/{layer}": routing.ids_TK, f"kept/{layer}": routing.kept_TK}
         seen |= {f"logits/{layer}": routing.logits_TE, f"counts/{layer}": routing.counts_E}
@@ -183,7 +203,7 @@ def start(case: Case):
         stages = stages_of(case, model, mesh)
         keep_stages(model, stages, mesh.layout.pp * len(stages) - 1)
     if case.parallel.fsdp:
-        shards = divide(model, model.blocks, mesh, shards, is_router, case.autocast)
+        shards = divide(model, model.all_blocks, mesh, shards, is_router, case.autocast)
     if case.compile:
         from turnout.moe.train.compiled import compile_blocks
 
@@ -287,8 +307,8 @@ def summed(views: list[dict], name: str) -> float:
     return sum(float(v) for view in views for p in view["parts"] for key, v in p.items() if key.startswith(name))
 
 
-def gathered(views: list[dict], name: str) -> Tensor:
+def gathered(views: list[dict], name: str, by: str = "index") -> Tensor:
     """A per-token record of step 0 in global token order."""
     parts = [part for view in views for part in view["parts"] if name in part]
-    order = torch.cat([part["index"] for part in parts]).argsort()
+    order = torch.cat([part[by] for part in parts]).argsort()
     return torch.cat([part[name] for part in parts])[order]
