@@ -11,6 +11,7 @@ import pytest
 
 from turnout.launch import compose, main
 from turnout.launch.cli import Options
+from turnout.launch.convert import ConvertOptions
 from turnout.launch.evaluate import EvaluateOptions
 from turnout.launch.generate import GenerateOptions
 from turnout.launch.plan import PlanOptions
@@ -23,6 +24,7 @@ OPTIONS = {
     "generate": GenerateOptions,
     "serve": ServeOptions,
     "evaluate": EvaluateOptions,
+    "convert": ConvertOptions,
 }
 
 
