@@ -1,8 +1,10 @@
 """FLOPs of a model, from its configuration. No torch here: the trainer's `mfu` and `turnout plan` share the formula."""
 
 from functools import cache
+from math import prod
 
 from .config import ModelConfig, MoEConfig
+from .shapes import shapes
 
 
 def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
@@ -16,7 +18,7 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
 @cache
 def flops_by_part(cfg: ModelConfig, seq_len: int, layers: tuple[int, ...]) -> tuple[float, float, float]:
     """The same of these layers' attention, of their feed-forward slots, and of the head if the last is among them."""
-    attention = cfg.width * cfg.head_dim * (2 * cfg.heads + 2 * cfg.kv_heads) + cfg.heads * cfg.head_dim * seq_len
+    attention = _attention_weights(cfg) + cfg.heads * _met(cfg) * seq_len / 2
     sparse = len(set(layers).intersection(cfg.moe_layers))
     dense = 3 * cfg.width * cfg.ffn_width
     routed = _sparse_weights(cfg.moe) if cfg.moe else 0.0
@@ -29,6 +31,18 @@ def experts_met(moe: MoEConfig) -> float:
     if moe.router == "expert_choice":
         return min(moe.top_k * (moe.capacity_factor or 1.0), moe.num_experts)
     return moe.top_k
+
+
+def _attention_weights(cfg: ModelConfig) -> int:
+    """Matrix weights of an attention layer."""
+    own = (shape for name, shape in shapes(cfg).items() if name.startswith("blocks.0.attention."))
+    return sum(prod(shape) for shape in own if len(shape) == 2)
+
+
+def _met(cfg: ModelConfig) -> int:
+    """Products of a head for one query and one position: with its key and with its value, by head in training."""
+    latent = cfg.attention.latent
+    return 2 * cfg.head_dim if latent is None else cfg.head_dim + latent.rope_dim + latent.value_dim
 
 
 def _sparse_weights(moe: MoEConfig) -> float:

@@ -103,17 +103,36 @@ def count(found: Shapes) -> int:
     return sum(prod(shape) for shape in found.values())
 
 
-def kv_token(layers: int, kv_heads: int, head_dim: int, width: int) -> int:
-    """Bytes of one token's keys and values in serving: 2 · layers · G · d · `width` bytes a number."""
-    return 2 * layers * kv_heads * head_dim * width
+@dataclass(frozen=True, kw_only=True)
+class KVForm:
+    """What one token leaves in the cache.
 
-
-def latent_token(layers: int, latent: int, rope: int, width: int) -> int:
-    """The same of multi-head latent attention: one latent and one rotary key for all heads, layers · (c + r) · `width`.
-
-    (DeepSeek-V2 2405.04434 §2.1.4, table 1: (d_c + d_h^R) l.)
+    Args:
+        layers: that many times.
+        heads: of keys and values; 1 for a latent, which all heads read.
+        key_dim: numbers of a key.
+        value_dim: numbers of a value.
+        shared: the values are the first numbers of the keys (latent attention), and not kept again.
     """
-    return layers * (latent + rope) * width
+
+    layers: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    shared: bool = False
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> "KVForm":
+        latent = model.attention.latent
+        if latent is None:
+            return cls(layers=model.layers, heads=model.kv_heads, key_dim=model.head_dim, value_dim=model.head_dim)
+        key = latent.rank + latent.rope_dim
+        return cls(layers=model.layers, heads=1, key_dim=key, value_dim=latent.rank, shared=True)
+
+    @property
+    def numbers(self) -> int:
+        """Of one token in all layers: 2 · layers · G · d, or layers · (c + r) (DeepSeek-V2 2405.04434 table 1)."""
+        return self.layers * self.heads * (self.key_dim + (0 if self.shared else self.value_dim))
 
 
 def is_expert(name: str) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ... import ConfigError
 from ...moe.config import ModelConfig
+from ...moe.shapes import KVForm
 from ..config import EngineConfig
 
 MIB = 2**20
@@ -19,38 +20,6 @@ CUDA_SHARE = 0.8
 """Of the memory that is free on a GPU once the weights are there; the rest is for activations."""
 HOST_SHARE = 0.25
 """Of the machine's memory: a CPU server is rarely alone."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class KVForm:
-    """What one token leaves in the cache.
-
-    Args:
-        layers: that many times.
-        heads: of keys and values; 1 for a latent, which all heads read.
-        key_dim: numbers of a key.
-        value_dim: numbers of a value.
-        shared: the values are the first numbers of the keys (latent attention), and not kept again.
-    """
-
-    layers: int
-    heads: int
-    key_dim: int
-    value_dim: int
-    shared: bool = False
-
-    @classmethod
-    def of(cls, model: ModelConfig) -> "KVForm":
-        latent = model.attention.latent
-        if latent is None:
-            return cls(layers=model.layers, heads=model.kv_heads, key_dim=model.head_dim, value_dim=model.head_dim)
-        key = latent.rank + latent.rope_dim
-        return cls(layers=model.layers, heads=1, key_dim=key, value_dim=latent.rank, shared=True)
-
-    @property
-    def numbers(self) -> int:
-        """Of one token in all layers: 2 · layers · G · d, or layers · (c + r) (DeepSeek-V2 2405.04434 table 1)."""
-        return self.layers * self.heads * (self.key_dim + (0 if self.shared else self.value_dim))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -330,8 +330,7 @@ class Footprint:
     @property
     def kv_token(self) -> int:
         """Keys and values of one token in serving, in `train.dtype`."""
-        model = self.config.model
-        return shapes.kv_token(model.layers, model.kv_heads, model.head_dim, self.width)
+        return shapes.KVForm.of(self.config.model).numbers * self.width
 
     def _feed(self, sparse: bool) -> int:
         """The feed-forward slot of one block."""

@@ -14,6 +14,7 @@ from turnout.inference.engine import Engine, FailedOutput
 from turnout.inference.errors import QueueTimeoutError
 from turnout.inference.outputs import RequestOutput
 from turnout.moe import MoEConfig, RouteContext, VarlenContext
+from turnout.moe.config import AttentionConfig, LatentConfig
 
 Work = list[tuple[list[int], SamplingParams]]
 
@@ -51,10 +52,15 @@ def mixed(**sampling) -> Work:
     return work
 
 
-@pytest.mark.parametrize("router", ["switch", "gshard"])
+LATENT = {"kv_heads": 4, "attention": AttentionConfig(latent=LatentConfig(rank=12, rope_dim=4, value_dim=6))}
+
+
+@pytest.mark.parametrize(
+    ("router", "changes"), [("switch", {}), ("gshard", {}), ("gshard", LATENT)], ids=["1", "2", "MLA"]
+)
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0, "top_p": 0.9}], ids=["greedy", "seeded"])
-def test_32_requests_in_one_batch_give_what_each_gives_alone(make_model, make_engine, router, sampling):
-    model, work = make_model(router), mixed(**sampling)
+def test_32_requests_in_one_batch_give_what_each_gives_alone(make_model, make_engine, router, changes, sampling):
+    model, work = make_model(router, **changes), mixed(**sampling)
     together = make_engine(model, num_blocks=20, max_num_seqs=8, max_num_batched_tokens=48)
     alone = make_engine(model, enable_prefix_caching=False)
     outputs = complete(together, work)

@@ -6,6 +6,7 @@ import torch
 from turnout import ConfigError
 from turnout.inference.config import EngineConfig
 from turnout.inference.run.kv import MIB, KVCache, free_memory, plan_kv
+from turnout.moe.config import AttentionConfig, LatentConfig
 
 BYTES = 2 * 4 * 16 * 2 * 8 * 4  # keys and values, layers, block size, kv heads, head size, float32
 
@@ -21,6 +22,27 @@ def test_the_tensors_take_exactly_the_planned_bytes(model):
     assert cache.keys.nbytes + cache.values.nbytes == found.total_bytes == 10 * BYTES
     assert cache.layer(3)[0].shape == (10, 16, 2, 8)
     assert plan(model, num_blocks=10, dtype=torch.bfloat16).total_bytes == 5 * BYTES
+
+
+LATENT = AttentionConfig(latent=LatentConfig(rank=12, rope_dim=4, value_dim=6))
+FORMS = {  # layers 4, heads 4 of 8
+    "MHA": ({"kv_heads": 4}, 4 * 2 * 4 * 8),
+    "GQA": ({"kv_heads": 2}, 4 * 2 * 2 * 8),
+    "MQA": ({"kv_heads": 1}, 4 * 2 * 1 * 8),
+    "MLA": ({"kv_heads": 4, "attention": LATENT}, 4 * (12 + 4)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_token_takes_the_bytes_of_the_formula(make_model, form, dtype):
+    changes, numbers = FORMS[form]
+    model = make_model(**changes)
+    cache = KVCache(plan(model, num_blocks=10, dtype=dtype), torch.device("cpu"))
+    stores = {kept.untyped_storage().data_ptr(): kept.untyped_storage().nbytes() for kept in (cache.keys, cache.values)}
+    assert sum(stores.values()) / (10 * 16) == numbers * dtype.itemsize
+    keys, values = cache.layer(3)
+    assert (keys.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()) == (form == "MLA")
 
 
 def test_what_sets_the_size_is_named(model):

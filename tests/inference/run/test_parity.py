@@ -21,11 +21,16 @@ from turnout.inference.run.context import PagedContext
 from turnout.inference.run.kv import plan_kv
 from turnout.inference.run.runner import ModelRunner
 from turnout.moe import Decoder, RouteContext, VarlenContext
+from turnout.moe.config import AttentionConfig, LatentConfig
 
 BORDERS = (1, 15, 16, 17, 31, 32, 33)
 DECODED = 5
 BOUND = 1e-5
-HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}
+LATENT = AttentionConfig(latent=LatentConfig(rank=12, rope_dim=4, value_dim=6, query_rank=20))
+KINDS = {
+    "MHA": {"kv_heads": 4}, "GQA": {"kv_heads": 2}, "MQA": {"kv_heads": 1},
+    "MLA": {"kv_heads": 4, "attention": LATENT},
+}  # fmt: skip
 
 
 def text_of(length: int, seed: int) -> list[int]:
@@ -101,10 +106,10 @@ def assert_equal(model: Decoder, text: Sequence[int], served: tuple, first: int)
 
 
 @pytest.mark.parametrize("router", ["switch", "gshard"])
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("budget", [1, 7, 16, 256])
 def test_served_logits_are_those_of_the_training_forward(make_model, router, kind, budget):
-    model = make_model(router, kv_heads=HEADS[kind])
+    model = make_model(router, **KINDS[kind])
     server = Server(model, budget)
     texts = [text_of(length + DECODED, seed=length) for length in BORDERS]
     for text, served in zip(texts, server.run(texts), strict=True):
@@ -112,10 +117,10 @@ def test_served_logits_are_those_of_the_training_forward(make_model, router, kin
     assert (server.chunks > 0) == (budget < max(BORDERS)), "only a small budget cuts prompts into chunks"
 
 
-@pytest.mark.parametrize("router", ["switch", "gshard"])
+@pytest.mark.parametrize(("router", "kind"), [("switch", "GQA"), ("gshard", "GQA"), ("switch", "MLA")])
 @pytest.mark.parametrize("shared", [16, 31, 32, 48])
-def test_a_prefix_cache_hit_changes_no_logits(make_model, router, shared):
-    model, text = make_model(router), text_of(48 + DECODED, seed=1)
+def test_a_prefix_cache_hit_changes_no_logits(make_model, router, kind, shared):
+    model, text = make_model(router, **KINDS[kind]), text_of(48 + DECODED, seed=1)
     server = Server(model, budget=64)
     server.run([text])
     other = text[:shared] + text_of(48 + DECODED - shared, seed=2)

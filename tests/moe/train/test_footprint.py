@@ -7,11 +7,12 @@ import torch
 
 from turnout.kernels.torch_ops import attention
 from turnout.moe import shapes
-from turnout.moe.config import ModelConfig, MoEConfig
+from turnout.moe.config import AttentionConfig, LatentConfig, ModelConfig, MoEConfig
 from turnout.moe.data.config import DataConfig
 from turnout.moe.models.decoder import Decoder
 from turnout.moe.routing.capacity import capacity
 from turnout.moe.routing.registry import ROUTERS
+from turnout.moe.shapes import KVForm
 from turnout.moe.train import footprint
 from turnout.moe.train.config import OptimConfig, RunConfig, TrainConfig
 from turnout.moe.train.footprint import Footprint, mean_up_to
@@ -183,9 +184,13 @@ def test_drops_of_even_tokens_are_the_routers():
 
 
 def test_keys_and_values_of_a_token():
-    assert shapes.kv_token(61, 8, 128, 2) == 249_856
-    assert shapes.latent_token(60, 512, 64, 2) == 69_120  # DeepSeek-V2: 34,560 numbers
-    assert shapes.kv_token(60, 128, 128, 2) / shapes.latent_token(60, 512, 64, 2) == pytest.approx(56.9, abs=0.1)
+    assert KVForm(layers=61, heads=8, key_dim=128, value_dim=128).numbers * 2 == 249_856
+    v2 = KVForm(layers=60, heads=1, key_dim=512 + 64, value_dim=512, shared=True)
+    assert v2.numbers == 34_560  # DeepSeek-V2
+    assert KVForm(layers=60, heads=128, key_dim=128, value_dim=128).numbers / v2.numbers == pytest.approx(56.9, abs=0.1)
+    latent = AttentionConfig(latent=LatentConfig(rank=5, rope_dim=2, value_dim=3))
+    config = replace(RUN, model=replace(MODEL, kv_heads=2, attention=latent))
+    assert Footprint(config, ONE).kv_token == 2 * (5 + 2) * 4
 
 
 @pytest.mark.parametrize("tied", [True, False])
