@@ -69,16 +69,15 @@ def read_rope(keys: Keys, theta: float = 10000.0) -> dict[str, Any]:
     original = given.get("original_max_position_embeddings")
     if kind == "dynamic":  # it changes nothing up to the length that the model may be used with
         return base
+    if kind not in ("linear", "yarn", "llama3"):
+        known = "default, linear, dynamic, yarn or llama3"
+        raise ConfigError(f"rope_type ({kind}) of config.json must be {known}: others are not computed here")
     stretch: dict[str, Any] = {"kind": kind, "factor": float(given["factor"]), "original_len": original or length}
     if kind == "llama3":
         stretch |= {name: float(given[name]) for name in ("low_freq_factor", "high_freq_factor")}
     elif kind == "yarn":
         stretch |= {name: float(given[name]) for name in ("beta_fast", "beta_slow") if given.get(name)}
         stretch |= {"truncate": bool(given.get("truncate", True)), "magnitude": given.get("attention_factor")}
-    elif kind != "linear":
-        raise ConfigError(
-            f"rope_type ({kind}) of config.json must be default, linear, dynamic, yarn or llama3: convert it"
-        )
     return base | {"rope": RopeConfig(**stretch)}
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import CheckpointError, ConfigError
+from ...configs.typed import build, to_dict
 from ..config import ModelConfig
 from ..models.decoder import Decoder
 from ..shapes import is_router
@@ -87,7 +88,12 @@ def read_foreign(path: str | Path) -> Foreign:
     method = (data.get("quantization_config") or {}).get("quant_method", found.packed)
     if method != found.packed:
         raise ConfigError(f"quantization_config ({method}) must not be there: give the model in bfloat16 or float32")
-    cfg, generation = found.read(keys), Path(path) / GENERATION
+    try:
+        cfg = build(ModelConfig, to_dict(found.read(keys)))  # built strictly: a float is no number of layers
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        rule = f"does not read as a {found.name} ({error!r})"
+        raise ConfigError(f"{file} {rule}: copy the model's config.json again") from error
+    generation = Path(path) / GENERATION
     ends = _json(generation).get("eos_token_id") if generation.is_file() else None
     more = [end for end in (ends if isinstance(ends, list) else [ends]) if end not in (None, *cfg.eos_token_ids)]
     if more:

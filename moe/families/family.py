@@ -50,10 +50,11 @@ class Family:
         kind = {"model_type": self.name, "architectures": [self.architecture], "dtype": dtype}
         written = kind | self.write(cfg)
         said, meant = computed(self.read(Keys(written))), computed(cfg)
-        for name in sorted(said.keys() | meant.keys(), key=lambda name: (name not in said or name not in meant, name)):
-            if said.get(name) != meant.get(name):
-                rule = f"can not be said in a {self.name}, which has {said.get(name)}"
-                raise ConfigError(f"{name} ({meant.get(name)}) {rule}: choose another family, or keep it in turnout")
+        lost = [name for name in sorted(said.keys() | meant.keys()) if said.get(name) != meant.get(name)]
+        if lost:
+            telling = [name for name in lost if name in said and name in meant] or lost[:3]
+            told = ", ".join(f"{name} ({meant.get(name)}, there {said.get(name)})" for name in telling)
+            raise ConfigError(f"{told} can not be said in a {self.name}: choose another family, or keep it in turnout")
         return written
 
 

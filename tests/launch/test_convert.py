@@ -102,7 +102,7 @@ def test_what_no_family_computes_stays_ours_and_each_says_why(tmp_path, capsys):
     for family in ("llama", "mixtral", "qwen2_moe", "olmoe"):
         assert re.search(rf"{family}: \S+ \(.+\) ", told), told
     assert run(tmp_path / "ours", tmp_path / "theirs", "to=mixtral") == 2
-    assert "moe.eval_capacity_factor (2.0) can not be said in a mixtral" in capsys.readouterr().err
+    assert "moe.eval_capacity_factor (2.0, there None)" in capsys.readouterr().err
 
 
 def test_what_nobody_reads_and_what_is_left_out_is_named(tmp_path, capsys, caplog):
