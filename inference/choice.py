@@ -28,7 +28,9 @@ class Choice:
         self.finish_reason: FinishReason | None = None
         self._token_ids: list[int] = []
         self._logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
-        self._detokenizer = Detokenizer(tokenizer, request.prompt_token_ids, params.skip_special_tokens)
+        opens = request.encoder_token_ids is not None
+        before = () if opens else request.prompt_token_ids
+        self._detokenizer = Detokenizer(tokenizer, before, params.skip_special_tokens, opens)
         self._text = StopText(params.stop or (), params.include_stop_str_in_output)
 
     def advance(self, token: int, logprobs: dict[int, float] | None, reason: FinishReason | None) -> None:

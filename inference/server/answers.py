@@ -20,10 +20,10 @@ Json = dict[str, Any]
 class Logprobs:
     """Log-probabilities of one choice in OpenAI's two forms; it remembers where in the text the next token starts."""
 
-    def __init__(self, tokenizer: TextTokenizer, top: int, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: TextTokenizer, top: int, skip_special_tokens: bool, opens: bool) -> None:
         self._tokenizer = tokenizer
         self._top = top
-        self._detokenizer = Detokenizer(tokenizer, (), skip_special_tokens)
+        self._detokenizer = Detokenizer(tokenizer, (), skip_special_tokens, opens)
         self._offset = 0
 
     def completion(self, part: CompletionOutput) -> Json:
@@ -112,16 +112,18 @@ class Answer:
         model: the name to report.
         tokenizer: spells tokens of log-probabilities.
         include_usage: end a stream with a chunk that has the usage.
+        opens: a completion begins a text instead of going on with the prompt's (encoder-decoders).
     """
 
     prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
 
-    def __init__(self, model: str, tokenizer: TextTokenizer, include_usage: bool) -> None:
+    def __init__(self, model: str, tokenizer: TextTokenizer, include_usage: bool, opens: bool) -> None:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self._head = {"id": self.id, "created": int(time.time()), "model": model}
         self._tokenizer = tokenizer
         self._include_usage = include_usage
+        self._opens = opens
 
     def whole(self, generation: Generation) -> bytes:
         """The answer of a finished generation."""
@@ -169,7 +171,7 @@ class Answer:
         def logprobs() -> Logprobs | None:
             if params.logprobs is None:
                 return None
-            return Logprobs(self._tokenizer, params.logprobs, params.skip_special_tokens)
+            return Logprobs(self._tokenizer, params.logprobs, params.skip_special_tokens, self._opens)
 
         return [Cursor(logprobs()) for _ in range(len(generation.outputs) * params.n)]
 

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 from ... import TurnoutError
 from ..core.sampling import SamplingParams
 from .answers import Answer, ChatAnswer
-from .errors import answer_error, to_json
+from .errors import ApiError, answer_error, to_json
 from .parse import parse_json, read_body, validate
 from .protocol import ChatRequest, CompletionRequest, GenerationRequest, Prompt
 from .service import Service
@@ -56,16 +56,21 @@ class Api:
         asked = await self._read(request, CompletionRequest)
         engine = self._service.ready_engine()
         params = asked.sampling_params(asked.max_tokens, asked.logprobs)
-        answer = Answer(asked.model, engine.tokenizer, asked.include_usage)
+        opens = engine.model_config.encoder is not None
+        answer = Answer(asked.model, engine.tokenizer, asked.include_usage, opens)
         return await self._generate(request, asked, asked.prompt, params, answer)
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
         asked = await self._read(request, ChatRequest)
         engine = self._service.ready_engine()
+        opens = engine.model_config.encoder is not None
+        if opens and not engine.chat.own:
+            rule = "is an encoder-decoder without a chat template, and has no use for a transcript: use /v1/completions"
+            raise ApiError(400, f"model ({asked.model}) {rule}", param="model", code="no_chat_template")
         params = asked.sampling_params(asked.limit, (asked.top_logprobs or 0) if asked.logprobs else None)
         prompt = await asyncio.to_thread(engine.chat.encode, asked.chat)
-        answer = ChatAnswer(asked.model, engine.tokenizer, asked.include_usage)
+        answer = ChatAnswer(asked.model, engine.tokenizer, asked.include_usage, opens)
         return await self._generate(request, asked, [prompt], params, answer)
 
     async def models(self, request: Request) -> Response:

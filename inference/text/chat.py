@@ -32,6 +32,9 @@ class ChatTemplate:
 
     Raises:
         ConfigError: the template does not parse.
+
+    Attributes:
+        own: the template is the model's, not a plain transcript.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _refuse
         self._tokenizer = tokenizer
-        self._own = source is not None
+        self.own = source is not None
         self._tokens = dict(tokens or {})
         try:
             self._template = environment.from_string(PLAIN if source is None else source)
@@ -79,7 +82,7 @@ class ChatTemplate:
     def encode(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """The prompt's token ids. A model's own template spells its special tokens itself, so none are added to it."""
         text = self.render(messages, add_generation_prompt)
-        return self._tokenizer.encode(text, add_special_tokens=not self._own, parse_special_tokens=self._own)
+        return self._tokenizer.encode(text, add_special_tokens=not self.own, parse_special_tokens=self.own)
 
 
 def _refuse(message: str) -> NoReturn:

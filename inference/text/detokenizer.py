@@ -21,11 +21,19 @@ class Detokenizer:
         prompt_ids: what stands before. A character that its last bytes begin may be completed by the first output
             tokens; if it is not, it was the prompt's affair and leaves no trace in the output.
         skip_special_tokens: leave control tokens out of the text.
+        opens: the tokens begin a text, as an encoder-decoder's do: a blank that the tokenizer adds there is dropped.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        prompt_ids: Sequence[int],
+        skip_special_tokens: bool = True,
+        opens: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
+        self._opens = opens and tokenizer.adds_blank
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._decoder.decode(b"".join(self._bytes(token_id) for token_id in prompt_ids[-LONGEST_CHARACTER:]))
         self._begun = self._decoder.getstate()[0]  # by the prompt, until the first output byte
@@ -33,6 +41,8 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """The characters that this token completes, possibly none."""
         data = self._bytes(token_id)
+        if data and self._opens:
+            self._opens, data = False, data.removeprefix(b" ")
         if data and self._begun:
             if not _continues(self._begun, data[:1]):
                 self._decoder.reset()

@@ -1,8 +1,7 @@
 """`tokenizer.json` as the engine uses it: text to ids, and every id to the BYTES it stands for.
 
 Bytes, not text, are what a token is: one character may be spread over several tokens. Two families of tokenizers are
-understood, which covers decoder models: byte-level BPE (GPT-2, Llama 3, Qwen, our own) and SentencePiece-like ones with
-byte fallback (Llama 2, Mistral).
+understood: byte-level BPE (GPT-2, Llama 3, Qwen, our own) and SentencePiece-like ones (Llama 2, Mistral, T5).
 """
 
 import copy
@@ -18,7 +17,11 @@ SENTENCEPIECE = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 
 
 class TextTokenizer:
-    """One model's tokenizer. Threads may share it: it holds nothing but a cache."""
+    """One model's tokenizer. Threads may share it: it holds nothing but a cache.
+
+    Attributes:
+        adds_blank: it puts a blank before a text, which decoding the whole takes away again (SentencePiece).
+    """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -26,6 +29,7 @@ class TextTokenizer:
         self._literal.encode_special_tokens = True  # the library's name for: do not parse them
         self._added = tokenizer.get_added_tokens_decoder()
         self._byte_level = _is_byte_level(tokenizer)
+        self.adds_blank = not self._byte_level and tokenizer.decoder.decode(["▁a"]) == "a"
         self._bytes: dict[int, bytes] = {}
         self.vocab_size = tokenizer.get_vocab_size()
 

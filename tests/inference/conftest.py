@@ -17,6 +17,7 @@ from turnout.inference.config import EngineConfig
 from turnout.inference.engine import Engine
 from turnout.inference.text.tokenizer import TextTokenizer
 from turnout.moe import Decoder, ModelConfig, MoEConfig, save_model
+from turnout.moe.attention_config import AttentionConfig, EncoderConfig
 from turnout.moe.models.init import init_weights
 
 SAMPLE = [
@@ -66,6 +67,19 @@ def model() -> Decoder:
     return build_model()
 
 
+@pytest.fixture(scope="session")
+def t5() -> Decoder:
+    """An encoder-decoder of T5's kind: relative positions, no gate, sparse blocks in both stacks (1; 3 and 4)."""
+    model = build_model(
+        layers=2, kv_heads=4, seed=3, activation="relu", attention=AttentionConfig(positions="relative"),
+        encoder=EncoderConfig(layers=3, start_token_id=5, sparse_layers=(1, 2)),
+    )  # fmt: skip
+    with torch.no_grad():
+        for block in model.blocks:
+            block.cross.wo.weight.mul_(4)  # so that the input decides
+    return model
+
+
 @pytest.fixture
 def make_engine(model: Decoder, byte_level: TextTokenizer) -> Iterator[Callable[..., Engine]]:
     """Engines of small pools; after the test none may hold a block or a request."""
@@ -87,6 +101,15 @@ def make_engine(model: Decoder, byte_level: TextTokenizer) -> Iterator[Callable[
 @pytest.fixture(scope="session")
 def model_dir(model: Decoder, byte_level: TextTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model as a servable directory."""
-    folder = tmp_path_factory.mktemp("model")
-    byte_level._tokenizer.save(str(folder / "tokenizer.json"))
+    return _servable(model, byte_level, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def t5_dir(t5: Decoder, byte_level: TextTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The encoder-decoder as a servable directory."""
+    return _servable(t5, byte_level, tmp_path_factory.mktemp("t5"))
+
+
+def _servable(model: Decoder, tokenizer: TextTokenizer, folder: Path) -> Path:
+    tokenizer._tokenizer.save(str(folder / "tokenizer.json"))
     return save_model(folder / "model", model.cfg, model.state_dict(), folder)

@@ -9,6 +9,7 @@ import pytest
 from turnout import LLM, SamplingParams
 from turnout.launch.main import main
 from turnout.moe import Decoder, ModelConfig, save_model
+from turnout.moe.attention_config import AttentionConfig, EncoderConfig
 from turnout.moe.data.tokenizer import train_tokenizer
 from turnout.moe.models.init import init_weights
 
@@ -18,12 +19,15 @@ PROMPT = "The module, a=b"
 @pytest.fixture(scope="module")
 def servable(tmp_path_factory):
     """A small dense model with random weights and its tokenizer."""
-    folder = tmp_path_factory.mktemp("generate")
+    return build(tmp_path_factory.mktemp("generate"))
+
+
+def build(folder, **changes):
     tokenizer = train_tokenizer(["The import statement combines two operations."], 280)
     tokenizer.save(folder)
     cfg = ModelConfig(
         vocab_size=tokenizer.vocab_size, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_width=64,
-        max_seq_len=128, eos_token_id=tokenizer.eos_id,
+        max_seq_len=128, eos_token_id=tokenizer.eos_id, **changes,
     )  # fmt: skip
     model = Decoder(cfg)
     init_weights(model, seed=0)
@@ -48,6 +52,16 @@ def test_stdout_is_the_completion_and_json_has_the_rest(servable, generate, tmp_
     result = json.loads((tmp_path / "sub" / "out.json").read_text())
     assert result["token_ids"] == expected.token_ids
     assert (result["prompt"], result["text"], result["finish_reason"]) == (PROMPT, expected.text, "length")
+
+
+def test_the_prompt_of_an_encoder_decoder_is_what_its_encoder_reads(tmp_path, capsys):
+    path = build(tmp_path, attention=AttentionConfig(positions="relative"), encoder=EncoderConfig(layers=2))
+    assert main(["generate", str(path), f"prompt={PROMPT}", "max_tokens=9", f"json={tmp_path}/out.json"]) == 0
+    expected = LLM(path).generate(PROMPT, SamplingParams(temperature=0.8, seed=0, max_tokens=9))[0]
+    assert capsys.readouterr().out == expected.outputs[0].text + "\n"
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["token_ids"] == expected.outputs[0].token_ids
+    assert result["prompt_tokens"] == len(expected.prompt_token_ids) > 1
 
 
 def test_equal_seeds_give_equal_texts_and_others_differ(generate):

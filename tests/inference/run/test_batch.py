@@ -1,5 +1,6 @@
 """A step plan as flat tensors."""
 
+import pytest
 import torch
 
 from turnout.inference.core.request import Request
@@ -30,12 +31,32 @@ def test_decodes_and_chunks_lie_one_after_another_with_their_slots():
     assert [request.id for request in batch.sampling] == ["decode", "last"]
 
 
-def test_no_work_is_an_ordinary_batch_of_no_tokens(make_model):
+def test_new_inputs_of_an_encoder_are_packed_and_every_request_finds_its_own():
+    def item(name: str, size: int, memory: list[int], encoded: int, table: list[int]) -> Scheduled:
+        request = Request(name, [9], SamplingParams(), encoder_token_ids=range(10 * size, 11 * size))
+        return Scheduled(request, 0, 1, table, True, memory, encoded)
+
+    old, new, shared = item("old", 6, [3, 1], 0, [2]), item("new", 5, [7, 4], 5, [5]), item("shared", 2, [8], 0, [6])
+    last = item("last", 2, [8], 2, [9])
+    batch = build_batch(StepPlan((old, new, last, shared), 11, (), ()), 4, CPU, encoder=True)
+    memory = batch.memory
+    assert memory.tokens_S.tolist() == [50, 51, 52, 53, 54, 20, 21]
+    assert memory.positions_S.tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert memory.cu_N1.tolist() == [0, 5, 7]
+    assert memory.slots_S.tolist() == [28, 29, 30, 31, 16, 32, 33]
+    assert memory.tables_BM.tolist() == [[3, 1], [7, 4], [8, 0], [8, 0]]
+    assert memory.lens_B.tolist() == [6, 5, 2, 2]
+    assert batch.tokens_T.tolist() == [9] * 4
+    assert build_batch(StepPlan((old,), 1, (), ()), 4, CPU).memory is None
+
+
+@pytest.mark.parametrize("name", ["model", "t5"])
+def test_no_work_is_an_ordinary_batch_of_no_tokens(name, request):
     from turnout.inference.config import EngineConfig
     from turnout.inference.run.kv import plan_kv
     from turnout.inference.run.runner import ModelRunner
 
-    model = make_model()
+    model = request.getfixturevalue(name)
     plan = plan_kv(model.cfg, EngineConfig(num_blocks=2), 64, torch.float32, 0)
     batch, logits_RV = ModelRunner(model, plan).execute(StepPlan((), 0, (), ()))
     assert batch.tokens_T.shape == (0,)

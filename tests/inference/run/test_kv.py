@@ -57,6 +57,11 @@ def test_what_sets_the_size_is_named(model):
     assert (scarce.num_blocks, scarce.limit) == (5, "free memory")
 
 
+def test_an_encoder_decoder_has_room_for_input_and_output_at_their_longest(t5):
+    assert plan(t5, max_num_seqs=3).num_blocks == 1 + 3 * 2 * 256 // 16
+    assert plan(t5, num_blocks=10).bytes_per_block == 2 * 2 * 16 * 4 * 8 * 4, "of the decoder's layers alone"
+
+
 def test_too_little_memory_names_the_fix(model):
     with pytest.raises(ConfigError, match=r"free memory \(0 MiB\) must hold 2 blocks of 0.01 MiB: use kv_memory_mb=1"):
         plan(model, free=BYTES)

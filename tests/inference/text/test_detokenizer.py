@@ -81,3 +81,13 @@ def test_byte_fallback_tokens_join_to_characters_and_the_first_blank_stays(byte_
 
 def test_an_unknown_id_is_no_text(byte_level):
     assert stream(byte_level, [10**6]) == ["", ""]
+
+
+def test_a_text_that_begins_has_no_blank_of_its_tokenizers(byte_fallback, byte_level):
+    ids = byte_fallback.encode("ab a", add_special_tokens=False)
+    assert "".join(stream(byte_fallback, ids)) == " ab a", "it goes on with another text"
+    assert "".join(stream(byte_fallback, ids, opens=True)) == "ab a" == byte_fallback.decode(ids)
+    ids = [1, *byte_fallback.encode(" a", add_special_tokens=False)]
+    assert "".join(stream(byte_fallback, ids, opens=True)) == " a", "one blank is the tokenizer's, not all"
+    ids = byte_level.encode(" a")
+    assert "".join(stream(byte_level, ids, opens=True)) == " a" == byte_level.decode(ids)
