@@ -5,13 +5,14 @@ turnout evaluate runs/NAME data=pydocs split=validation baselines=true
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from ..configs.typed import check
+from ..moe.data.config import SpanConfig
 from .cli import Options, parse, write_json
 from .rundir import CONFIG, frozen
 
@@ -19,7 +20,8 @@ SUMMARY = "loss, bits per byte and an expert report on held-out text"
 HELP = """\
 usage: turnout evaluate CKPT [key=value ...]
 
-CKPT is a run, a model directory or a GGUF file. Loss is in nats a token; bits per byte compares across tokenizers.
+CKPT is a run, a model directory or a GGUF file. Loss is in nats a token; bits per byte compares across tokenizers. Of an
+encoder-decoder the loss is that of the spans that it restores.
 
   data=pydocs        pydocs, or a .jsonl, .jsonl.xz or .txt file
   split=validation   train, validation, or tuning: what the run's data.tuning kept from training
@@ -77,7 +79,8 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
     from ..moe import load_model
     from ..moe.data.corpus import read_documents
     from ..moe.data.tokenizer import Tokenizer
-    from ..moe.eval.perplexity import evaluate, limit_bytes
+    from ..moe.eval.denoising import denoise
+    from ..moe.eval.perplexity import EvalResult, evaluate, limit_bytes
     from ..moe.eval.shuffle import shuffled_experts
     from ..moe.models.store import tokenizer_directory
 
@@ -91,7 +94,11 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
         tokenizer = Tokenizer.load(directory)
     moe = model.cfg.moe
     seq_len = options.seq_len or (moe.capacity_tokens if moe and moe.capacity_tokens else model.cfg.max_seq_len)
-    measure = partial(evaluate, model, tokenizer, documents, seq_len=seq_len, stride=options.stride)
+    measure: Callable[[], EvalResult]
+    if model.cfg.encoder is None:
+        measure = partial(evaluate, model, tokenizer, documents, seq_len=seq_len, stride=options.stride)
+    else:
+        measure = partial(denoise, model, tokenizer, documents, seq_len=seq_len, spans=_spans(path, options))
     result = measure()
     found: dict[str, Any] = {
         "model": str(path),
@@ -99,7 +106,7 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
         "split": options.split,
         "loss": result.val_loss,
         "perplexity": math.exp(result.val_loss),
-        "bits_per_byte": result.bits_per_byte,
+        **({} if result.bits_per_byte is None else {"bits_per_byte": result.bits_per_byte}),
         "tokens": result.tokens,
         "bytes": result.bytes,
         "seconds": result.seconds,
@@ -121,6 +128,19 @@ def _tuning(path: Path, split: str) -> float | None:
     return tuning
 
 
+def _spans(path: Path, options: EvaluateOptions) -> SpanConfig:
+    """What an encoder-decoder is measured by: the spans of the run at `path`, T5's where there is no run.
+
+    Raises:
+        ConfigError: a setting that only says something of text that is predicted whole.
+    """
+    rule, fix = "is for models that predict a whole text, and an encoder-decoder is given most of it", "leave it out"
+    check(options.stride is None, "stride", options.stride, rule, fix)
+    check(not options.baselines, "baselines", True, rule, fix)
+    spans = frozen(path).data.spans if (path / CONFIG).is_file() else None
+    return spans or SpanConfig()
+
+
 def markov(train: Sequence[str], held_out: Sequence[str], order: int) -> dict[str, Any]:
     """Bits per byte of the Markov models of order 2 (or the highest below) to `order`, and the seconds it took."""
     from ..moe.eval.markov import markov_bits_per_byte
@@ -139,7 +159,8 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
     if "shuffled_loss" in found:
         worse = found["shuffled_loss"] / found["loss"] - 1
         yield f"  shuffled      {found['shuffled_loss']:.4f} with every token sent to the wrong expert ({worse:+.1%})"
-    yield f"bits per byte   {found['bits_per_byte']:.3f}"
+    if "bits_per_byte" in found:
+        yield f"bits per byte   {found['bits_per_byte']:.3f}"
     for order, bits in found.get("markov", {}).get("bits_per_byte", {}).items():
         verdict = "beaten" if found["bits_per_byte"] < bits else "not beaten"
         yield f"  Markov {order}      {bits:.3f} {verdict}"

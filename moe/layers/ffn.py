@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ...kernels import swiglu
 
 
-
 def swiglu_clamped(gate_up_N2F: Tensor) -> Tensor:
     """(up + 1) · gate · sigmoid(1.702 · gate), gate at most 7 and up within ± 7 (GPT-OSS 2508.10925)."""
     gate, up = gate_up_N2F.chunk(2, dim=-1)

@@ -331,6 +331,12 @@ class RunConfig:
         fix = f"use train.micro_batch={best}" if best else f"use train.global_batch={layout.dp * pp} or a multiple"
         check(pp == 1 or fits(rows // (micro or rows)), "train.micro_batch", micro, rule, fix)
 
+    @property
+    def row(self) -> tuple[int, int]:
+        """Targets of a row, and tokens of it that an encoder reads."""
+        length, spans = self.train.seq_len, self.data.spans
+        return (length, 0) if spans is None else (spans.target(length), spans.source(length))
+
     def micro_batches(self, dp: int) -> int:
         """Forward passes of one rank in one optimizer step."""
         rows = self.train.global_batch // dp

@@ -233,11 +233,16 @@ class Trainer:
     def _held_out(self) -> list[str]:
         return held_out_documents(self.config.data, self.config.train.eval_split)
 
+    @cached_property
+    def _flops(self) -> float:
+        """Of a target token."""
+        return flops_per_token(self.config.model, *self.config.row)
+
     def _report(self, grad_norm: float, lr: float, seconds: float) -> None:
         """One row of the window that ends here. Collective."""
         config = self.config
         peak = peak_flops(self.mesh.device, self.mesh.world)
-        window = self.window.report(process.all_sum, flops_per_token(config.model, config.train.seq_len), peak)
+        window = self.window.report(process.all_sum, self._flops, peak)
         self.window.clear()
         where = {"kind": "train", "step": self.now.step, "tokens": self.now.tokens, "seconds": round(seconds, 3)}
         done = progress(config.train, self.now.step, self.now.seconds)

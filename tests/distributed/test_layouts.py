@@ -45,7 +45,8 @@ def reference(case: Case) -> list[dict]:
 
 
 def assert_same_training(views: list[dict], expected: list[dict], bound: float) -> None:
-    names = {key.split("/")[0] for key in expected[0]["parts"][0]} - {"index", "source index", "ids", "kept", "logits", "counts"}
+    records = {"index", "source index", "ids", "kept", "logits", "counts"}
+    names = {key.split("/")[0] for key in expected[0]["parts"][0]} - records
     for name in names:
         assert distance(summed(views, name), summed(expected, name)) <= bound, name
     for what in ("grads", "parameters"):

@@ -45,8 +45,8 @@ class Case:
 
     `split` says how many of the 8 rows each data-parallel rank gets (None = equally), `sizes` the other fields of
     `ParallelConfig`, `moe` and `model` other fields of `MoEConfig` and `ModelConfig`; `dense` has no experts,
-    `encoder` puts two blocks before the decoder's, `documents` cuts rows into documents, `optim` takes the run's own optimizers in place of `optimizer`,
-    `autocast` is the forward pass's dtype.
+    `encoder` puts two blocks before the decoder's, `documents` cuts rows into documents, `optim` takes the run's own
+    optimizers in place of `optimizer`, `autocast` is the forward pass's dtype.
     """
 
     router: str = "switch"
