@@ -20,8 +20,8 @@ SUMMARY = "loss, bits per byte and an expert report on held-out text"
 HELP = """\
 usage: turnout evaluate CKPT [key=value ...]
 
-CKPT is a run, a model directory or a GGUF file. Loss is in nats a token; bits per byte compares across tokenizers. Of an
-encoder-decoder the loss is that of the spans that it restores.
+CKPT is a run, a model directory or a GGUF file. Loss is in nats a token; bits per byte compares across tokenizers.
+Of an encoder-decoder the loss is that of the spans that it restores.
 
   data=pydocs        pydocs, or a .jsonl, .jsonl.xz or .txt file
   split=validation   train, validation, or tuning: what the run's data.tuning kept from training
