@@ -112,6 +112,13 @@ class ModelConfig:
             ConfigError: they do not divide evenly; the first that does not is named.
         """
         check_heads(self.heads, self.kv_heads, tp)
+        own, fix = self.attention, "use parallel.tp=1"
+        rule = f"normalises over all heads, and parallel.tp ({tp}) gives a rank some of them"
+        check(tp == 1 or own.qk_norm != "width", "model.attention.qk_norm", own.qk_norm, rule, fix)
+        rule = f"has biases that all layers share, and parallel.tp ({tp}) divides what layers own"
+        check(tp == 1 or own.positions == "rotary", "model.attention.positions", own.positions, rule, fix)
+        rule = f"attends to tokens that parallel.tp ({tp}) leaves on other ranks"
+        check(tp == 1 or self.encoder is None, "model.encoder", "set", rule, fix)
         rule, fix = f"must be a multiple of parallel.tp ({tp})", f"use {max(self.ffn_width // tp, 1) * tp}"
         fits = self.ffn_width % tp == 0 or len(self.moe_layers) == self.layers
         check(fits, "model.ffn_width", self.ffn_width, rule, fix)

@@ -147,7 +147,7 @@ def is_router(name: str) -> bool:
 
 def is_hidden_matrix(name: str, dimensions: int) -> bool:
     """Whether Muon moves the parameter: matrices and stacks of them, but for routers, embedding, head and tables."""
-    table = name.startswith(("embed.", "head.")) or name.endswith("relative.weight")
+    table = name.startswith(("embed.", "head.")) or name.endswith(("relative.weight", ".b_in", ".b_out"))
     return dimensions >= 2 and not is_router(name) and not table
 
 

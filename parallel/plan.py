@@ -4,7 +4,7 @@ A model's `plan()` maps name patterns (as in file names: `blocks.*.ffn.experts.*
 
     replicate   every rank holds the whole tensor (also what no pattern names)
     expert      the first dimension is the expert; each rank holds its experts
-    column      [out, in]: each tensor-parallel rank holds its output features
+    column      [out, in] or [out]: each tensor-parallel rank holds its output features
     gated       column, where the first half of the output features are gates and the second what they gate: each rank
                 holds the same part of both
     row         [out, in]: each tensor-parallel rank holds its input features

@@ -71,7 +71,7 @@ class Attention(nn.Module):
         o_THd = ctx.attend(self.spec, q_THd, Heads(k_SGd, v_SGd), self.sinks, bias_HR)
         return self.wo(o_THd.flatten(1))
 
-    def _heads(self, y: Tensor, heads: int, norm: nn.Module | None) -> Tensor:
+    def _heads(self, y: Tensor, heads: int, norm: RMSNorm | None) -> Tensor:
         """Normalised over a head or over all, clamped, and seen as heads."""
         y_THd = y.unflatten(-1, (heads, self.spec.head_dim))
         if norm is not None:

@@ -84,7 +84,8 @@ class Decoder(nn.Module):
         return {
             "embed.weight": "vocab",
             "head.weight": "vocab",
-            "*blocks.*.attention.w[qkv].weight": "column",
+            "*blocks.*.attention.w[qkv].*": "column",
+            "*blocks.*.attention.sinks": "column",
             "*blocks.*.attention.wkv.weight": "column",
             "*blocks.*.attention.wo.weight": "row",
             "*blocks.*.ffn.w_in.weight": "gated" if self.cfg.activation.startswith("swiglu") else "column",

@@ -1,9 +1,12 @@
 """Tensor parallelism computes what one rank does: every division of the heads, dense and sparse blocks, rows cut in the
 middle; and the same bits however it recomputes."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from turnout.moe.config import AttentionConfig
 from turnout.tests.distributed import tiny_training
 from turnout.tests.distributed.test_layouts import BOUND, PRECISIONS, assert_same_training
 from turnout.tests.distributed.test_matrix import alone, check
@@ -24,6 +27,27 @@ def case(tp: int, kv_heads: int, **changes) -> Case:
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_two_ranks_divide_the_heads_and_compute_what_one_rank_does(kv_heads, dtype, optimizer):
     assert_trains_like_one_rank(case(2, kv_heads, ep=2, dtype=dtype, optimizer=optimizer), 2)
+
+
+BIASED = {"qkv_bias": True, "output_bias": True, "sinks": True, "window": 5, "window_layers": (0,)}
+NORMED = {"qkv_bias": True, "qk_norm": "head", "clip": 0.3}
+OSS = {"router": "gpt_oss", "moe": (("every", 1), ("activation", "swiglu_clamped"), ("bias", True))}
+
+
+@pytest.mark.parametrize(
+    ("tp", "kv_heads", "attention", "more"),
+    [
+        (2, 2, BIASED, OSS),
+        (2, 1, NORMED, {}),
+        pytest.param(2, 1, BIASED, {}, marks=pytest.mark.full),
+        pytest.param(2, 4, NORMED, OSS, marks=pytest.mark.full),
+        pytest.param(4, 2, BIASED | NORMED, OSS, marks=pytest.mark.full),
+    ],
+)
+def test_biases_sinks_and_norms_are_divided_or_summed(tp, kv_heads, attention, more):
+    plain = case(tp, kv_heads, ep=min(tp, 2), **more)
+    divided = dataclasses.replace(plain, model=(*plain.model, ("attention", AttentionConfig(**attention))))
+    assert_trains_like_one_rank(divided, tp)
 
 
 @pytest.mark.parametrize("kv_heads", [2, 1])

@@ -106,6 +106,9 @@ def build_model(case: Case) -> Decoder:
                 weight.mul_(10)
             if case.hot:
                 weight[HOT] = 20 * direction
+        for name, weight in model.named_parameters():
+            if name.endswith((".bias", ".sinks", ".b_in", ".b_out")) and not is_router(name):
+                weight.copy_(torch.linspace(-1, 1, weight.numel()).view_as(weight))
         if case.hot:
             model.embed.weight.add_(3 * direction)
     return model.to(case.dtype)
