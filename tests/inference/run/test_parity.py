@@ -54,7 +54,7 @@ class Server:
         config = EngineConfig(max_num_seqs=min(4, budget), max_num_batched_tokens=budget, num_blocks=num_blocks)
         self.model = model
         self.scheduler = Scheduler(config, BlockManager(num_blocks, config.block_size), lambda: 0.0)
-        plan = plan_kv(model.cfg, config, model.cfg.max_seq_len, torch.float32, 1 << 30)
+        plan = plan_kv(model.cfg, config, model.cfg.max_seq_len, model.embed.weight.dtype, 1 << 30)
         self.runner = ModelRunner(model, plan)
         self.chunks = 0
 
