@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..configs.hardware import Accelerator, Network
+from ..configs.typed import check
 from ..moe.flops import flops_by_part, flops_per_token
 from ..moe.train.config import RunConfig
 from ..moe.train.footprint import Footprint, kinds
@@ -201,6 +202,10 @@ class Forecast:
     layout: Layout
     accelerator: Accelerator
     network: Network
+
+    def __post_init__(self) -> None:
+        rule = "makes two stacks of unlike rows, and forecasts are built for one"
+        check(self.config.model.encoder is None, "model.encoder", "set", rule, "train it, and look at its first steps")
 
     @cached_property
     def stages(self) -> list[Stage]:

@@ -6,6 +6,7 @@ import torch
 from turnout import ConfigError
 from turnout.launch.compose import compose
 from turnout.launch.evaluate import EvaluateOptions, describe, report
+from turnout.launch.main import main
 from turnout.launch.rundir import freeze
 from turnout.moe.config import AttentionConfig, EncoderConfig, ModelConfig, MoEConfig
 from turnout.moe.flops import flops_per_token
@@ -141,3 +142,8 @@ def test_the_experiment_is_the_one_that_is_described():
     assert config.model.moe_layers == (1, 3)
     assert config.row == (38 + 13 + 1, 256 - 38 + 13 + 1)
     assert config.data.spans.sentinels == 100
+
+
+def test_a_plan_is_refused_before_it_would_be_wrong(capsys):
+    assert main(["plan", "experiment=t5_pydocs", "nproc=1"]) == 2
+    assert "model.encoder (set)" in capsys.readouterr().err
