@@ -89,8 +89,8 @@ class ModelConfig:
         rule = "attends to what model.attention.latent can not cache apart"
         plain = self.encoder is None or attention.latent is None
         check(plain, "model.encoder", "set", rule, "use model.encoder=null, or no latent attention")
-        start, rule = self.encoder and self.encoder.start_token_id, f"must lie in 0 to {self.vocab_size - 1}"
-        fits = start is None or 0 <= start < self.vocab_size
+        start, rule = self.encoder.start_token_id if self.encoder else 0, f"must lie in 0 to {self.vocab_size - 1}"
+        fits = 0 <= start < self.vocab_size
         check(fits, "model.encoder.start_token_id", start, rule, "use the id that the decoder was trained with")
 
     def _check_moe(self, moe: MoEConfig) -> None:
