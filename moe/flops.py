@@ -35,12 +35,13 @@ def encoder_flops(cfg: ModelConfig, seq_len: int, source: int) -> float:
 @cache
 def flops_by_part(cfg: ModelConfig, seq_len: int, layers: tuple[int, ...]) -> tuple[float, float, float]:
     """The same of these layers' attention, of their feed-forward slots, and of the head if the last is among them."""
-    attention = _attention_weights(cfg) + cfg.heads * _met(cfg) * seq_len / 2
+    attention = len(layers) * _attention_weights(cfg)
+    attention += cfg.heads * _met(cfg) * sum(_seen(cfg, layer, seq_len) for layer in layers)
     sparse = len(set(layers).intersection(cfg.moe_layers))
     dense = _dense_weights(cfg)
     routed = _sparse_weights(cfg.moe) if cfg.moe else 0.0
     head = cfg.vocab_size * cfg.width if cfg.layers - 1 in layers else 0
-    return 6.0 * len(layers) * attention, 6.0 * ((len(layers) - sparse) * dense + sparse * routed), 6.0 * head
+    return 6.0 * attention, 6.0 * ((len(layers) - sparse) * dense + sparse * routed), 6.0 * head
 
 
 def experts_met(moe: MoEConfig) -> float:
@@ -64,7 +65,18 @@ def _met(cfg: ModelConfig) -> int:
 
 def _dense_weights(cfg: ModelConfig) -> int:
     """Matrix weights of a dense feed-forward slot."""
-    return (3 if cfg.activation.startswith("swiglu") else 2) * cfg.width * cfg.ffn_width
+    return _matrices(cfg.activation) * cfg.width * cfg.ffn_width
+
+
+def _seen(cfg: ModelConfig, layer: int, seq_len: int) -> float:
+    """Positions that a query sees, in the mean: half of a sequence, or a window that is not full at first."""
+    window = min(cfg.attention.window_of(layer) or seq_len, seq_len)
+    return window * (1 - window / (2 * seq_len))
+
+
+def _matrices(activation: str) -> int:
+    """As large as width · hidden width, of a feed-forward network."""
+    return 3 if activation.startswith("swiglu") else 2
 
 
 def _sparse_weights(moe: MoEConfig) -> float:
@@ -73,4 +85,4 @@ def _sparse_weights(moe: MoEConfig) -> float:
     if moe.shared_experts:
         hidden += moe.shared_width or moe.shared_experts * moe.expert_width
     router = {"hash": 0, "noisy_topk": 2}.get(moe.router, 1) * moe.num_experts
-    return moe.width * ((3 if moe.activation.startswith("swiglu") else 2) * hidden + moe.shared_gate + router)
+    return moe.width * (_matrices(moe.activation) * hidden + moe.shared_gate + router)

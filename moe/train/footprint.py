@@ -44,7 +44,7 @@ from .config import RunConfig
 from .held import WIDE, Held
 
 EXPLICIT = 1 << 23  # kernels/torch_ops/attention.py: the most scores that are written out
-KEPT = {"swiglu": 4, "gelu": 2, "relu": 1}  # hidden widths that an activation function keeps
+KEPT = {"swiglu": 4, "swiglu_clamped": 7, "gelu": 2, "relu": 1}  # hidden widths that an activation function keeps
 BUCKET = WIDE * 500_000_000  # DeepSpeed's buffer of gradients that are summed together
 
 
@@ -335,7 +335,11 @@ class Footprint:
     def _feed(self, sparse: bool) -> int:
         """The feed-forward slot of one block."""
         model = self.config.model
-        return self.sparse(model.moe) if sparse and model.moe else self.feed_forward(model.ffn_width, tp=self.layout.tp)
+        return (
+            self.sparse(model.moe)
+            if sparse and model.moe
+            else self.feed_forward(model.ffn_width, model.activation, self.layout.tp)
+        )
 
     @property
     def _operand(self) -> int:

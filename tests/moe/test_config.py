@@ -7,7 +7,7 @@ import pytest
 from turnout import ConfigError
 from turnout.configs.typed import build, to_dict
 from turnout.moe import ModelConfig, MoEConfig
-from turnout.moe.config import BASE, PAPER, RouterName
+from turnout.moe.config import BASE, PAPER, AttentionConfig, EncoderConfig, RouterName
 
 MOE = {"width": 16, "expert_width": 8}
 MODEL = {
@@ -263,6 +263,42 @@ def test_a_moe_layer_that_can_not_work_is_refused_by_field_value_rule_and_fix(ch
 def test_a_model_that_can_not_work_is_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         ModelConfig(**MODEL | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"clip": 0.0}, r"model\.attention\.clip \(0\.0\) must be positive: use null"),
+        ({"window": 0}, r"model\.attention\.window \(0\) must be positive"),
+        ({"window_layers": (1,)}, r"model\.attention\.window_layers .* needs model\.attention\.window"),
+        ({"window": 3, "window_layers": (4,)}, r"window_layers \(4\) must lie below model\.layers \(4\)"),
+        ({"buckets": 6}, r"model\.attention\.buckets \(6\) must be a multiple of 4"),
+        ({"buckets": 32, "max_distance": 16}, r"half of it below model\.attention\.max_distance"),
+    ],
+)
+def test_attention_that_can_not_work_is_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**MODEL | {"attention": AttentionConfig(**change)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention": AttentionConfig(qk_norm="width")}, r"attention\.qk_norm \(width\) normalises over all heads"),
+        (
+            {"attention": AttentionConfig(positions="relative")},
+            r"attention\.positions \(relative\) has biases that all",
+        ),
+        ({"encoder": EncoderConfig(layers=1)}, r"model\.encoder \(set\) attends to tokens that parallel\.tp \(2\)"),
+    ],
+)
+def test_attention_that_can_not_be_divided_is_refused_with_the_reason(change, message):
+    cfg = ModelConfig(**MODEL | {"ffn_width": 32, "kv_heads": 2} | change)
+    cfg.check_parts(1)
+    with pytest.raises(ConfigError, match=message):
+        cfg.check_parts(2)
+    divisible = AttentionConfig(qk_norm="head", clip=1.0, sinks=True, window=4, qkv_bias=True, output_bias=True)
+    ModelConfig(**MODEL | {"ffn_width": 32, "kv_heads": 2, "attention": divisible}).check_parts(2)
 
 
 @pytest.mark.parametrize(

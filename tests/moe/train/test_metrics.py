@@ -1,5 +1,6 @@
 """Metrics: windows that add up, files cut to the resumed step, a line, and a wandb that can never stop a run."""
 
+import dataclasses
 import io
 import json
 import math
@@ -13,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from turnout import ConfigError
-from turnout.moe.config import ModelConfig, MoEConfig
+from turnout.moe.config import AttentionConfig, ModelConfig, MoEConfig
 from turnout.moe.flops import flops_per_token
 from turnout.moe.models.decoder import Decoder
 from turnout.moe.routing.record import RouteContext, Routing
@@ -179,6 +180,20 @@ def test_flops_count_the_weights_that_a_token_meets(router, changes):
     active = sum(w.numel() * (met if ".experts." in n else 1) for n, w in weights.items() if w.ndim > 1)
     assert flops_per_token(cfg, 8) == 6 * (active + 2 * 8 * 8)
     assert peak_flops(torch.device("cpu"), 8) is None
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "relu", "swiglu_clamped"])
+def test_flops_of_windows_biases_and_activations(activation):
+    own = AttentionConfig(window=4, window_layers=(1,), qkv_bias=True, output_bias=True, sinks=True, qk_norm="head")
+    cfg = ModelConfig(
+        vocab_size=64, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, ffn_width=32, max_seq_len=512,
+        attention=own, activation=activation,
+    )  # fmt: skip
+    matrices = sum(w.numel() for w in Decoder(cfg).parameters() if w.ndim > 1)
+    seen = [sum(min(i + 1, size) for i in range(512)) / 512 for size in (512, 4)]  # of layer 0 and of layer 1
+    exact = 6 * (matrices + 2 * 16 * sum(seen))
+    assert flops_per_token(cfg, 512) == pytest.approx(exact, rel=2e-3)
+    assert flops_per_token(cfg, 3) == flops_per_token(dataclasses.replace(cfg, attention=AttentionConfig()), 3)
 
 
 def test_rows_beyond_the_resumed_step_and_a_torn_line_are_cut_off(tmp_path):
