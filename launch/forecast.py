@@ -88,7 +88,9 @@ class Stage:
     def context_bytes(self) -> float:
         """Keys and values gathered over cp, forward."""
         held, model, cp = self.held, self.held.config.model, self.layout.cp
-        each = 2 * max(model.kv_heads // self.layout.tp, 1) * model.head_dim * held.width
+        latent, heads = model.attention.latent, max(model.kv_heads // self.layout.tp, 1)
+        numbers = 2 * model.head_dim + (latent.rope_dim + latent.value_dim - model.head_dim if latent else 0)
+        each = heads * numbers * held.width
         return self.micro_batches * len(held.layers) * held.attended * (cp - 1) * each
 
     @property

@@ -40,10 +40,10 @@ from ...parallel.stages import held as stages_of
 from .. import shapes
 from ..config import ModelConfig, MoEConfig
 from ..shapes import Part
+from .attended import attention
 from .config import RunConfig
 from .held import WIDE, Held
 
-EXPLICIT = 1 << 23  # kernels/torch_ops/attention.py: the most scores that are written out
 KEPT = {"swiglu": 4, "swiglu_clamped": 7, "gelu": 2, "relu": 1}  # hidden widths that an activation function keeps
 BUCKET = WIDE * 500_000_000  # DeepSpeed's buffer of gradients that are summed together
 
@@ -182,13 +182,10 @@ class Footprint:
     @cached_property
     def attention(self) -> int:
         """One block's attention."""
-        model, b, length, tp = self.config.model, self.width, self.config.train.seq_len, self.layout.tp
-        here, d, heads, kv_heads = self.attended, model.head_dim, model.heads // tp, max(model.kv_heads // tp, 1)
-        operands = self.tokens * model.width * (3 * b if b < WIDE else WIDE) if tp == 1 else here * b * model.width
-        found = operands + here * (2 * WIDE * d + 3 * b * heads * d) + self.read * 2 * b * kv_heads * d
-        if self.cpu and b < WIDE and here * heads * length <= EXPLICIT:
-            return found + here * heads * length * b
-        return found + here * WIDE * heads + b * (heads // kv_heads) * length**2
+        return attention(
+            self.config.model, tokens=self.tokens, attended=self.attended, read=self.read,
+            length=self.config.train.seq_len, width=self.width, tp=self.layout.tp, cpu=self.cpu,
+        )  # fmt: skip
 
     def feed_forward(self, hidden: int, activation: str = "swiglu", tp: int = 1) -> int:
         """One dense feed-forward network of that hidden width, divided over `tp` ranks."""

@@ -6,7 +6,7 @@ import pytest
 
 from turnout.configs.hardware import ACCELERATORS, NETWORKS, Accelerator, Network
 from turnout.launch.forecast import LATENCY, Forecast
-from turnout.moe.config import ModelConfig, MoEConfig
+from turnout.moe.config import AttentionConfig, LatentConfig, ModelConfig, MoEConfig
 from turnout.moe.data.config import DataConfig
 from turnout.moe.flops import flops_by_part, flops_per_token
 from turnout.moe.train.config import RunConfig, TrainConfig
@@ -80,6 +80,17 @@ def test_tensor_and_context_ranks_by_hand():
     assert twice.tensor_seconds == pytest.approx(1.5 * stage.tensor_seconds)
     attention, feed, head = flops_by_part(MODEL, 4, (0, 1))
     assert attention + feed + head == flops_per_token(MODEL, 4)
+
+
+def test_latent_attention_by_hand():
+    latent = AttentionConfig(latent=LatentConfig(rank=5, rope_dim=2, value_dim=3, query_rank=6))
+    model = replace(MODEL, kv_heads=2, attention=latent, moe=None)
+    stage = of(replace(DENSE, model=model), Layout(dp=1, ep=1, edp=2, tp=1, cp=2), 100.0).slowest
+    # expanded before they travel: both heads' keys of 2 + 2 numbers and values of 3
+    assert stage.context_bytes == 2 * 4 * 2 * (4 + 3) * 4
+    # W_dq, W_uq, W_dkv, W_ukv, W_o; of 4 positions 2 are seen in the mean
+    attention, _, _ = flops_by_part(model, 4, (0, 1))
+    assert attention == 6 * 2 * (4 * 6 + 6 * 8 + 4 * 7 + 5 * 10 + 6 * 4 + 2 * (4 + 3) * 2)
 
 
 def test_a_pipeline_by_hand():

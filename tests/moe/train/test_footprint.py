@@ -13,7 +13,7 @@ from turnout.moe.models.decoder import Decoder
 from turnout.moe.routing.capacity import capacity
 from turnout.moe.routing.registry import ROUTERS
 from turnout.moe.shapes import KVForm
-from turnout.moe.train import footprint
+from turnout.moe.train import attended, footprint
 from turnout.moe.train.config import OptimConfig, RunConfig, TrainConfig
 from turnout.moe.train.footprint import Footprint, mean_up_to
 from turnout.moe.train.optim import build_optimizers
@@ -183,6 +183,14 @@ def test_drops_of_even_tokens_are_the_routers():
     assert Footprint(config, ONE, collapsed=True).sent(moe) == 64
 
 
+def test_latent_attention_by_hand():
+    latent = LatentConfig(rank=5, rope_dim=2, value_dim=3, query_rank=6)
+    model = replace(MODEL, kv_heads=2, attention=AttentionConfig(latent=latent))
+    # x; the latents' norms and what they go into; cos and sin; q 2 · 4; o and operand of W_o; k, v by head and k again
+    kept = 4 * 4 * 4 + 4 * (12 * 11 + 2 * 4) + 4 * (16 + 4 * (8 + 12)) + 4 * 4 * 2 * (2 + 3 + 4)
+    assert Footprint(replace(RUN, model=model), ONE).attention == kept + 4 * 4 * 2 + 4 * 4 * 4
+
+
 def test_keys_and_values_of_a_token():
     assert KVForm(layers=61, heads=8, key_dim=128, value_dim=128).numbers * 2 == 249_856
     v2 = KVForm(layers=60, heads=1, key_dim=512 + 64, value_dim=512, shared=True)
@@ -311,7 +319,7 @@ def test_zero_holds_what_is_foretold(data, tmp_path, stage):
 
 
 def test_formulas_that_are_written_twice_agree():
-    assert footprint.EXPLICIT == attention.EXPLICIT
+    assert attended.EXPLICIT == attention.EXPLICIT
     for factor in (1.1, 1.25, 0.3):
         moe = replace(MOE, capacity_factor=factor, num_experts=3, min_capacity=2)
         config = replace(RUN, model=replace(MODEL, moe=moe, max_seq_len=100))
