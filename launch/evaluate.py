@@ -16,6 +16,7 @@ from ..moe.data.config import SpanConfig
 from .cli import Options, parse, write_json
 from .rundir import CONFIG, frozen
 
+FOREIGN_LEN = 2048  # tokens of a window where nobody says how long the rows of training were
 SUMMARY = "loss, bits per byte and an expert report on held-out text"
 HELP = """\
 usage: turnout evaluate CKPT [key=value ...]
@@ -28,7 +29,7 @@ Of an encoder-decoder the loss is that of the spans that it restores.
   baselines=false    also byte-level Markov models (Witten-Bell), trained on the data's training split
   order=5            highest order of those models
   max_bytes=null     read only so much of the split
-  seq_len=null       tokens of a window; null = the row length of training
+  seq_len=null       tokens of a window; null = the row length of training (of other people's models at most 2048)
   stride=null        new tokens of each further window; null = no overlap
   dtype=auto         float32, bfloat16, float16 or float64; auto = as stored
   device=auto        cpu or cuda; auto = a GPU where there is one
@@ -82,7 +83,7 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
     from ..moe.eval.denoising import denoise
     from ..moe.eval.perplexity import EvalResult, evaluate, limit_bytes
     from ..moe.eval.shuffle import shuffled_experts
-    from ..moe.models.store import tokenizer_directory
+    from ..moe.models.store import is_foreign, tokenizer_directory
 
     tuning = _tuning(path, options.split)
     documents = limit_bytes(read_documents(options.data, options.split, tuning), options.max_bytes)
@@ -93,7 +94,8 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
     with tokenizer_directory(path) as directory:
         tokenizer = Tokenizer.load(directory)
     moe = model.cfg.moe
-    seq_len = options.seq_len or (moe.capacity_tokens if moe and moe.capacity_tokens else model.cfg.max_seq_len)
+    longest = min(model.cfg.max_seq_len, FOREIGN_LEN) if is_foreign(path) else model.cfg.max_seq_len
+    seq_len = options.seq_len or (moe.capacity_tokens if moe and moe.capacity_tokens else longest)
     measure: Callable[[], EvalResult]
     if model.cfg.encoder is None:
         measure = partial(evaluate, model, tokenizer, documents, seq_len=seq_len, stride=options.stride)

@@ -12,7 +12,8 @@ HARMLESS = frozenset(
     {
         "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id", "dtype",
         "initializer_range", "is_decoder", "model_type", "output_attentions", "output_hidden_states",
-        "output_router_logits", "pad_token_id", "pretraining_tp", "return_dict", "torch_dtype",
+        "is_llama_config", "output_router_logits", "pad_token_id", "pretraining_tp", "return_dict", "sep_token_id",
+        "torch_dtype", "transformers.js_config", "unk_token_id", "_attn_implementation_autoset",
         "transformers_version", "use_cache",
     }
 )  # fmt: skip

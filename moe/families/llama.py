@@ -11,7 +11,8 @@ from .place import Place
 
 
 def read(keys: Keys) -> ModelConfig:
-    keys.only("mlp_bias", (False,), False)
+    for name in ("mlp_bias", "rope_interleaved"):
+        keys.only(name, (False,), False)
     bias = keys.get("attention_bias", False)
     return ModelConfig(**common.read_sizes(keys), attention=AttentionConfig(qkv_bias=bias, output_bias=bias))
 

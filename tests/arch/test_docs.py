@@ -20,6 +20,7 @@ DOCS = (
             "reliability",
             "serving",
             "planning",
+            "families",
         )
     ),
 )

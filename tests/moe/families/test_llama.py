@@ -42,6 +42,7 @@ def test_parity(shape, tmp_path):
 
 def test_what_is_not_computed_is_refused():
     data = LlamaConfig(**SIZES).to_dict()
-    for key, value in (("mlp_bias", True), ("hidden_act", "gelu"), ("partial_rotary_factor", 0.5)):
+    changes = {"mlp_bias": True, "rope_interleaved": True, "hidden_act": "gelu", "partial_rotary_factor": 0.5}
+    for key, value in changes.items():
         with pytest.raises(ConfigError, match=key):
             read(Keys(data | {key: value}))

@@ -1,5 +1,8 @@
 """Mixtral, Qwen and OLMoE, against transformers."""
 
+import re
+from pathlib import Path
+
 import pytest
 from transformers import (
     MixtralConfig,
@@ -14,6 +17,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from turnout.moe.families.family import MODULES
 from turnout.tests.moe.families import parity
 from turnout.tests.moe.families.test_llama import LLAMA3, YARN
 
@@ -69,3 +73,9 @@ SHAPES = [
 def test_parity(name, shape, tmp_path):
     model_class, config_class = FAMILIES[name]
     parity.check(model_class, config_class(**(SIZES | shape)), tmp_path)
+
+
+def test_the_page_of_families_has_a_row_for_each():
+    page = Path(__file__).parents[3] / "docs" / "families.md"
+    rows = [line.split("|")[1] for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted([*MODULES])
