@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import ConfigError
 from ..config import ModelConfig
 from ..models.store import TOKENIZER, is_foreign, load_tensors, model_directory, save_model, tokenizer_directory
-from ..shapes import is_expert, is_router, kv_token, latent_token
+from ..shapes import KVForm, is_expert, is_router
 from .directory import (
     DTYPES,
     Origin,
@@ -120,20 +120,15 @@ def describe(source: Whole, dtype: str) -> dict[str, Any]:
     """What a conversion to `dtype` reports of a model: parameters, cache, and what was left out."""
     cfg, sizes = source.cfg, {name: tensor.numel() for name, tensor in source.tensors.items()}
     idle = 0 if cfg.moe is None else 1 - cfg.moe.top_k / cfg.moe.num_experts
-    latent, width = cfg.attention.latent, DTYPES[dtype].itemsize
-    if latent is not None:
-        kind, cache = "latent", latent_token(cfg.layers, latent.rank, latent.rope_dim, width)
-    else:
-        kinds = {cfg.heads: "multi-head", 1: "multi-query"}
-        kind = kinds.get(cfg.kv_heads, "grouped-query")
-        cache = kv_token(cfg.layers, cfg.kv_heads, cfg.head_dim, width)
+    kinds = {cfg.heads: "multi-head", 1: "multi-query"}
+    kind = "latent" if cfg.attention.latent is not None else kinds.get(cfg.kv_heads, "grouped-query")
     return {
         "read_as": source.kind,
         "parameters": sum(sizes.values()),
         "active_parameters": round(sum(n * (1 - idle * is_expert(name)) for name, n in sizes.items())),
         "attention": kind,
         "window": cfg.attention.window,
-        "kv_bytes_per_token": cache,
+        "kv_bytes_per_token": KVForm.of(cfg).numbers * DTYPES[dtype].itemsize,
         "dtype": dtype,
         "unknown_keys": list(source.unknown),
         "ignored_tensors": list(source.ignored),
