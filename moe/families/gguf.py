@@ -166,12 +166,8 @@ def places(cfg: ModelConfig) -> Iterator[Place]:
         name = names.get_name(place.theirs, try_suffixes=(".weight", ".bias"))
         assert name is not None, place.theirs
         heads = next((heads for part, heads in turned.items() if part in place.theirs), None)
-        if heads is None:
-            yield replace(place, theirs=name)
-        else:
-            rows = heads * cfg.head_dim
-            shape = (rows,) if name.endswith(".bias") else (rows, cfg.width)
-            yield Place(name, place.ours, paired(heads, cfg.head_dim, cfg.head_dim), shape)
+        order = None if heads is None else paired(heads, cfg.head_dim, cfg.head_dim)
+        yield replace(place, theirs=name, order=order)
 
 
 FAMILY: Family = replace(LLAMA, places=places, ignored=(FACTORS,))

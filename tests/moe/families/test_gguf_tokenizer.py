@@ -9,8 +9,9 @@ from transformers import AutoTokenizer
 
 from turnout import CheckpointError, ConfigError
 from turnout.inference.text.tokenizer import TextTokenizer
-from turnout.moe.models.store import tokenizer_directory
-from turnout.tests.helpers.gguf_files import llama, metadata_of, write
+from turnout.launch.main import main
+from turnout.moe.models.store import load_model, tokenizer_directory
+from turnout.tests.helpers.gguf_files import llama, metadata_of, tensors_of, write
 from turnout.tests.helpers.texts import PARTS, texts
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
@@ -154,3 +155,16 @@ def test_a_tokenizer_that_would_be_a_guess_is_refused(byte_level, tmp_path, chan
         pass
     assert message in str(raised.value)
     assert str(file) in str(raised.value)
+
+
+@pytest.mark.parametrize("to", ["turnout", "llama"])
+def test_convert_makes_a_directory_with_weights_and_tokenizer(byte_level, tmp_path, to):
+    ggml = {"tokenizer.ggml.pre": "gpt-2", "tokenizer.chat_template": "{{ messages }}"}
+    file = write(tmp_path / "x.gguf", {**byte_level, **ggml}, tensors_of(llama()))
+    assert main(["convert", str(file), str(tmp_path / "out"), f"to={to}"]) == 0
+    ours, again = load_model(file), load_model(tmp_path / "out")
+    assert again.cfg == ours.cfg
+    assert all((again.state_dict()[name] == tensor).all() for name, tensor in ours.state_dict().items())
+    with tokenizer_directory(file) as directory:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            assert (tmp_path / "out" / name).read_bytes() == (directory / name).read_bytes()
