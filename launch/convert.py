@@ -1,10 +1,11 @@
 """`turnout convert`: a model from one format to another, exactly."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ..configs.typed import check
+from ..moe.upcycle_config import UpcycleConfig
 from .cli import Options, parse, write_json
 
 SUMMARY = "a Hugging Face directory to a model of ours, and back"
@@ -18,9 +19,11 @@ is the same to the bit.
   to=KIND       turnout, or the model_type of a family (docs/families.md lists them); by default turnout for what is
                 foreign, and for a model of ours the family it came from, or the first that can compute it
   dtype=null    float32, bfloat16, float16 or float64; null = as stored
+  upcycle.KEY   make a dense model sparse on the way (docs/upcycling.md): num_experts, top_k, granularity, ...
   json=PATH     write the report there
 
 example: turnout convert Mixtral-8x7B-v0.1 models/mixtral
+         turnout convert Llama-3.2-1B models/sparse upcycle.num_experts=8 upcycle.granularity=2
          turnout convert runs/x exported to=qwen2_moe dtype=bfloat16
 """
 
@@ -31,6 +34,7 @@ class ConvertOptions(Options):
 
     to: str | None = None
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
 
 
 def main(args: list[str]) -> int:
@@ -56,9 +60,11 @@ def convert(path: Path, target: Path, options: ConvertOptions) -> dict[str, Any]
     )
     check(free, "DST", target, "holds something that is no model", "name a new directory")
 
-    from ..moe.families.conversion import describe, read_whole, target_kind, write_whole
+    from ..moe.families.conversion import describe, make_sparse, read_whole, target_kind, write_whole
 
     source = read_whole(path)
+    if options.upcycle.num_experts is not None:
+        source = make_sparse(source, options.upcycle)
     to = target_kind(source, options.to)
     written = write_whole(source, target, to, options.dtype)
     size = sum(file.stat().st_size for file in written.glob("*.safetensors"))

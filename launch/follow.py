@@ -109,7 +109,7 @@ def _tokenizer(plain: Tree, directory: Path) -> str:
     theirs, given = directory / TOKENIZER, plain["data"]["tokenizer"]
     if not theirs.is_file():
         rule = f"must be given, for train.init ({directory}) has no {TOKENIZER}"
-        check(given is not None, "data.tokenizer", None, rule, "use data.tokenizer=DIR with the model's own")
+        check(given is not None, "data.tokenizer", None, rule, "use data.tokenizer=DIR, or convert it first")
         return str(given)
     ours = Path(given or directory) / TOKENIZER
     rule = f"is not the tokenizer of train.init ({directory})"

@@ -1,7 +1,7 @@
 """A model on its way from one directory to another: read whole, whatever its format, then written in any."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from ... import ConfigError
 from ..config import ModelConfig
 from ..models.store import TOKENIZER, is_foreign, load_tensors, model_directory, save_model, tokenizer_directory
 from ..shapes import KVForm, is_expert, is_router
+from ..upcycle_config import UpcycleConfig
 from .directory import (
     DTYPES,
     Origin,
@@ -22,6 +23,8 @@ from .directory import (
     save_foreign,
 )
 from .family import MODULES, fitting
+from .reading import whole_shapes
+from .upcycle import Upcycled
 
 OURS = "turnout"
 
@@ -69,6 +72,28 @@ def read_whole(path: str | Path) -> Whole:
             kind=found.family.name, origin=origin, unknown=found.unknown,
             ignored=tuple(ignored_tensors(found, shards)),
         )  # fmt: skip
+
+
+def make_sparse(source: Whole, how: UpcycleConfig) -> Whole:
+    """The model upcycled, in the dtype that it is stored in; routers are float32.
+
+    Raises:
+        ConfigError: the model can not become what `how` says.
+    """
+    made = Upcycled(InMemory(source.cfg, source.tensors), how)
+    tensors = {name: made.read(name) for name in whole_shapes(made.cfg)}
+    return replace(source, cfg=made.cfg, tensors=tensors, origin=None)
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A `Source` of tensors as they are stored."""
+
+    cfg: ModelConfig
+    tensors: Mapping[str, Tensor]
+
+    def read(self, name: str) -> Tensor:
+        return self.tensors[name]
 
 
 def target_kind(source: Whole, to: str | None) -> str:

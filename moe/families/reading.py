@@ -13,10 +13,9 @@ from ... import CheckpointError
 from ..config import ModelConfig
 from ..models.decoder import Decoder
 from ..models.store import WEIGHTS, is_foreign, load_config, model_directory
-from .directory import match_places, read_foreign
-from .mxfp4 import unpacked
+from .directory import Foreign, match_places, open_foreign
 from .place import Place
-from .shards import Shards, Tensors
+from .shards import Tensors
 
 
 class Source(Protocol):
@@ -53,11 +52,9 @@ class OwnSource:
 
 
 class ForeignSource:
-    """A Hugging Face directory."""
+    """A Hugging Face directory or a GGUF file."""
 
-    def __init__(self, path: Path, shards: Tensors) -> None:
-        found = read_foreign(path)
-        shards = unpacked(found.family, shards)
+    def __init__(self, found: Foreign, shards: Tensors) -> None:
         self.cfg, self._shards, self._shapes = found.cfg, shards, whole_shapes(found.cfg)
         ours = {name: torch.empty(shape, device="meta") for name, shape in self._shapes.items()}
         self._places: dict[str, list[Place]] = {name: [] for name in ours}
@@ -74,7 +71,7 @@ class ForeignSource:
 
 @contextmanager
 def open_source(path: str | Path) -> Iterator[Source]:
-    """Open a run, a model directory of ours or a Hugging Face directory; names and shapes are checked before any read.
+    """Open a run, a model directory, a Hugging Face directory or a GGUF file; names and shapes are checked first.
 
     Raises:
         ConfigError: its configuration. CheckpointError: no model there, or files and tensors that do not fit it.
@@ -82,7 +79,7 @@ def open_source(path: str | Path) -> Iterator[Source]:
     directory = model_directory(path)
     with ExitStack() as stack:
         if is_foreign(directory):
-            yield ForeignSource(directory, stack.enter_context(Shards(directory)))
+            yield ForeignSource(*stack.enter_context(open_foreign(directory)))
             return
         cfg, file = load_config(directory), directory / WEIGHTS
         try:

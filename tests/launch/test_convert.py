@@ -20,6 +20,7 @@ from turnout.launch.main import main
 from turnout.moe import Decoder, ModelConfig, MoEConfig, load_model, save_model
 from turnout.moe.models.init import init_weights
 from turnout.tests.helpers import foreign
+from turnout.tests.helpers.llama import llama
 from turnout.tests.moe.families.parity import assert_logits, assert_same_tensors, packed_logits, tokens
 
 
@@ -147,3 +148,22 @@ def test_a_family_other_than_its_own(tmp_path):
     foreign.make(tmp_path / "theirs", Qwen3MoeForCausalLM, Qwen3MoeConfig, num_experts=4, num_experts_per_tok=2)
     assert run(tmp_path / "theirs", tmp_path / "other", "to=mixtral") == 2
     assert not (tmp_path / "other").exists()
+
+
+def test_a_dense_model_is_made_sparse_on_the_way(tmp_path):
+    dense = llama(tmp_path / "llama")
+    assert run(dense, tmp_path / "sparse", "upcycle.num_experts=8", "upcycle.granularity=2") == 0
+    sparse = load_model(tmp_path / "sparse")
+    assert (sparse.cfg.moe.num_experts, sparse.cfg.moe.top_k, sparse.cfg.moe_layers) == (8, 4, (1, 3))
+    assert not (tmp_path / "sparse" / "origin.json").exists(), "it has no way back"
+    ids = tokens(sparse.cfg.vocab_size, (40, 24))
+    theirs, ours = packed_logits(load_model(dense), ids), packed_logits(sparse, ids)
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) <= 1e-5
+
+
+def test_settings_of_upcycling_are_refused_by_name(tmp_path, capsys):
+    dense = llama(tmp_path / "llama")
+    assert run(dense, tmp_path / "sparse", "upcycle.num_experts=8", "upcycle.granularity=5") == 2
+    assert "upcycle.num_experts (8) must be a multiple of upcycle.granularity (5)" in capsys.readouterr().err
+    assert run(dense, tmp_path / "sparse", "upcycle.num_experts=10", "upcycle.granularity=5") == 2
+    assert "upcycle.granularity (5) must divide model.ffn_width (48)" in capsys.readouterr().err

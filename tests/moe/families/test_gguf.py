@@ -16,6 +16,7 @@ from turnout.moe.families.gguf import GgufFile
 from turnout.moe.families.keys import Keys
 from turnout.moe.families.llama import LLAMA
 from turnout.moe.families.place import check_cover
+from turnout.moe.families.reading import open_source
 from turnout.moe.models.context import VarlenContext
 from turnout.moe.models.store import load_config, load_model
 from turnout.tests.helpers.gguf_files import llama, metadata_of, quantized, tensors_of, write
@@ -224,3 +225,10 @@ def test_without_the_library_the_fix_is_named(save, monkeypatch):
 def test_a_package_without_a_model_is_refused(spelling, message):
     with pytest.raises(CheckpointError, match=message):
         load_model(spelling)
+
+
+def test_a_file_is_read_tensor_by_tensor_too(save):
+    path = save()
+    with open_source(path) as source:
+        for name, tensor in load_model(path, "float32").state_dict().items():
+            assert torch.equal(source.read(name), tensor), name
