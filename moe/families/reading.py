@@ -19,16 +19,15 @@ from .shards import Tensors
 
 
 class Source(Protocol):
-    """Whole tensors of a model by our names.
+    """Whole tensors of a model by our names."""
 
-    Attributes:
-        cfg: the model.
-    """
-
-    cfg: ModelConfig
+    @property
+    def cfg(self) -> ModelConfig:
+        """The model."""
+        ...
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor in float32, on the CPU."""
+        """The whole tensor on the CPU; in float32 where it comes from disk."""
         ...
 
 
