@@ -35,8 +35,8 @@ def encoder_flops(cfg: ModelConfig, seq_len: int, source: int) -> float:
 @cache
 def flops_by_part(cfg: ModelConfig, seq_len: int, layers: tuple[int, ...]) -> tuple[float, float, float]:
     """The same of these layers' attention, of their feed-forward slots, and of the head if the last is among them."""
-    attention = len(layers) * _attention_weights(cfg)
-    attention += cfg.heads * _met(cfg) * sum(_seen(cfg, layer, seq_len) for layer in layers)
+    seen = sum(_seen(cfg, layer, seq_len) for layer in layers)
+    attention = len(layers) * _attention_weights(cfg) + cfg.heads * _met(cfg) * seen
     sparse = len(set(layers).intersection(cfg.moe_layers))
     dense = _dense_weights(cfg)
     routed = _sparse_weights(cfg.moe) if cfg.moe else 0.0

@@ -54,7 +54,8 @@ def divide(model: nn.Module, plan: Mapping[str, str], mesh: Mesh) -> dict[str, S
     Raises:
         ConfigError: heads or features can not be divided evenly.
     """
-    rank, size, group, shards = mesh.place["tp"], mesh.size("tp"), mesh.group("tp"), {}
+    rank, size, group = mesh.place["tp"], mesh.size("tp"), mesh.group("tp")
+    shards: dict[str, ShardSpec] = {}
     for path, layer in _layers(model, plan):
         whole = layer.keep_part(rank, size) if isinstance(layer, Divisible) else ()
         for leaf, matrix in layer.named_children():

@@ -138,12 +138,12 @@ def _config(directory: Path) -> Mapping[str, Any]:
     """`tokenizer_config.json` with the template of `chat_template.jinja`; ours without either."""
     file, template = directory / "tokenizer_config.json", directory / "chat_template.jinja"
     try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else dict(OWN_CONFIG)
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else dict(OWN_CONFIG)
         if template.is_file():
             found["chat_template"] = template.read_text(encoding="utf-8")
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{file} does not read as JSON ({error}): copy the tokenizer again") from error
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, sentinels: int = 0) -> Tokenizer:

@@ -94,8 +94,9 @@ def read_foreign(path: str | Path) -> Foreign:
         rule = f"does not read as a {found.name} ({error!r})"
         raise ConfigError(f"{file} {rule}: copy the model's config.json again") from error
     generation = Path(path) / GENERATION
-    ends = _json(generation).get("eos_token_id") if generation.is_file() else None
-    more = [end for end in (ends if isinstance(ends, list) else [ends]) if end not in (None, *cfg.eos_token_ids)]
+    ends: Any = _json(generation).get("eos_token_id") if generation.is_file() else None
+    listed: list[Any] = ends if isinstance(ends, list) else [ends]
+    more = [end for end in listed if end not in (None, *cfg.eos_token_ids)]
     if more:
         cfg = replace(cfg, eos_token_id=(*cfg.eos_token_ids, *more) if cfg.eos_token_ids or more[1:] else more[0])
     return Foreign(family=found, cfg=cfg, data=data, unknown=tuple(keys.unknown))

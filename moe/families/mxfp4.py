@@ -5,7 +5,6 @@ uint8 [E, out, in / 32], powers of two with a bias of 127. What comes out is bfl
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ class Unpacked:
     """
 
     def __init__(self, tensors: Tensors) -> None:
-        self._tensors, self._packed = tensors, set[str]()
+        self.path, self._tensors, self._packed = tensors.path, tensors, set[str]()
         held = set(tensors)
         for name in sorted(held):
             other = _other(name)
@@ -51,11 +50,6 @@ class Unpacked:
                     f"{blocks} and {scales} ({kinds}) in {tensors.path} must be U8: download them again"
                 )
             self._packed.add(blocks.removesuffix(BLOCKS))
-
-    @property
-    def path(self) -> Path:
-        """Of the files."""
-        return self._tensors.path
 
     def __iter__(self) -> Iterator[str]:
         yield from (name for name in self._tensors if _other(name) is None)

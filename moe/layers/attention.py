@@ -54,7 +54,8 @@ class Attention(nn.Module):
         self.wv = nn.Linear(cfg.width, cfg.kv_heads * d, bias=own.qkv_bias)
         self.wo = nn.Linear(cfg.heads * d, cfg.width, bias=own.output_bias)
         sizes = {"none": None, "head": (d, d), "width": (cfg.heads * d, cfg.kv_heads * d)}[own.qk_norm]
-        self.q_norm, self.k_norm = (RMSNorm(n, cfg.norm_eps) for n in sizes) if sizes else (None, None)
+        self.q_norm = RMSNorm(sizes[0], cfg.norm_eps) if sizes else None
+        self.k_norm = RMSNorm(sizes[1], cfg.norm_eps) if sizes else None
         self.sinks = nn.Parameter(torch.zeros(cfg.heads)) if own.sinks and not cross else None
 
     def forward(self, x_TD: Tensor, positions_T: Tensor, ctx: Context) -> Tensor:

@@ -3,6 +3,8 @@
 T tokens, B sequences, H heads, G kv heads, d head size, W tokens over all context ranks.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -56,21 +58,16 @@ class VarlenContext:
         bias_HR: Tensor | None = None,
     ) -> Tensor:
         kv = expand(kv)
-        learned = {"sinks_H": sinks_H, "bias_HR": bias_HR}
+        attend = partial(varlen_attention, scale=spec.scale, window=spec.window, sinks_H=sinks_H, bias_HR=bias_HR)
         if self.spread is None or self.spread.mesh.size("cp") == 1:
-            return varlen_attention(
-                q_THd, kv.k, kv.v, self.cu_seqlens_B1, scale=spec.scale, causal=spec.causal, window=spec.window,
-                cu_k_B1=self.cu_memory_B1 if spec.cross else None, **learned,
-            )  # fmt: skip
+            cu_k_B1 = self.cu_memory_B1 if spec.cross else None
+            return attend(q_THd, kv.k, kv.v, self.cu_seqlens_B1, causal=spec.causal, cu_k_B1=cu_k_B1)
         assert spec.causal, "context parallelism gives each rank an equal share of causal attention"
         k_WGd, v_WGd = gather_keys(kv.k, kv.v, self.spread)
         outputs = [
-            varlen_attention(
-                q_THd[piece.queries], k_WGd[piece.keys], v_WGd[piece.keys], piece.cu_q_B1,
-                scale=spec.scale, window=spec.window, cu_k_B1=piece.cu_k_B1, **learned,
-            )
+            attend(q_THd[piece.queries], k_WGd[piece.keys], v_WGd[piece.keys], piece.cu_q_B1, cu_k_B1=piece.cu_k_B1)
             for piece in self._pieces(self.spread, spec.window)
-        ]  # fmt: skip
+        ]
         return torch.cat(outputs)
 
     def _pieces(self, spread: Spread, window: int | None) -> list[Piece]:
