@@ -1,7 +1,8 @@
 """Hydra's ConfigStore, filled from the dataclasses: what a group knows, and its defaults, is said in one place."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import typing
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
@@ -36,5 +37,16 @@ def register(groups: Mapping[str, type]) -> None:
 
 def known_keys(groups: Mapping[str, type], root: Iterable[str]) -> list[str]:
     """Every key of the composed configuration, dotted, the groups' own names included."""
-    keys = [f"{group}.{field.name}" for group, cls in groups.items() for field in dataclasses.fields(cast(Any, cls))]
-    return [*root, *groups, *keys]
+    own = tuple(groups.values())  # a group within another is written under its own name
+    return [*root, *groups, *(f"{group}.{key}" for group, cls in groups.items() for key in _keys(cls, own))]
+
+
+def _keys(cls: type, own: tuple[type, ...]) -> Iterator[str]:
+    """The fields of a dataclass; those that are dataclasses, or null, with their own fields behind a dot."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cast(Any, cls)):
+        yield field.name
+        for option in (hints[field.name], *typing.get_args(hints[field.name])):
+            nested = dataclasses.is_dataclass(option) and isinstance(option, type)
+            if nested and not any(issubclass(cls, option) for cls in own):
+                yield from (f"{field.name}.{key}" for key in _keys(option, own))

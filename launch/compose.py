@@ -197,7 +197,9 @@ def _said(overrides: Sequence[str], parsed: Sequence[Override]) -> Said:
     """What somebody has set: see `follow`."""
     files = [CONFIGS / o.key_or_group / f"{o.value()}.yaml" for o in parsed if o.key_or_group in GROUPS]
     chosen = {file.parent.name: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}
-    words = {o.key_or_group for o in parsed} | {f"{group}.{key}" for group in chosen for key in chosen[group]}
+    words = {".".join(o.key_or_group.split(".")[:2]) for o in parsed} | {
+        f"{group}.{key}" for group in chosen for key in chosen[group]
+    }
     return said(_composed(overrides, resolve=False)[0], _composed([], resolve=False)[0], words)
 
 
@@ -205,7 +207,7 @@ def _composed(overrides: Sequence[str], resolve: bool) -> tuple[dict[str, Any], 
     register(GROUPS)
     try:
         with initialize_config_module(f"{__package__.rpartition('.')[0]}.configs", version_base="1.3"):
-            composed = hydra_compose("train", overrides=list(overrides), return_hydra_config=True)
+            composed = hydra_compose("train", overrides=[*map(_nested, overrides)], return_hydra_config=True)
         auto = composed.hydra.runtime.choices["parallel"] == "auto"
         with open_dict(composed):
             del composed["hydra"]
@@ -214,6 +216,12 @@ def _composed(overrides: Sequence[str], resolve: bool) -> tuple[dict[str, Any], 
         line = " ".join(str(error).split())
         raise ConfigError(f"{line}: see the groups of `turnout train --help`") from error
     return plain, auto
+
+
+def _nested(override: str) -> str:
+    """`++` before `model.attention.window=128`: what it lies in may be null until then."""
+    key = override.partition("=")[0]
+    return f"++{override}" if key.count(".") > 1 and not key.startswith("hydra.") else override
 
 
 def _typed(plain: dict[str, Any]) -> RunConfig:

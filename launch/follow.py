@@ -65,7 +65,7 @@ def follow(plain: Tree, told: Said) -> Tree:
     sparse = theirs.pop("moe")
     model = _agree("model", plain["model"], theirs, told - {("model", "eos_token_id")}, init)
     _agree("data", {"vocab_size": plain["data"]["vocab_size"]}, {"vocab_size": model["vocab_size"]}, told, init)
-    data = {**plain["data"], "vocab_size": model["vocab_size"], "tokenizer": _tokenizer(plain, directory)}
+    data = {**plain["data"], "vocab_size": model["vocab_size"], "tokenizer": _tokenizer(plain, init)}
     moe = plain["moe"] if sparse is None else {**plain["moe"], **_experts(plain["moe"], sparse, told, init)}
     if sparse is None:
         _refuse_experts(plain["moe"], told, init)
@@ -104,15 +104,19 @@ def _refuse_experts(ours: Tree, told: Said, init: str) -> None:
         check(False, f"moe.{keys[0]}", ours[keys[0]], rule, "use upcycle.num_experts=8, or leave moe out")
 
 
-def _tokenizer(plain: Tree, directory: Path) -> str:
-    """The directory of the tokenizer: the checkpoint's, which one that was given must equal."""
-    theirs, given = directory / TOKENIZER, plain["data"]["tokenizer"]
-    if not theirs.is_file():
-        rule = f"must be given, for train.init ({directory}) has no {TOKENIZER}"
-        check(given is not None, "data.tokenizer", None, rule, "use data.tokenizer=DIR, or convert it first")
-        return str(given)
-    ours = Path(given or directory) / TOKENIZER
-    rule = f"is not the tokenizer of train.init ({directory})"
-    same = ours.is_file() and ours.read_bytes() == theirs.read_bytes()
-    check(same, "data.tokenizer", given, rule, "leave it out")
-    return str(given or directory)
+def _tokenizer(plain: Tree, init: str) -> str:
+    """Where the tokenizer is: the checkpoint's, which one that was given must equal."""
+    from ..moe.models.store import model_directory, tokenizer_directory
+
+    given = plain["data"]["tokenizer"]
+    with tokenizer_directory(init) as directory:
+        theirs = directory / TOKENIZER
+        if not theirs.is_file():
+            rule = f"must be given, for train.init ({init}) has no {TOKENIZER}"
+            check(given is not None, "data.tokenizer", None, rule, "use data.tokenizer=DIR")
+            return str(given)
+        ours = Path(given or directory) / TOKENIZER
+        rule = f"is not the tokenizer of train.init ({init})"
+        same = given == init or (ours.is_file() and ours.read_bytes() == theirs.read_bytes())
+        check(same, "data.tokenizer", given, rule, "leave it out")
+        return str(given or (init if model_directory(init).is_file() else directory))

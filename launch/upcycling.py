@@ -68,8 +68,7 @@ def start(composed: Composed) -> dict[str, Any]:
     """Parameters, FLOPs of a training token, and the loss that the run begins with, computed in its own precision."""
     import torch
 
-    from ..moe.data.stream import held_out_documents
-    from ..moe.data.tokenizer import Tokenizer
+    from ..moe.data.stream import given_tokenizer, held_out_documents
     from ..moe.eval.perplexity import evaluate
     from ..moe.flops import flops_per_token
     from ..moe.models.decoder import Decoder
@@ -85,7 +84,7 @@ def start(composed: Composed) -> dict[str, Any]:
     start_from(str(config.train.init), config.upcycle, model, parallelize(model, Mesh.alone(torch.device("cpu"))))
     low = config.train.dtype != "float32"
     with torch.autocast("cpu", getattr(torch, config.train.dtype) if low else torch.bfloat16, enabled=low):
-        tokenizer = Tokenizer.load(str(config.data.tokenizer))
+        tokenizer = given_tokenizer(str(config.data.tokenizer))
         found = evaluate(model, tokenizer, held_out_documents(config.data), seq_len=config.train.seq_len, batch=4)
     return {
         "parameters": count(shapes(config.model)),

@@ -84,7 +84,7 @@ class DataConfig:
         path: `pydocs` (shipped: the documentation of Python 3.11) or a .jsonl, .jsonl.xz or .txt file.
         validation: a file of held-out text; None takes the documents of `path` whose split is `validation`.
         vocab_size: entries of the byte-level BPE tokenizer, which is trained on the training documents.
-        tokenizer: a directory with a `tokenizer.json` to use instead of training one.
+        tokenizer: a directory with a `tokenizer.json`, or a GGUF file, to use instead of training one.
         cache: where tokenizer and token stream are kept; None is the run directory.
         tuning: share of the training documents that a run leaves out, so that settings are chosen by them and not by
             the held-out text; None = none of them.

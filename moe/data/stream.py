@@ -17,6 +17,7 @@ import numpy as np
 
 from ... import ConfigError, DataError
 from ...configs.typed import digest
+from ..models.store import tokenizer_directory
 from .config import DataConfig
 from .corpus import corpus_digest, read_documents
 from .tokenizer import Tokenizer, train_tokenizer
@@ -136,9 +137,21 @@ def open_stream(file: Path, vocab_size: int) -> TokenStream:
     return TokenStream(ids, eos_id, expected)
 
 
+def given_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer of a directory, or the one that a GGUF file (also `package:NAME`) carries.
+
+    Raises:
+        DataError, CheckpointError: there is none, or it does not read. ConfigError: it is not understood.
+    """
+    if Path(path).is_dir():
+        return Tokenizer.load(path)
+    with tokenizer_directory(path) as directory:
+        return Tokenizer.load(directory)
+
+
 def _open_tokenizer(config: DataConfig, cache: Path, source: str) -> Tokenizer:
     if config.tokenizer:
-        return Tokenizer.load(config.tokenizer)
+        return given_tokenizer(config.tokenizer)
     sentinels = 0 if config.spans is None else config.spans.sentinels
     directory = cache / f"tokenizer-{digest([source, config.vocab_size, *([sentinels] if sentinels else [])])[:16]}"
     if not (directory / "digest").exists():

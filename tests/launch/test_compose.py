@@ -21,6 +21,9 @@ BAD = [
     ("+model.extra=1", "'+model.extra=1' adds or deletes a key"),
     ("~model.width", "adds or deletes a key"),
     ("fast", "'fast' has no '='"),
+    ("model.attention.sink=true", "model.attention.sink (true) is not a setting: did you mean model.attention.sinks?"),
+    ("model.attention.latent.rank=8", "model.attention.latent.rope_dim is missing"),
+    ("model.moe.num_experts=4", "model.moe.num_experts (4) is not a setting: did you mean moe.num_experts?"),
     ("model.width=[", "does not read as key=value"),
     ("experiment=swich_pydocs", "did you mean experiment=switch_pydocs?"),
     ("moe=swich", "moe (swich) is not one of its options: did you mean moe=switch?"),
@@ -217,6 +220,14 @@ def test_a_later_word_overrides_a_group_s_and_an_experiment_s_value():
 
 def test_a_dense_model_is_one_word():
     assert compose(["model.moe=null", "nproc=2"]).config.model.moe is None
+
+
+def test_settings_within_settings_have_names_of_their_own():
+    words = ["model.attention.window=8", "model.rope.kind=yarn", "model.rope.factor=4", "data.spans.density=0.2"]
+    config = compose(["model=tiny", "model.encoder.layers=1", *words, "data.spans.sentinels=20"]).config
+    assert config.model.attention.window == 8
+    assert (config.model.rope.kind, config.model.rope.factor) == ("yarn", 4.0)
+    assert (config.model.encoder.layers, config.data.spans.density) == (1, 0.2)
 
 
 def test_the_frozen_form_of_a_run_is_the_run():
