@@ -114,7 +114,7 @@ class ParallelConfig:
         check(0 < self.timeout < float("inf"), "parallel.timeout", self.timeout, "must be positive seconds", "use 120")
         rule, fix = "divides a pipeline rank's layers, and there is one pipeline rank", "use parallel.pp=2 or more"
         check(self.virtual == 1 or self.pp > 1, "parallel.virtual", self.virtual, rule, fix)
-        rule, fix = "orders a pipeline's micro-batches, and there is one pipeline rank", "use parallel.pp=2 or more"
+        rule, fix = "orders a pipeline's micro-batches, and there is one pipeline rank", "use parallel.schedule=1f1b"
         check(self.schedule == "1f1b" or self.pp > 1, "parallel.schedule", self.schedule, rule, fix)
         rule, fix = "interleaves by 1f1b only", "use parallel.schedule=1f1b"
         check(self.virtual == 1 or self.schedule == "1f1b", "parallel.virtual", self.virtual, rule, fix)

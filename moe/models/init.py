@@ -29,7 +29,7 @@ def init_weights(model: Decoder, seed: int, shards: Mapping[str, ShardSpec] | No
     """
     scale = model.cfg.moe.init_scale if model.cfg.moe else DENSE_SCALE
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
-    gain = {"embed.weight" if model.head is None else "head.weight": model.cfg.logit_scale**-2}
+    gain = {"embed.weight" if model.cfg.tie_embeddings else "head.weight": model.cfg.logit_scale**-2}
     routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
     for buffer in (buffer for router in routers.values() for buffer in router.buffers()):
         buffer.zero_()

@@ -25,7 +25,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from ... import ConfigError
 from ..layers.block import Block
-from ..layers.context import AttentionSpec, Context, Heads
+from ..layers.context import AttentionSpec, Context, Heads, Latent
 from ..models.decoder import Decoder
 from ..routing.record import Routing
 
@@ -61,8 +61,15 @@ class _Uncompiled:
         self._ctx = ctx
 
     @torch.compiler.disable
-    def attend(self, spec: AttentionSpec, q_THd: Tensor, kv: Heads) -> Tensor:
-        return self._ctx.attend(spec, q_THd, kv)
+    def attend(
+        self,
+        spec: AttentionSpec,
+        q_THd: Tensor,
+        kv: Heads | Latent,
+        sinks_H: Tensor | None = None,
+        bias_HR: Tensor | None = None,
+    ) -> Tensor:
+        return self._ctx.attend(spec, q_THd, kv, sinks_H, bias_HR)
 
 
 def _compiled(block: Block, backend: str) -> Callable[..., Any]:

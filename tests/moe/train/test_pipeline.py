@@ -26,7 +26,7 @@ from turnout.tests.moe.train.test_loop import go, untimed
 
 PIPED = ["parallel.pp=2", "train.micro_batch=2"]
 
-ALONE = [f"parallel.{name}=1" for name in ("pp", "virtual", "ep", "tp", "cp")]
+ALONE = [*(f"parallel.{name}=1" for name in ("pp", "virtual", "ep", "tp", "cp")), "parallel.schedule=1f1b"]
 
 
 @pytest.fixture(scope="module")
