@@ -72,7 +72,9 @@ def needs_moe(cfg: ModelConfig) -> MoEConfig:
 MODULES: Mapping[str, str] = {
     "gpt_oss": "gpt_oss",
     "llama": "llama",
+    "mistral": "llama",
     "mixtral": "mixtral",
+    "qwen2": "qwen",
     "qwen2_moe": "qwen",
     "qwen3": "qwen",
     "qwen3_moe": "qwen",

@@ -1,4 +1,4 @@
-"""Llama 1 to 3 and what has their form (SmolLM2, TinyLlama, Mistral without a window): dense decoders."""
+"""Llama 1 to 3 and what has their form (SmolLM2, TinyLlama), and Mistral with its window: dense decoders."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +21,15 @@ def write(cfg: ModelConfig) -> dict[str, Any]:
     return {**common.write_sizes(cfg), "attention_bias": cfg.attention.qkv_bias, "mlp_bias": False}
 
 
+def read_mistral(keys: Keys) -> ModelConfig:
+    window = keys.maybe("sliding_window") if "sliding_window" in keys.data else keys.get("sliding_window", 4096)
+    return ModelConfig(**common.read_sizes(keys), attention=AttentionConfig(window=window))
+
+
+def write_mistral(cfg: ModelConfig) -> dict[str, Any]:
+    return {**common.write_sizes(cfg), "sliding_window": cfg.attention.window}
+
+
 def places(cfg: ModelConfig) -> Iterator[Place]:
     yield from common.ends(cfg)
     for layer in range(cfg.layers):
@@ -31,5 +40,9 @@ def places(cfg: ModelConfig) -> Iterator[Place]:
 
 LLAMA = Family(
     name="llama", architecture="LlamaForCausalLM", read=read, write=write, places=places,
+    ignored=("*.rotary_emb.inv_freq",),
+)  # fmt: skip
+MISTRAL = Family(
+    name="mistral", architecture="MistralForCausalLM", read=read_mistral, write=write_mistral, places=places,
     ignored=("*.rotary_emb.inv_freq",),
 )  # fmt: skip

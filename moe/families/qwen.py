@@ -1,4 +1,4 @@
-"""Qwen2-MoE (2407.10671), Qwen3 and Qwen3-MoE (2505.09388)."""
+"""Qwen2 and Qwen2-MoE (2407.10671), Qwen3 and Qwen3-MoE (2505.09388)."""
 
 from typing import Any
 
@@ -10,6 +10,17 @@ from .keys import Keys
 from .windows import layer_types, read_windows, write_windows
 
 WIDTH = "moe_intermediate_size"
+
+
+def read_qwen2(keys: Keys) -> ModelConfig:
+    most = keys.get("max_window_layers", 28)
+    windows = read_windows(keys, lambda layer: layer >= most)
+    return ModelConfig(**common.read_sizes(keys), attention=AttentionConfig(qkv_bias=True, **windows))
+
+
+def write_qwen2(cfg: ModelConfig) -> dict[str, Any]:
+    windows = {"layer_types": layer_types(cfg), "max_window_layers": cfg.layers}
+    return {**common.write_sizes(cfg), **write_windows(cfg), **windows}
 
 
 def read_qwen2_moe(keys: Keys) -> ModelConfig:
@@ -88,6 +99,10 @@ def _by_head(keys: Keys, windows: dict[str, Any]) -> AttentionConfig:
     return AttentionConfig(qk_norm="head", qkv_bias=bias, output_bias=bias, **windows)
 
 
+QWEN2 = Family(
+    name="qwen2", architecture="Qwen2ForCausalLM", read=read_qwen2, write=write_qwen2,
+    places=llama.places, ignored=("*.rotary_emb.inv_freq",),
+)  # fmt: skip
 QWEN2_MOE = Family(
     name="qwen2_moe", architecture="Qwen2MoeForCausalLM", read=read_qwen2_moe, write=write_qwen2_moe,
     places=sparse.places, ignored=("*.rotary_emb.inv_freq",),

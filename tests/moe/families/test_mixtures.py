@@ -1,14 +1,18 @@
-"""Mixtral, Qwen and OLMoE, against transformers."""
+"""Mistral, Mixtral, Qwen and OLMoE, against transformers."""
 
 import re
 from pathlib import Path
 
 import pytest
 from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     Qwen3Config,
@@ -29,6 +33,8 @@ WIDE = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 QWEN = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 FAMILIES = {
     "mixtral": (MixtralForCausalLM, MixtralConfig),
+    "mistral": (MistralForCausalLM, MistralConfig),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config),
     "qwen2_moe": (Qwen2MoeForCausalLM, Qwen2MoeConfig),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config),
     "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig),
@@ -39,6 +45,10 @@ SHAPES = [
     ("mixtral", True, {"num_local_experts": 5, "sliding_window": 7, **WIDE}),
     ("mixtral", False, {"num_local_experts": 3, "num_experts_per_tok": 3, "tie_word_embeddings": True, "head_dim": 6}),
     ("mixtral", False, {"num_local_experts": 4, "head_dim": 8, "rope_parameters": YARN, "num_key_value_heads": 1}),
+    ("mistral", True, {**WIDE, "sliding_window": 7, "head_dim": 10}),
+    ("mistral", False, {"sliding_window": None, "rope_parameters": YARN, "tie_word_embeddings": True}),
+    ("qwen2", True, {**WIDE, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    ("qwen2", False, {"num_key_value_heads": 1, "tie_word_embeddings": True, "rope_parameters": LLAMA3}),
     ("qwen2_moe", True, {
         **QWEN, "shared_expert_intermediate_size": 28, "num_hidden_layers": 4, "decoder_sparse_step": 2,
         "mlp_only_layers": [1], "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3,
