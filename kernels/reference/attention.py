@@ -46,6 +46,15 @@ def attend(
     return torch.einsum("hsl,lhd->shd", probabilities, v).to(q_SHd.dtype)
 
 
+def nothing(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+    """The attention of no queries to no keys, [0, H, d of v]; a backward pass still reaches what made q, k and v.
+
+    An encoder's experts on a rank without tokens take part in their exchange only if it does.
+    """
+    seen_00 = torch.ones(0, 0, dtype=torch.bool, device=q_THd.device)
+    return attend(q_THd[:0], k_TGd[:0], v_TGd[:0], seen_00, 1.0)
+
+
 def varlen_attention(
     q_THd: Tensor,
     k_TGd: Tensor,
@@ -59,7 +68,7 @@ def varlen_attention(
     sinks_H: Tensor | None = None,
     bias_HR: Tensor | None = None,
 ) -> Tensor:
-    outputs = [q_THd[:0, :, :1].expand(-1, -1, v_TGd.shape[2])]
+    outputs = [nothing(q_THd, k_TGd, v_TGd)]
     queries, keys = (itertools.pairwise(cu.tolist()) for cu in (cu_seqlens_B1, own_keys(cu_seqlens_B1, cu_k_B1)))
     for (start, end), (first, last) in zip(queries, keys, strict=True):
         k_at = torch.arange(last - first, device=q_THd.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..reference.attention import distance_bias, own_keys, visible
+from ..reference.attention import distance_bias, nothing, own_keys, visible
 from ..reference.precision import wide
 
 EXPLICIT = 1 << 23  # the most scores to write out in one call: 32 MB in float32
@@ -53,7 +53,7 @@ def varlen_attention(
         bias_HSL = None if bias_HR is None else distance_bias(bias_HR, q_at, k_at)
         seen_SL = visible(q_at, k_at, causal, window)
         outputs.append(_attend(q, k, v, seen_SL, scale, sinks_H, bias_HSL).flatten(0, 1))
-    return torch.cat(outputs) if outputs else q_THd[..., :1].expand(-1, -1, v_TGd.shape[2])
+    return torch.cat(outputs) if outputs else nothing(q_THd, k_TGd, v_TGd)
 
 
 def paged_attention(

@@ -113,6 +113,18 @@ def test_half_precision_gradients_of_fewer_queries_than_keys(form):
         assert (value.double() - right).norm() < 2e-2 * right.norm()
 
 
+@pytest.mark.parametrize("lengths", [[], [0, 0]])
+def test_a_backward_pass_reaches_keys_and_values_where_there_is_nothing_to_attend_to(form, lengths):
+    q, k, v, cu = make(lengths, (4, 2), dv=5)
+    for x in (q, k, v):
+        x.requires_grad_()
+    keys, values = (torch.cat((x, torch.zeros(3, *x.shape[1:]))) for x in (k, v))  # of sequences without queries
+    for more, cu_k in (((k, v), None), ((keys, values), torch.tensor([*cu[:-1].tolist(), 3]))):
+        o = varlen_attention(q, *more, cu, scale=1.0, causal=False, cu_k_B1=cu_k if lengths else None)
+        assert o.shape == (0, 4, 5)
+        assert all(g is not None for g in torch.autograd.grad(o.sum(), (q, k, v), allow_unused=True))
+
+
 def test_values_may_be_narrower_than_keys(form):
     q, k, v, cu = make([5, 3], (4, 2), dv=3)
     out = varlen_attention(q, k, v, cu, scale=0.3)
