@@ -85,7 +85,8 @@ def check(queries, keys, causal, window, heads, learned, dtype):
     found = torch.autograd.grad(out, given, grad)
     expected = torch.autograd.grad(truth, given, grad.double())
     for value, right in ((out, truth), *zip(found, expected, strict=True)):
-        assert (value.double() - right.double()).norm() <= bound * right.double().norm()
+        # a query that sees one key alone has a gradient of zero: what the loop leaves of it is its own rounding
+        assert (value.double() - right.double()).norm() <= bound * right.double().norm() + 1e-13
 
 
 def test_a_query_without_keys_gets_nothing(form):
