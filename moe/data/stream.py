@@ -17,7 +17,6 @@ import numpy as np
 
 from ... import ConfigError, DataError
 from ...configs.typed import digest
-from ..models.store import tokenizer_directory
 from .config import DataConfig
 from .corpus import corpus_digest, read_documents
 from .tokenizer import Tokenizer, train_tokenizer
@@ -145,6 +144,8 @@ def given_tokenizer(path: str) -> Tokenizer:
     """
     if Path(path).is_dir():
         return Tokenizer.load(path)
+    from ..models.store import tokenizer_directory  # loads torch, which training text alone does not need
+
     with tokenizer_directory(path) as directory:
         return Tokenizer.load(directory)
 
