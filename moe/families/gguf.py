@@ -55,7 +55,7 @@ class GgufFile:
         for kind, name in {tensor.tensor_type: name for name, tensor in self._tensors.items()}.items():
             try:
                 self._dequantize(self._tensors[name].data[:1], kind)
-            except NotImplementedError as error:
+            except RuntimeError as error:  # gguf knows no way back from this quantization
                 raise CheckpointError(
                     f"{name} ({kind.name}) in {path} can not be dequantized: use Q8_0 or F16"
                 ) from error

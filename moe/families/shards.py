@@ -88,14 +88,14 @@ class Shards:
             raise CheckpointError(f"{self.path} holds no {ONE} and no {INDEX}{instead}: give safetensors")
         try:
             placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files: dict[str, set[str] | None] = {}
+            files: dict[str, set[str]] = {}
             for name, file in placed.items():
                 if Path(file).name != file:
                     raise CheckpointError(f"{file} in {index} must be a file beside it: download the index again")
-                files.setdefault(file, set()).add(name)  # type: ignore[union-attr]
+                files.setdefault(file, set()).add(name)
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} does not read as an index ({error!r}): download it again") from error
-        return files
+        return {**files}
 
     def _add(self, file: str, listed: set[str] | None) -> None:
         path = self.path / file
