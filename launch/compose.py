@@ -197,9 +197,8 @@ def _said(overrides: Sequence[str], parsed: Sequence[Override]) -> Said:
     """What somebody has set: see `follow`."""
     files = [CONFIGS / o.key_or_group / f"{o.value()}.yaml" for o in parsed if o.key_or_group in GROUPS]
     chosen = {file.parent.name: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}
-    words = {".".join(o.key_or_group.split(".")[:2]) for o in parsed} | {
-        f"{group}.{key}" for group in chosen for key in chosen[group]
-    }
+    words = {".".join(o.key_or_group.split(".")[:2]) for o in parsed}
+    words.update(f"{group}.{key}" for group in chosen for key in chosen[group])
     return said(_composed(overrides, resolve=False)[0], _composed([], resolve=False)[0], words)
 
 

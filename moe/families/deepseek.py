@@ -18,7 +18,7 @@ from ... import ConfigError
 from ..config import AttentionConfig, LatentConfig, ModelConfig, MoEConfig
 from ..layers.rotary import yarn_magnitude
 from . import common
-from .family import Family
+from .family import FREQUENCIES, Family
 from .keys import Keys
 from .place import Place, paired, rows, transposed
 
@@ -34,12 +34,7 @@ def read(keys: Keys, v3: bool) -> ModelConfig:
     keys.only("num_key_value_heads", (sizes["heads"],), sizes["heads"])
     keys.only("num_nextn_predict_layers", (0, 1), 0)
     keys.only("mlp_bias", (False,), False)
-    for name in (
-        "ep_size",
-        "qk_head_dim",
-        "rope_interleave",
-        "seq_aux",
-    ):  # a place, a sum, what `variant` reads, training
+    for name in ("ep_size", "qk_head_dim", "rope_interleave", "seq_aux"):  # a place, a sum, `variant`'s, training
         keys.maybe(name)
     latent = LatentConfig(
         rank=keys.get("kv_lora_rank"), rope_dim=rope_dim, value_dim=keys.get("v_head_dim"),
@@ -179,7 +174,7 @@ def _shared(theirs: str, ours: str, moe: MoEConfig) -> Iterator[Place]:
 
 DEEPSEEK_V2 = Family(
     name="deepseek_v2", architecture="DeepseekV2ForCausalLM", read=partial(read, v3=False),
-    write=partial(write, v3=False), places=places, ignored=("*.rotary_emb.inv_freq",),
+    write=partial(write, v3=False), places=places,
 )  # fmt: skip
 
 
@@ -192,5 +187,5 @@ def _as_written(data: Mapping[str, Any]) -> Family:
 DEEPSEEK_V3 = Family(
     name="deepseek_v3", architecture="DeepseekV3ForCausalLM", read=partial(read, v3=True),
     write=partial(write, v3=True), places=places, variant=_as_written,
-    ignored=("*.rotary_emb.inv_freq", f"{common.LAYER}.{{layers}}.*"),
+    ignored=(FREQUENCIES, f"{common.LAYER}.{{layers}}.*"),
 )  # fmt: skip

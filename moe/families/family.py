@@ -11,6 +11,8 @@ from .computed import computed
 from .keys import Keys
 from .place import Place
 
+FREQUENCIES = "*.rotary_emb.inv_freq"  # which older checkpoints hold
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -33,7 +35,7 @@ class Family:
     read: Callable[[Keys], ModelConfig]
     write: Callable[[ModelConfig], dict[str, Any]]
     places: Callable[[ModelConfig], Iterable[Place]]
-    ignored: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = (FREQUENCIES,)
     packed: str | None = None
     variant: "Callable[[Mapping[str, Any]], Family] | None" = None
 

@@ -40,9 +40,7 @@ def places(cfg: ModelConfig) -> Iterator[Place]:
 
 LLAMA = Family(
     name="llama", architecture="LlamaForCausalLM", read=read, write=write, places=places,
-    ignored=("*.rotary_emb.inv_freq",),
 )  # fmt: skip
 MISTRAL = Family(
     name="mistral", architecture="MistralForCausalLM", read=read_mistral, write=write_mistral, places=places,
-    ignored=("*.rotary_emb.inv_freq",),
 )  # fmt: skip

@@ -32,5 +32,4 @@ def write(cfg: ModelConfig) -> dict[str, Any]:
 MIXTRAL = Family(
     name="mixtral", architecture="MixtralForCausalLM", read=read, write=write,
     places=lambda cfg: sparse.places(cfg, "block_sparse_moe", ("w1", "w3", "w2")),
-    ignored=("*.rotary_emb.inv_freq",),
 )  # fmt: skip

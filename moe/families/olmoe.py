@@ -32,5 +32,4 @@ def write(cfg: ModelConfig) -> dict[str, Any]:
 
 OLMOE = Family(
     name="olmoe", architecture="OlmoeForCausalLM", read=read, write=write, places=sparse.places,
-    ignored=("*.rotary_emb.inv_freq",),
 )  # fmt: skip

@@ -13,14 +13,11 @@ WIDTH = "moe_intermediate_size"
 
 
 def read_qwen2(keys: Keys) -> ModelConfig:
-    most = keys.get("max_window_layers", 28)
-    windows = read_windows(keys, lambda layer: layer >= most)
-    return ModelConfig(**common.read_sizes(keys), attention=AttentionConfig(qkv_bias=True, **windows))
+    return ModelConfig(**common.read_sizes(keys), attention=AttentionConfig(qkv_bias=True, **_upper(keys)))
 
 
 def write_qwen2(cfg: ModelConfig) -> dict[str, Any]:
-    windows = {"layer_types": layer_types(cfg), "max_window_layers": cfg.layers}
-    return {**common.write_sizes(cfg), **write_windows(cfg), **windows}
+    return {**common.write_sizes(cfg), **_by_layer(cfg)}
 
 
 def read_qwen2_moe(keys: Keys) -> ModelConfig:
@@ -47,9 +44,7 @@ def write_qwen2_moe(cfg: ModelConfig) -> dict[str, Any]:
         **common.write_sizes(cfg),
         **sparse.write_moe(moe, width=WIDTH),
         **sparse.write_blocks(cfg),
-        **write_windows(cfg),
-        "layer_types": layer_types(cfg),
-        "max_window_layers": cfg.layers,
+        **_by_layer(cfg),
         "qkv_bias": cfg.attention.qkv_bias,
         "norm_topk_prob": moe.renormalize,
         "shared_expert_intermediate_size": moe.shared_width or moe.shared_experts * moe.expert_width,
@@ -57,19 +52,11 @@ def write_qwen2_moe(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def read_qwen3(keys: Keys) -> ModelConfig:
-    most = keys.get("max_window_layers", 28)
-    windows = read_windows(keys, lambda layer: layer >= most)
-    return ModelConfig(**common.read_sizes(keys, head_dim=128), attention=_by_head(keys, windows))
+    return ModelConfig(**common.read_sizes(keys, head_dim=128), attention=_by_head(keys, _upper(keys)))
 
 
 def write_qwen3(cfg: ModelConfig) -> dict[str, Any]:
-    return {
-        **common.write_sizes(cfg),
-        **write_windows(cfg),
-        "layer_types": layer_types(cfg),
-        "max_window_layers": cfg.layers,
-        "attention_bias": cfg.attention.qkv_bias,
-    }
+    return {**common.write_sizes(cfg), **_by_layer(cfg), "attention_bias": cfg.attention.qkv_bias}
 
 
 def read_qwen3_moe(keys: Keys) -> ModelConfig:
@@ -94,6 +81,16 @@ def write_qwen3_moe(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _upper(keys: Keys) -> dict[str, Any]:
+    """Windows in the layers from `max_window_layers` on."""
+    most = keys.get("max_window_layers", 28)
+    return read_windows(keys, lambda layer: layer >= most)
+
+
+def _by_layer(cfg: ModelConfig) -> dict[str, Any]:
+    return {**write_windows(cfg), "layer_types": layer_types(cfg), "max_window_layers": cfg.layers}
+
+
 def _by_head(keys: Keys, windows: dict[str, Any]) -> AttentionConfig:
     bias = keys.get("attention_bias", False)
     return AttentionConfig(qk_norm="head", qkv_bias=bias, output_bias=bias, **windows)
@@ -101,17 +98,17 @@ def _by_head(keys: Keys, windows: dict[str, Any]) -> AttentionConfig:
 
 QWEN2 = Family(
     name="qwen2", architecture="Qwen2ForCausalLM", read=read_qwen2, write=write_qwen2,
-    places=llama.places, ignored=("*.rotary_emb.inv_freq",),
+    places=llama.places,
 )  # fmt: skip
 QWEN2_MOE = Family(
     name="qwen2_moe", architecture="Qwen2MoeForCausalLM", read=read_qwen2_moe, write=write_qwen2_moe,
-    places=sparse.places, ignored=("*.rotary_emb.inv_freq",),
+    places=sparse.places,
 )  # fmt: skip
 QWEN3 = Family(
     name="qwen3", architecture="Qwen3ForCausalLM", read=read_qwen3, write=write_qwen3,
-    places=llama.places, ignored=("*.rotary_emb.inv_freq",),
+    places=llama.places,
 )  # fmt: skip
 QWEN3_MOE = Family(
     name="qwen3_moe", architecture="Qwen3MoeForCausalLM", read=read_qwen3_moe, write=write_qwen3_moe,
-    places=sparse.places, ignored=("*.rotary_emb.inv_freq",),
+    places=sparse.places,
 )  # fmt: skip

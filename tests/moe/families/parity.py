@@ -50,7 +50,10 @@ def randomise(model: Any, seed: int = 0) -> Any:
         if weight.ndim == 1:
             weight.copy_(1 + drawn / 4 if "norm" in name else drawn / 2)
         else:
-            weight.copy_(drawn * (1.0 if "embed" in name else 1.5 / math.sqrt(weight.shape[-1])))
+            weight.copy_(drawn * (1.0 if "embed" in name else 1.5 / math.sqrt(max(weight.shape[-1], 1))))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # of a size that changes choices
+            buffer.copy_(torch.linspace(-0.4, 0.4, len(buffer)))
     return model.eval()
 
 

@@ -14,15 +14,8 @@ from turnout.moe import load_model
 from turnout.moe.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from turnout.moe.families.directory import read_foreign, save_foreign
 from turnout.moe.families.keys import Keys
-from turnout.moe.families.place import check_cover, paired
-from turnout.tests.moe.families.parity import (
-    assert_same_tensors,
-    check_export,
-    check_greedy,
-    check_logits,
-    check_round_trip,
-    read_tensors,
-)
+from turnout.moe.families.place import paired
+from turnout.tests.moe.families import parity
 
 SIZES: dict[str, Any] = {
     "vocab_size": 99, "hidden_size": 24, "intermediate_size": 40, "moe_intermediate_size": 12, "num_hidden_layers": 3,
@@ -66,32 +59,15 @@ V3 = [
 ]  # fmt: skip
 
 
-@torch.no_grad()
 def theirs_of(kind: str, **changes: Any) -> Any:
-    """A random model of theirs; the biases that balance V3's load are large enough to change its choices."""
+    """A random model of theirs."""
     config, model = PEERS[kind]
-    theirs = model._from_config(config(**{**SIZES, **changes}), attn_implementation="eager").eval()
-    generator = torch.Generator().manual_seed(0)
-    for name, weight in sorted(theirs.named_parameters()):
-        drawn = torch.randn(weight.shape, generator=generator)
-        spread = 0.25 if weight.ndim == 1 else 1.0 if "embed" in name else 1.5 / max(weight.shape[-1], 1) ** 0.5
-        weight.copy_(drawn * spread + (weight.ndim == 1 and "norm" in name))
-    for name, buffer in theirs.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.copy_(torch.linspace(-0.4, 0.4, len(buffer)))
-    return theirs
+    return parity.randomise(model._from_config(config(**{**SIZES, **changes}), attn_implementation="eager"))
 
 
 def check_family(kind: str, changes: dict[str, Any], tmp_path) -> None:
-    theirs = theirs_of(kind, **changes)
-    theirs.save_pretrained(tmp_path / "theirs")
-    found, ours = read_foreign(tmp_path / "theirs"), load_model(tmp_path / "theirs")
-    assert found.unknown == ()
-    check_cover(found.family.places(ours.cfg), ours.state_dict())
-    check_logits(theirs, ours)
-    check_greedy(theirs, ours)
-    check_round_trip(tmp_path / "theirs", ours, found)
-    check_export(type(theirs), theirs, ours, found, tmp_path / "anew")
+    config, model = PEERS[kind]
+    parity.check(model, config(**{**SIZES, **changes}), tmp_path)
 
 
 @pytest.mark.parametrize("changes", V2)
@@ -111,8 +87,8 @@ def test_in_bfloat16_the_balance_bias_stays_float32(tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     found, ours = read_foreign(tmp_path / "theirs"), load_model(tmp_path / "theirs")
     save_foreign(tmp_path / "again", ours.cfg, ours.state_dict(), "deepseek_v3", dtype="bfloat16", origin=found.data)
-    assert_same_tensors(tmp_path / "theirs", tmp_path / "again")
-    kinds = {tensor.dtype for tensor in read_tensors(tmp_path / "again").values()}
+    parity.assert_same_tensors(tmp_path / "theirs", tmp_path / "again")
+    kinds = {tensor.dtype for tensor in parity.read_tensors(tmp_path / "again").values()}
     assert kinds == {torch.bfloat16, torch.float32}
 
 
