@@ -16,15 +16,13 @@ class Choice:
     Attributes:
         request_id: the caller's id; all choices of a request share it.
         request: the scheduler's side of this choice.
-        seed: key of its random numbers.
         finish_reason: set once; then nothing changes any more.
     """
 
-    def __init__(self, request_id: str, request: Request, tokenizer: TextTokenizer, seed: int) -> None:
+    def __init__(self, request_id: str, request: Request, tokenizer: TextTokenizer) -> None:
         params = request.params
         self.request_id = request_id
         self.request = request
-        self.seed = seed
         self.finish_reason: FinishReason | None = None
         self._token_ids: list[int] = []
         self._logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []

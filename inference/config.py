@@ -1,11 +1,13 @@
 """The serving engine's settings: batch and pool sizes, precision, queue limits."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from ..configs.typed import check
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+Batching = Literal["continuous", "static", "dynamic"]
+KVLayout = Literal["paged", "contiguous"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,12 @@ class EngineConfig:
         max_waiting: requests that may queue; more are refused (HTTP 429).
         queue_timeout: seconds that a request may wait for its first step before it expires (HTTP 503); None = for ever.
         kv_memory_mb: size of the KV cache in MiB when `num_blocks` is None; None = the engine's default.
+        batching: `continuous`: a request starts as soon as there is room; `static`: a batch is admitted whole, and
+            nothing else until all of it has ended; `dynamic`: as static, a batch being what arrives within a window.
+        batch_window: seconds for which dynamic batching collects requests, counted from the first.
+        kv_layout: `paged`, or `contiguous`: every request reserves `max_model_len` tokens, as before PagedAttention.
+        overlap: plan a step and hand out the last one's tokens while the next one is computed, in a thread of its own;
+            None = where the model is on a GPU.
 
     Raises:
         ConfigError: a value out of range.
@@ -42,6 +50,10 @@ class EngineConfig:
     max_waiting: int = 1024
     queue_timeout: float | None = None
     kv_memory_mb: int | None = None
+    batching: Batching = "continuous"
+    batch_window: float = 0.05
+    kv_layout: KVLayout = "paged"
+    overlap: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "block_size", "max_model_len", "max_waiting", "kv_memory_mb"):
@@ -68,4 +80,14 @@ class EngineConfig:
             "must be positive",
             "use seconds, or null to wait for ever",
         )
+        check(
+            0 <= self.batch_window < 3600,
+            "batch_window",
+            self.batch_window,
+            "must be seconds, from 0 to 3600",
+            "use a fraction of a second",
+        )
+        for name, values in (("batching", get_args(Batching)), ("kv_layout", get_args(KVLayout))):
+            value = getattr(self, name)
+            check(value in values, name, value, "must be one of those known", f"use {', '.join(values)}")
         check(0 <= self.seed < 2**64, "seed", self.seed, "must fit 64 bits", "use 0 to 2**64 - 1")

@@ -1,12 +1,14 @@
 """The engine: every request's fate from its prompt to its last character, one step at a time.
 
-`step` is schedule → batch → forward → sample → commit → text. It owns scheduler, blocks, KV cache and model; one thread
+`step` is schedule → batch → forward → sample → commit → text; with `overlap` the next step is scheduled, and the last
+one's tokens go to their callers, while a step is computed. It owns scheduler, blocks, KV cache and model; one thread
 uses it (`AsyncEngine` gives it one of its own).
 """
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,19 +23,23 @@ from ..moe.routing.registry import ROUTERS
 from ..moe.routing.stats import RoutingSnapshot
 from .choice import Choice
 from .config import EngineConfig
-from .core.blocks import BlockManager
+from .core.blocks import BlockManager, ContiguousBlocks
 from .core.request import Request
 from .core.sampling import SamplingParams
-from .core.scheduler import Scheduler, SchedulerStats, StepPlan
+from .core.scheduler import Scheduler, SchedulerStats
+from .core.step import StepPlan
 from .errors import QueueTimeoutError
 from .outputs import RequestOutput
+from .run.executor import Executor
 from .run.kv import free_memory, plan_kv
 from .run.runner import ModelRunner
-from .run.sampler import Sampled, sample
+from .run.sampler import Sampled
 from .text.chat import ChatTemplate
 from .text.tokenizer import TextTokenizer
 
 Prompt = str | Sequence[int]
+IDLE_SECONDS = 0.01
+"""The longest pause between two looks at whether anything can be scheduled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,8 @@ class Prepared:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     priority: int = 0
+    deadline: float | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +125,12 @@ class Engine:
         self.tokenizer = tokenizer
         self.chat = chat or ChatTemplate(tokenizer)
         self.runner = ModelRunner(model, self.kv_plan)
-        self.blocks = BlockManager(
-            self.kv_plan.num_blocks,
-            config.block_size,
-            enable_prefix_caching=config.enable_prefix_caching,
-            fingerprint=f"{digest(model.cfg)} {weight.dtype}".encode(),
-        )
+        self.blocks = self._manager(f"{digest(model.cfg)} {weight.dtype}".encode())
         self.scheduler = Scheduler(self.config, self.blocks, clock)
+        overlap = weight.is_cuda if config.overlap is None else config.overlap
+        self._executor = Executor(self.runner.execute, overlap=overlap)
+        self._plans: deque[StepPlan] = deque()
+        """Launched, not committed; the executor has them in the same order."""
         self._clock = clock
         self._eos = frozenset(model.cfg.eos_token_ids)
         self._groups: dict[str, _Group] = {}
@@ -155,10 +162,25 @@ class Engine:
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._groups)
+        """There are requests, or steps to be committed."""
+        return bool(self._groups or self._plans)
 
-    def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> Prepared:
+    def prepare(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        priority: int = 0,
+        *,
+        deadline: float | None = None,
+        cache_salt: str = "",
+    ) -> Prepared:
         """Tokenise and check a request without touching the engine's state; any thread may call it.
+
+        Args:
+            priority: lower is served earlier; within one priority first come, first served.
+            deadline: seconds from its arrival by which it must have started, or it expires.
+            cache_salt: cached prefixes are shared only between requests of one salt (a tenant's name, say).
 
         Raises:
             RequestError: token ids outside the vocabulary, or text that is not valid Unicode.
@@ -174,7 +196,13 @@ class Engine:
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         return Prepared(
-            request_id=request_id, prompt=text, prompt_token_ids=tuple(ids), params=params, priority=priority
+            request_id=request_id,
+            prompt=text,
+            prompt_token_ids=tuple(ids),
+            params=params,
+            priority=priority,
+            deadline=deadline,
+            cache_salt=cache_salt,
         )
 
     def add(self, prepared: Prepared) -> None:
@@ -183,27 +211,13 @@ class Engine:
         Raises:
             RequestError: it can never run, or its id is taken. QueueFullError: too many wait.
         """
-        name, params = prepared.request_id, prepared.params
+        name = prepared.request_id
         if name in self._groups:
             raise RequestError(f"request_id ({name!r}) must be new among live requests: choose another", "request_id")
-        arrival, encoder = self._clock(), self.model_config.encoder
-        requests = [
-            Request(
-                id=f"{name}#{choice}",
-                prompt_token_ids=prepared.prompt_token_ids if encoder is None else (encoder.start_token_id,),
-                encoder_token_ids=None if encoder is None else prepared.prompt_token_ids,
-                params=params,
-                arrival=arrival,
-                priority=prepared.priority,
-                eos_token_ids=self._eos,
-                choice=choice,
-            )
-            for choice in range(params.n)
-        ]
+        requests = self._requests(prepared)
         self.scheduler.add(*requests)
-        seed = self._own_seed() if params.seed is None else params.seed
         self._arrivals += 1
-        choices = tuple(Choice(name, request, self.tokenizer, seed) for request in requests)
+        choices = tuple(Choice(name, request, self.tokenizer) for request in requests)
         self._groups[name] = _Group(prepared=prepared, choices=choices)
         self._choices.update((choice.request.id, choice) for choice in choices)
 
@@ -220,14 +234,34 @@ class Engine:
         return [self._end(request_id) for request_id in list(self._groups)]
 
     def step(self) -> list[RequestOutput]:
-        """Run one step and return the new state of every request that it changed."""
-        plan = self.scheduler.schedule()
-        sampled = self._compute(plan)
+        """Finish one step and return the new state of every request that it changed."""
+        if not self._plans:
+            self._launch(self.scheduler.schedule())
+        if self._executor.overlaps:
+            self._launch(self.scheduler.schedule_ahead())
+        plan = self._plans[0]
+        result = self._executor.collect()
+        self._plans.popleft()
+        if not plan.num_tokens and self.has_unfinished:
+            time.sleep(min(max(self.scheduler.patience, 0.0), IDLE_SECONDS))
+        return self._commit(plan, result.sampled)
+
+    def _launch(self, plan: StepPlan | None) -> None:
+        if plan is not None:
+            self._steps += bool(plan.scheduled)
+            self._computed_tokens += plan.num_tokens
+            self._plans.append(plan)
+            self._executor.launch(plan)
+
+    def _commit(self, plan: StepPlan, sampled: Mapping[str, Sampled]) -> list[RequestOutput]:
+        """Apply a step's results."""
         failed: dict[str, TurnoutError] = {}
         for request in plan.expired:
-            rule = f"the request waited longer than queue_timeout ({self.config.queue_timeout} s): try again later"
+            rule = "the request was not started before its deadline or queue_timeout: try again later"
             failed[self._choices[request.id].request_id] = QueueTimeoutError(rule)
         for request_id, result in sampled.items():
+            if request_id not in self._choices:
+                continue  # it was ended after the launch
             if result.token is None:
                 rule = "the logits of this request are not finite: check the model's weights"
                 failed[self._choices[request_id].request_id] = NonFiniteError(rule)
@@ -235,7 +269,7 @@ class Engine:
         tokens = {request_id: result.token for request_id, result in sampled.items() if result.token is not None}
         advanced: dict[str, None] = {}
         for request in self.scheduler.commit(plan, tokens):
-            advanced[self._advance(request, sampled[request.id])] = None
+            advanced[self._advance(request, sampled.get(request.id))] = None
         return ended + [self._output(name) for name in advanced]
 
     def stats(self) -> EngineStats:
@@ -247,21 +281,53 @@ class Engine:
             routing=self.runner.routing.snapshot(),
         )
 
-    def _compute(self, plan: StepPlan) -> dict[str, Sampled]:
-        """Forward and sample: scheduler request id → next token, for every request that samples in this step."""
-        if not plan.scheduled:
-            return {}
-        self._steps += 1
-        self._computed_tokens += plan.num_tokens
-        batch, logits_RV = self.runner.execute(plan)
-        ids = [request.id for request in batch.sampling]
-        results = sample(logits_RV, batch.sampling, [self._choices[i].seed for i in ids])
-        return dict(zip(ids, results, strict=True))
+    def _manager(self, fingerprint: bytes) -> BlockManager:
+        config = self.config
+        assert config.num_blocks is not None, "the KV plan has set it"
+        if config.kv_layout == "contiguous":
+            assert config.max_model_len is not None, "the constructor has set it"
+            run = -(-config.max_model_len // config.block_size)
+            if self.model_config.encoder is not None:
+                raise ConfigError("kv_layout (contiguous) has no place for an encoder's memory: use paged")
+            if config.num_blocks <= run:
+                rule = f"must hold one request of max_model_len ({config.max_model_len} tokens) beside the null block"
+                raise ConfigError(f"num_blocks ({config.num_blocks}) {rule} with kv_layout=contiguous: use {run + 1}")
+            return ContiguousBlocks(config.num_blocks, config.block_size, longest=config.max_model_len)
+        caching = config.enable_prefix_caching
+        return BlockManager(
+            config.num_blocks, config.block_size, enable_prefix_caching=caching, fingerprint=fingerprint
+        )
 
-    def _advance(self, request: Request, result: Sampled) -> str:
-        """Hand a committed token to its choice, and its stop string back to the scheduler."""
+    def _requests(self, prepared: Prepared) -> list[Request]:
+        """One scheduler request a choice; all but the first take over the first one's prompt."""
+        params, encoder, now = prepared.params, self.model_config.encoder, self._clock()
+        seed = self._own_seed() if params.seed is None else params.seed
+        requests: list[Request] = []
+        for choice in range(params.n):
+            request = Request(
+                id=f"{prepared.request_id}#{choice}",
+                prompt_token_ids=prepared.prompt_token_ids if encoder is None else (encoder.start_token_id,),
+                encoder_token_ids=None if encoder is None else prepared.prompt_token_ids,
+                params=params,
+                arrival=now,
+                priority=prepared.priority,
+                eos_token_ids=self._eos,
+                choice=choice,
+                cache_salt=prepared.cache_salt,
+                seed=seed,
+                deadline=None if prepared.deadline is None else now + prepared.deadline,
+                parent=requests[0] if requests and encoder is None and self.blocks.shares else None,
+            )
+            requests.append(request)
+        return requests
+
+    def _advance(self, request: Request, result: Sampled | None) -> str:
+        """Hand a committed token to its choice, and its stop string back to the scheduler; None = it wanted none."""
         choice = self._choices[request.id]
-        choice.advance(request.token_ids[-1], result.logprobs, request.finish_reason)
+        if result is None:
+            choice.finish("length")
+        else:
+            choice.advance(request.token_ids[-1], result.logprobs, request.finish_reason)
         if choice.finish_reason is not None:
             self.scheduler.finish(request.id, choice.finish_reason)  # without effect when the scheduler ended it
         return choice.request_id

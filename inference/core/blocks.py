@@ -2,7 +2,8 @@
 
 Every usable block is free (nothing in it is of use), idle (computed and published, no reference; evicted when free ones
 run out) or referenced (in as many live tables as its count says). Block 0 is the null block, the target of padding.
-Only full, computed blocks are shared, so a block that is still written to has exactly one owner.
+Only computed blocks are shared that nobody writes to any more, so a block that is still written to has exactly one
+owner: a choice that takes over its parent's prompt gets a copy of the last, partly filled block (copy on write).
 
 What cross-attention reads of an encoder has blocks of its own in the same pool, a request's memory. Live requests of
 one encoder input share them: the choices of a request, and whoever sends the same again.
@@ -34,6 +35,9 @@ class BlockManager:
         """The memory of every encoder input that a live request holds."""
         self._caching = enable_prefix_caching
 
+    shares = True
+    """Whether requests may hold blocks together."""
+
     @property
     def num_available(self) -> int:
         return len(self.free) + len(self.prefix.idle)
@@ -44,15 +48,17 @@ class BlockManager:
         return (self.num_usable - self.num_available) / self.num_usable
 
     def start(self, request: Request) -> bool:
-        """Give a request without blocks all that its tokens need, reusing its longest cached prefix.
+        """Give a request without blocks all that its tokens need, reusing its parent's or its longest cached prefix.
 
         At least one token is left to compute, because the next one is sampled from its logits. With an encoder it
         also gets its memory.
 
         Returns:
-            Whether there was room; then `num_computed_tokens` counts the reused tokens.
+            Whether there was room; then `num_computed_tokens` counts the reused tokens, and `copied_block`, if it is
+            not None, is to be copied to the block after the reused ones before anything is computed.
         """
-        reused = self._match(request)
+        parent = self._parent(request)
+        reused = self._match(request) if parent is None else parent.block_table[: self._shared(request)]
         missing = self._needed(request) - len(reused)
         encode = self.to_encode(request)
         if missing + self.spanned(encode) > self.num_available - sum(self.counts[block] == 0 for block in reused):
@@ -63,7 +69,24 @@ class BlockManager:
         request.block_table = reused + [self._take() for _ in range(missing)]
         request.num_published_blocks = len(reused)
         request.num_computed_tokens = len(reused) * self.block_size
+        if parent is not None:
+            request.num_published_blocks = min(len(reused), parent.num_published_blocks)
+            request.num_computed_tokens = len(request.prompt_token_ids) - 1
+            if request.num_computed_tokens % self.block_size:
+                request.copied_block = parent.block_table[len(reused)]
+        request.num_launched_tokens = request.num_computed_tokens
         return True
+
+    def _parent(self, request: Request) -> Request | None:
+        """The request whose blocks hold the whole prompt just now, if this one has nothing else yet."""
+        parent, prompt = request.parent, len(request.prompt_token_ids)
+        if parent is None or not parent.block_table or request.num_tokens > prompt:
+            return None
+        return parent if parent.num_computed_tokens >= prompt else None
+
+    def _shared(self, request: Request) -> int:
+        """Full blocks of a prompt of which the last token is computed again."""
+        return (len(request.prompt_token_ids) - 1) // self.block_size
 
     def to_encode(self, request: Request) -> int:
         """How many encoder tokens a request must compute when it starts: none if a live one has computed them.
@@ -90,8 +113,12 @@ class BlockManager:
         """Enter the request's newly computed full blocks into the prefix cache.
 
         A prefix that is there already (two requests computed it side by side) is kept once: the table takes the
-        published block and gives its own back. So the parent of a published block is published and outlives it.
+        published block and gives its own back, once no launched step knows it any more. So the parent of a published
+        block is published and outlives it.
         """
+        for block in request.replaced_blocks:
+            self._drop(block)
+        request.replaced_blocks.clear()
         full = request.num_computed_tokens // self.block_size
         first = request.num_published_blocks
         if not self._caching or full == first:
@@ -104,20 +131,24 @@ class BlockManager:
             else:
                 self._reference(known)
                 request.block_table[i] = known
-                self._drop(own)
+                if request.in_flight:
+                    request.replaced_blocks.append(own)
+                else:
+                    self._drop(own)
         request.num_published_blocks = full
 
     def release(self, request: Request) -> None:
         """Take all blocks back, tails first, so that a prefix loses its tail before its head."""
-        for block in reversed(request.block_table):
+        for block in reversed((*request.replaced_blocks, *request.block_table)):
             self._drop(block)
-        request.block_table = []
+        request.replaced_blocks, request.block_table = [], []
         self._forget(request)
         request.num_published_blocks = 0
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.num_launched_tokens = 0
+        request.copied_block = None
 
     def _needed(self, request: Request) -> int:
-        return self.spanned(len(request.token_ids))
+        return self.spanned(len(request.token_ids) + request.num_pending_tokens)
 
     def _remember(self, request: Request, encode: int) -> None:
         """Give a request its memory: new blocks for `encode` tokens, or those that are there."""
@@ -142,7 +173,7 @@ class BlockManager:
         request.num_unencoded_tokens = 0
 
     def _match(self, request: Request) -> list[int]:
-        if not self._caching:
+        if not self._caching or not request.params.reads_prefix:
             return []
         blocks = []
         for name in self.prefix.hashes(request, (request.num_tokens - 1) // self.block_size, self.block_size):
@@ -169,3 +200,24 @@ class BlockManager:
                 self.prefix.idle[block] = None
             else:
                 self.free.append(block)
+
+
+class ContiguousBlocks(BlockManager):
+    """Reserves the longest sequence's blocks for every request at its start, in one run, as before PagedAttention.
+
+    Nothing is shared, nothing grows, nobody is preempted; what a request does not fill is lost to the others. It is
+    here to be compared with (Kwon et al. 2023, figure 2).
+
+    Args:
+        longest: tokens to reserve.
+    """
+
+    shares = False
+
+    def __init__(self, num_blocks: int, block_size: int, *, longest: int) -> None:
+        self._run = -(-longest // block_size)
+        usable = (num_blocks - 1) // self._run * self._run  # whole runs only, so all that is free is whole runs
+        super().__init__(1 + usable, block_size, enable_prefix_caching=False)
+
+    def _needed(self, request: Request) -> int:
+        return self._run

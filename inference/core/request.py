@@ -20,8 +20,9 @@ class QueueFullError(RequestError):
 
 
 class Status(Enum):
-    """Where a request stands; a preempted one waits again, its keys and values dropped."""
+    """Where a request stands: a held one may not start yet, a preempted one waits again without keys and values."""
 
+    HELD = "held"
     WAITING = "waiting"
     RUNNING = "running"
     PREEMPTED = "preempted"
@@ -45,6 +46,9 @@ class Request:
         cache_salt: requests share cached prefixes only with requests of the same salt.
         encoder_token_ids: what an encoder reads first, whole, in the step in which the request starts; the prompt is
             then what the decoder begins with. None without an encoder.
+        seed: the 64-bit key of its random numbers.
+        deadline: on the scheduler's clock; if it has not started until then it expires. None = never.
+        parent: the choice of the same prompt that computes it; this one waits for it and then takes over its blocks.
     """
 
     id: str
@@ -56,6 +60,9 @@ class Request:
     choice: int = 0
     cache_salt: str = ""
     encoder_token_ids: Sequence[int] | None = None
+    seed: int = 0
+    deadline: float | None = None
+    parent: "Request | None" = None
 
     status: Status = field(default=Status.WAITING, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
@@ -67,19 +74,31 @@ class Request:
     """`params.max_tokens`, or what the context leaves; set at admission to the queue."""
     num_computed_tokens: int = field(default=0, init=False)
     """Leading tokens whose keys and values are in the cache."""
+    num_launched_tokens: int = field(default=0, init=False)
+    """Those and the ones that launched steps compute."""
+    num_pending_tokens: int = field(default=0, init=False)
+    """1 when a launched step samples its next token, which nobody knows yet."""
     num_cached_tokens: int = field(default=0, init=False)
     """Prompt tokens found in the prefix cache when it first started; resuming after preemption does not count."""
     num_preemptions: int = field(default=0, init=False)
     order: int = field(default=-1, init=False)
     """Its place in the order of arrival at the scheduler."""
-    in_flight: bool = field(default=False, init=False)
-    """It is in the launched step, which may still read and write its blocks."""
+    in_flight: int = field(default=0, init=False)
+    """Launched steps that it is in, which may still read and write its blocks."""
     block_table: list[int] = field(default_factory=list, init=False)
     """Block i holds tokens i * block_size onwards. It changes only in `schedule`, `commit`, `abort` and `finish`."""
     block_hashes: list[bytes] = field(default_factory=list, init=False)
     """Hash chain of the full blocks of `token_ids`, as far as it was needed."""
     num_published_blocks: int = field(default=0, init=False)
     """Leading blocks of the table that are in the prefix cache."""
+    replaced_blocks: list[int] = field(default_factory=list, init=False)
+    """Blocks that the table had when a step was launched that still runs, and has no more."""
+    copied_block: int | None = field(default=None, init=False)
+    """The parent's last, partly filled block, to be copied in the step in which it starts."""
+    suspect: bool = field(default=False, init=False)
+    """A step that it was in has failed; it runs with no other suspect until one has succeeded."""
+    held_by: set[str] = field(default_factory=set, init=False)
+    """What a held request waits for."""
     root: bytes = field(default=b"", init=False)
     """Hash of what all its keys and values depend on besides its tokens, once it was needed."""
     memory_table: tuple[int, ...] = field(default=(), init=False)
@@ -101,6 +120,13 @@ class Request:
         return len(self.token_ids) - len(self.prompt_token_ids)
 
     @property
+    def continues(self) -> bool:
+        """Something is left to compute after the launched steps, as far as is known."""
+        if self.num_pending_tokens:
+            return self.num_output_tokens + 1 < self.max_tokens
+        return self.num_launched_tokens < self.num_tokens
+
+    @property
     def output_token_ids(self) -> list[int]:
         """The sampled tokens (a copy)."""
         return self.token_ids[len(self.prompt_token_ids) :]
@@ -109,11 +135,6 @@ class Request:
     def rank(self) -> tuple[int, int]:
         """The order of service; the largest rank is the first victim of preemption."""
         return self.priority, self.order
-
-    @property
-    def suppressed_token_ids(self) -> frozenset[int]:
-        """Tokens that must not be sampled next, because `min_tokens` are not out yet."""
-        return self.stop_ids if self.num_output_tokens < self.params.min_tokens else _NONE
 
     def append(self, token: int) -> FinishReason | None:
         """Take a sampled token and say whether it ends the request."""

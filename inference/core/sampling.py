@@ -77,6 +77,16 @@ class SamplingParams:
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} ({getattr(self, name)!r}) must be true or false", name)
 
+    @property
+    def needs_history(self) -> bool:
+        """The next token can not be chosen before the last one is known here: no step may be scheduled ahead of it."""
+        return False
+
+    @property
+    def reads_prefix(self) -> bool:
+        """Whether tokens that are in the prefix cache need not be computed."""
+        return True
+
     @staticmethod
     def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
         whole = isinstance(value, int) and not isinstance(value, bool)

@@ -4,71 +4,29 @@ Running requests first, in the order in which they started, then waiting ones by
 chunked prefill, prefix-cache hits and resumption after preemption. An encoder's input is computed whole, in the step
 in which its request starts, under the same budget. Policy returns data: `schedule` gives a StepPlan, the runner
 executes it, `commit` takes the sampled tokens. Between the two the step is launched, and no block that it may touch is
-freed.
+freed. While it runs, `schedule_ahead` plans the next one where that needs no token that is not known yet.
+
+Static and dynamic batching are other rules of admission (`admission.py`) for the same steps.
 """
 
 import sys
 from bisect import bisect_left, insort
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from operator import attrgetter
 
 from ... import RequestError
 from ..config import EngineConfig
+from .admission import Admission
 from .blocks import BlockManager
+from .deadlines import Deadlines
 from .request import FinishReason, QueueFullError, Request, Status
+from .step import Draft, StepPlan
 
 _rank = attrgetter("rank")
-
-
-@dataclass(frozen=True, slots=True)
-class Scheduled:
-    """A request's share of a step: compute its tokens `start` to `start + count - 1`.
-
-    Args:
-        request: read-only for the runner.
-        start: position of the first token; the tokens before it are in the cache.
-        count: at least 1.
-        block_table: block of every `block_size` positions, at least as far as this step writes; stable until commit.
-        samples: the last of these tokens is the sequence's last, so its logits give the next token.
-        memory_table: block of every `block_size` encoder tokens; empty without an encoder.
-        encoded: encoder tokens to compute before these: all of the request's, or 0.
-    """
-
-    request: Request
-    start: int
-    count: int
-    block_table: Sequence[int]
-    samples: bool
-    memory_table: Sequence[int] = ()
-    encoded: int = 0
-
-    @property
-    def cost(self) -> int:
-        """Tokens of the budget."""
-        return self.count + self.encoded
-
-    @property
-    def token_ids(self) -> list[int]:
-        """The `count` tokens to compute."""
-        return self.request.token_ids[self.start : self.start + self.count]
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One step, to be executed and then committed; nothing to do is a plan of 0 tokens, which is committed as well.
-
-    Args:
-        scheduled: in batch order, every request at most once.
-        num_tokens: sum of their costs, at most the budget.
-        preempted: requests that lost their blocks and wait again.
-        expired: requests that waited longer than `queue_timeout` and finished as "abort" (HTTP 503).
-    """
-
-    scheduled: tuple[Scheduled, ...]
-    num_tokens: int
-    preempted: tuple[Request, ...]
-    expired: tuple[Request, ...]
+CALLER = ""
+"""Who holds a request until `release`; no request has this id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +35,7 @@ class SchedulerStats:
 
     Args:
         running: requests with blocks.
-        waiting: queued requests, the preempted ones included.
+        waiting: queued requests, the held and the preempted ones included.
         usage: referenced / usable blocks, 0 when idle.
         preemptions: how often a request lost its blocks.
         prefix_queries: prompt tokens looked up in the prefix cache, once a request.
@@ -92,30 +50,6 @@ class SchedulerStats:
     prefix_hits: int
 
 
-@dataclass(slots=True)
-class _Draft:
-    """A plan under construction."""
-
-    budget: int
-    scheduled: dict[str, Scheduled] = field(default_factory=dict)
-    preempted: list[Request] = field(default_factory=list)
-
-    def give(self, request: Request) -> None:
-        """Schedule as many of the request's missing tokens as the budget allows."""
-        start, missing = request.num_computed_tokens, len(request.token_ids) - request.num_computed_tokens
-        encoded = request.num_unencoded_tokens
-        count = min(missing, self.budget - encoded)
-        item = Scheduled(request, start, count, request.block_table, count == missing, request.memory_table, encoded)
-        self.budget -= item.cost
-        self.scheduled[request.id] = item
-
-    def take_back(self, request: Request) -> None:
-        """Unschedule a request; nothing is launched yet."""
-        item = self.scheduled.pop(request.id, None)
-        if item is not None:
-            self.budget += item.cost
-
-
 class Scheduler:
     """Owns every live request; single-threaded; the same calls give the same plans.
 
@@ -124,7 +58,7 @@ class Scheduler:
     Args:
         config: limits; `max_model_len` None means whatever fits the pool.
         blocks: the KV cache's blocks, used by this scheduler alone.
-        clock: seconds, the same clock as `Request.arrival`; read only when `queue_timeout` is set.
+        clock: seconds, the same clock as `Request.arrival`; read only where a deadline or a window is set.
     """
 
     def __init__(self, config: EngineConfig, blocks: BlockManager, clock: Callable[[], float]) -> None:
@@ -137,15 +71,21 @@ class Scheduler:
         the budget uses it up, and nothing starts behind it. So no decode ever waits for a prefill."""
         self.waiting: list[Request] = []
         """By rank; a preempted request stands before all of its class, because it came earlier."""
-        self._clock = clock
-        self._launched: StepPlan | None = None
+        self.held: dict[str, Request] = {}
+        """Requests that may not start yet; they stand in nobody's way."""
+        self._admission = Admission(config, clock)
+        self._deadlines = Deadlines(config.queue_timeout, clock)
+        self._launched: deque[StepPlan] = deque()
         self._arrivals = 0
         self._preemptions = 0
         self._prefix_queries = 0
         self._prefix_hits = 0
 
-    def add(self, *requests: Request) -> None:
-        """Queue requests, all of them or none.
+    def add(self, *requests: Request, held: bool = False) -> None:
+        """Queue requests, all of them or none. One with a parent starts when the parent's prompt is computed.
+
+        Args:
+            held: they may not start before `release`.
 
         Raises:
             RequestError: a request that could never run; both numbers are named.
@@ -158,9 +98,10 @@ class Scheduler:
                 raise RequestError(
                     f"request_id ({name!r}) must be new among live requests: choose another", "request_id"
                 )
-        if len(self.waiting) + len(requests) > self.config.max_waiting:
+        waiting = len(self.waiting) + len(self.held)
+        if waiting + len(requests) > self.config.max_waiting:
             raise QueueFullError(
-                f"{len(self.waiting)} requests wait and {len(requests)} more would exceed max_waiting "
+                f"{waiting} requests wait and {len(requests)} more would exceed max_waiting "
                 f"({self.config.max_waiting}): try again later"
             )
         for request, limit in zip(requests, limits, strict=True):
@@ -168,24 +109,58 @@ class Scheduler:
             request.order = self._arrivals
             self._arrivals += 1
             self.requests[request.id] = request
-            insort(self.waiting, request, key=_rank)
+            self._deadlines.add(request)
+            if held:
+                request.held_by.add(CALLER)
+            if request.parent is not None and request.parent.id in self.requests:
+                request.held_by.add(request.parent.id)
+            if request.held_by:
+                request.status = Status.HELD
+                self.held[request.id] = request
+            else:
+                insort(self.waiting, request, key=_rank)
+
+    def release(self, request_id: str) -> None:
+        """Let a held request start, as far as its caller is concerned; without effect when it has ended."""
+        if request_id in self.held:
+            self._free(self.held[request_id], CALLER)
+
+    @property
+    def patience(self) -> float:
+        """Seconds until there may be something to schedule, if there is nothing now and nothing else happens."""
+        return self._admission.patience(self.waiting)
 
     def schedule(self) -> StepPlan:
-        """Plan and launch the next step; exactly one `commit` must follow before the next call."""
-        if self._launched is not None:
+        """Plan and launch the next step, when none is launched; exactly one `commit` must follow."""
+        if self._launched:
             raise RuntimeError("schedule() was called before commit() of the launched step")
-        expired = self._expire()
-        draft = _Draft(self.config.max_num_batched_tokens)
+        expired, draft = self._expire(), self._draft()
         for request in tuple(self.running):
             if request.status is Status.RUNNING and self._extend(request, draft):
                 draft.give(request)
         self._admit(draft)
-        num_tokens = self.config.max_num_batched_tokens - draft.budget
-        plan = StepPlan(tuple(draft.scheduled.values()), num_tokens, tuple(draft.preempted), expired)
-        for item in plan.scheduled:
-            item.request.in_flight = True
-        self._launched = plan
-        return plan
+        return self._launch(draft, expired)
+
+    def schedule_ahead(self) -> StepPlan | None:
+        """Plan and launch the step after the launched one, which is to be committed first.
+
+        None when that would need what only the launched step's commit can give: the value of a token, or room at the
+        cost of a running request; or when there is nothing to do. A request that may end by the token that is sampled
+        now is computed on; if it ends, that is dropped.
+        """
+        going = [request for request in self.running if request.continues]
+        if len(self._launched) != 1 or any(r.num_pending_tokens and r.params.needs_history for r in going):
+            return None
+        draft = self._draft()
+        for request in going:
+            if not self.blocks.extend(request):
+                return None
+            draft.give(request)
+        first = self._admission.first(self.waiting)
+        if first is not None and self._outranks(first):
+            return None
+        self._admit(draft)
+        return self._launch(draft, ()) if draft.scheduled else None
 
     def commit(self, plan: StepPlan, sampled: Mapping[str, int]) -> list[Request]:
         """Take the results of the launched step.
@@ -197,27 +172,54 @@ class Scheduler:
             sampled: request id → next token, for every live request of the plan that `samples`.
 
         Returns:
-            The requests that got a token, with their `finish_reason` if it was the last.
+            The requests that got a token, with their `finish_reason` if it was the last; and those that want none,
+            when their prompt is computed.
         """
-        if plan is not self._launched:
+        if not self._launched or plan is not self._launched[0]:
             raise RuntimeError("commit() needs the plan of the launched step, once")
-        self._launched = None
+        self._launched.popleft()
         advanced = []
         for item in plan.scheduled:
             request = item.request
-            request.in_flight = False
+            request.in_flight -= 1
             if request.status is Status.FINISHED:
-                self.blocks.release(request)
+                if not request.in_flight:
+                    self.blocks.release(request)
                 continue
             request.num_computed_tokens += item.count
-            request.num_unencoded_tokens = 0
+            request.suspect = False
             self.blocks.publish(request)
             if item.samples:
+                request.num_pending_tokens = 0
                 reason = request.append(sampled[request.id])
                 if reason is not None:
                     self._retire(request, reason)
                 advanced.append(request)
+            elif not request.max_tokens and not request.continues:
+                self._retire(request, "length")
+                advanced.append(request)
+            if request.num_computed_tokens >= len(request.prompt_token_ids):
+                self._free_children(request)
         return advanced
+
+    def discard(self) -> list[Request]:
+        """Forget the launched steps, of which one has failed, so that nothing that they computed is to be trusted.
+
+        Returns:
+            Their live requests, which wait again as after preemption and are suspects now.
+        """
+        items = [item for plan in self._launched for item in plan.scheduled]
+        self._launched.clear()
+        for item in items:
+            item.request.in_flight = 0
+        failed = list(dict.fromkeys(item.request for item in items))
+        for request in failed:
+            if request.status is Status.FINISHED:
+                self.blocks.release(request)
+            else:
+                request.suspect, request.num_pending_tokens = True, 0
+                self._preempt(request, self._draft())
+        return [request for request in failed if request.status is not Status.FINISHED]
 
     def finish(self, request_id: str, reason: FinishReason) -> Request | None:
         """End a request wherever it stands; None if it is not (or no longer) known."""
@@ -233,7 +235,7 @@ class Scheduler:
     def stats(self) -> SchedulerStats:
         return SchedulerStats(
             running=len(self.running),
-            waiting=len(self.waiting),
+            waiting=len(self.waiting) + len(self.held),
             usage=self.blocks.usage,
             preemptions=self._preemptions,
             prefix_queries=self._prefix_queries,
@@ -247,7 +249,7 @@ class Scheduler:
             raise RequestError("prompt (0 tokens) must have at least one token", "prompt")
         slots = (self.blocks.num_usable - self._memory_blocks(request)) * self.blocks.block_size
         context = self.config.max_model_len
-        limit, name = slots + 1, f"the KV cache ({slots} tokens) by more than the last, uncached one"
+        limit, name = slots + (wanted != 0), f"the KV cache ({slots} tokens) by more than the last, uncached one"
         if context is not None and context <= limit:
             limit, name = context, f"max_model_len ({context})"
         least = max(1, request.params.min_tokens) if wanted is None else wanted
@@ -276,21 +278,44 @@ class Scheduler:
                 raise RequestError(f"prompt ({size} tokens, the encoder's input) {rule}", "prompt")
         return self.blocks.spanned(size)
 
+    def _draft(self) -> Draft:
+        return Draft(self.config.max_num_batched_tokens, self.blocks.block_size)
+
+    def _launch(self, draft: Draft, expired: tuple[Request, ...]) -> StepPlan:
+        num_tokens = self.config.max_num_batched_tokens - draft.budget
+        plan = StepPlan(tuple(draft.scheduled.values()), num_tokens, tuple(draft.preempted), expired)
+        for item in plan.scheduled:
+            request = item.request
+            request.in_flight += 1
+            request.num_launched_tokens += item.count
+            request.num_pending_tokens += item.samples
+            request.num_unencoded_tokens, request.copied_block = 0, None
+        self._launched.append(plan)
+        return plan
+
     def _expire(self) -> tuple[Request, ...]:
-        timeout = self.config.queue_timeout
-        if timeout is None:
-            return ()
-        now, expired = self._clock(), []
-        for request in self.requests.values():
-            if request.status is Status.WAITING:
-                if now - request.arrival < timeout:
-                    break
-                expired.append(request)
+        expired = self._deadlines.expired()
         for request in expired:
             self._retire(request, "abort")
-        return tuple(expired)
+        return expired
 
-    def _extend(self, request: Request, draft: _Draft) -> bool:
+    def _free(self, request: Request, reason: str) -> None:
+        """One thing less that a held request waits for."""
+        request.held_by.discard(reason)
+        if not request.held_by:
+            del self.held[request.id]
+            request.status = Status.WAITING
+            insort(self.waiting, request, key=_rank)
+
+    def _free_children(self, parent: Request) -> None:
+        for request in [held for held in self.held.values() if parent.id in held.held_by]:
+            self._free(request, parent.id)
+
+    def _outranks(self, request: Request) -> bool:
+        """Whether a waiting request is more urgent than a running one."""
+        return any(request.priority < running.priority for running in self.running)
+
+    def _extend(self, request: Request, draft: Draft) -> bool:
         """Find blocks for a running request, at the cost of the lowest ranks; False = it was the lowest itself."""
         while not self.blocks.extend(request):
             victim = max(self.running, key=_rank)
@@ -299,13 +324,16 @@ class Scheduler:
                 return False
         return True
 
-    def _admit(self, draft: _Draft) -> None:
+    def _admit(self, draft: Draft) -> None:
         """Start waiting requests in order of rank while budget, seats and blocks last; nobody overtakes the head."""
-        while self.waiting and draft.budget:
-            request = self.waiting[0]
-            if request in draft.preempted or not self._make_room(request, draft):
+        self._admission.form(self.waiting, self.running)
+        while draft.budget:
+            request = self._admission.first(self.waiting)
+            if request is None or request in draft.preempted or self._barred(request):
                 break
-            del self.waiting[0]
+            if not self._make_room(request, draft):
+                break
+            self.waiting.remove(request)
             self.running.append(request)
             request.status = Status.RUNNING
             if request.num_preemptions == 0:
@@ -314,7 +342,11 @@ class Scheduler:
                 self._prefix_queries += request.num_tokens
             draft.give(request)
 
-    def _make_room(self, request: Request, draft: _Draft) -> bool:
+    def _barred(self, request: Request) -> bool:
+        """Whether a suspect has to wait for another one to prove itself."""
+        return request.suspect and any(running.suspect for running in self.running)
+
+    def _make_room(self, request: Request, draft: Draft) -> bool:
         """Give a waiting request what it needs to start, if need be at the cost of running ones of lower priority."""
         while not self._start(request, draft):
             victim = max(self.running, key=_rank, default=None)
@@ -323,12 +355,12 @@ class Scheduler:
             self._preempt(victim, draft)
         return True
 
-    def _start(self, request: Request, draft: _Draft) -> bool:
+    def _start(self, request: Request, draft: Draft) -> bool:
         """Find a seat, a share of the budget for its encoder's whole input and one token, and its blocks."""
         seated = len(self.running) < self.config.max_num_seqs
         return seated and self.blocks.to_encode(request) < draft.budget and self.blocks.start(request)
 
-    def _preempt(self, victim: Request, draft: _Draft) -> None:
+    def _preempt(self, victim: Request, draft: Draft) -> None:
         draft.take_back(victim)
         draft.preempted.append(victim)
         self.running.remove(victim)
@@ -342,9 +374,13 @@ class Scheduler:
         del self.requests[request.id]
         if request.status is Status.RUNNING:
             self.running.remove(request)
+        elif request.status is Status.HELD:
+            del self.held[request.id]
         else:
             del self.waiting[bisect_left(self.waiting, request.rank, key=_rank)]
         request.status = Status.FINISHED
         request.finish_reason = reason
+        request.num_pending_tokens = 0
         if not request.in_flight:
             self.blocks.release(request)
+        self._free_children(request)

@@ -4,15 +4,15 @@ T tokens, B scheduled requests, M blocks of the longest table, R rows whose logi
 an encoder.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from ..core.request import Request
-from ..core.scheduler import StepPlan
+from ..core.step import Scheduled, StepPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Batch:
         context_lens_B: int32 tokens of each sequence, those of this step included.
         cu_q_B1: int32 offset of each request's first token.
         logit_rows_R: int64, the last token of each request that samples; a prefill chunk that is not the last has none.
-        sampling: the requests that sample, in the order of `logit_rows_R`.
+        sampling: the items that sample, in the order of `logit_rows_R`.
         memory: of the encoder; None without one.
     """
 
@@ -59,22 +59,34 @@ class Batch:
     context_lens_B: Tensor
     cu_q_B1: Tensor
     logit_rows_R: Tensor
-    sampling: tuple[Request, ...]
+    sampling: tuple[Scheduled, ...]
     memory: Memory | None = None
 
 
-def build_batch(plan: StepPlan, block_size: int, device: torch.device, encoder: bool = False) -> Batch:
-    """Lay out `plan` on `device`, with an encoder's part or without. A plan of no tokens gives a batch of size 0."""
+def build_batch(
+    plan: StepPlan,
+    block_size: int,
+    device: torch.device,
+    encoder: bool = False,
+    newest: Mapping[str, int] = MappingProxyType({}),
+) -> Batch:
+    """Lay out `plan` on `device`, with an encoder's part or without. A plan of no tokens gives a batch of size 0.
+
+    Args:
+        newest: the tokens that the step before sampled, by request, for those that the plan does not know.
+    """
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     for item in plan.scheduled:
         span = range(item.start, item.start + item.count)
         tokens += item.token_ids
+        if len(item.token_ids) < item.count:
+            tokens.append(newest[item.request.id])
         positions += span
         slots += _slots(item.block_table, span, block_size)
     ends = [0, *accumulate(item.count for item in plan.scheduled)]
-    lengths = [item.start + item.count for item in plan.scheduled]
+    lengths = [item.end for item in plan.scheduled]
     rows = [end - 1 for item, end in zip(plan.scheduled, ends[1:], strict=True) if item.samples]
 
     def tensor(values: object, dtype: torch.dtype) -> Tensor:
@@ -88,7 +100,7 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device, encoder: 
         context_lens_B=tensor(lengths, torch.int32),
         cu_q_B1=tensor(ends, torch.int32),
         logit_rows_R=tensor(rows, torch.int64),
-        sampling=tuple(item.request for item in plan.scheduled if item.samples),
+        sampling=tuple(item for item in plan.scheduled if item.samples),
         memory=_memory(plan, block_size, device) if encoder else None,
     )
 

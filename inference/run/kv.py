@@ -5,6 +5,7 @@ The size is planned first, as data that can be printed and tested, then allocate
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -120,6 +121,13 @@ class KVCache:
             if form.shared
             else torch.zeros((*pages, form.value_dim), dtype=plan.dtype, device=device)
         )
+
+    def copy(self, blocks: Sequence[tuple[int, int]]) -> None:
+        """Copy the contents of blocks, given as (from, to), in all layers."""
+        if blocks:
+            source, target = torch.tensor(blocks, device=self.keys.device).unbind(1)
+            for pages in (self.keys,) if self.plan.form.shared else (self.keys, self.values):
+                pages[:, target] = pages[:, source]
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """(keys, values), each [num_blocks, block_size, G, d]."""

@@ -10,10 +10,12 @@ from ...moe.models.context import VarlenContext
 from ...moe.models.decoder import Decoder
 from ...moe.routing.record import RouteContext
 from ...moe.routing.stats import RoutingStats
-from ..core.scheduler import StepPlan
+from ..core.step import StepPlan
 from .batch import Batch, Memory, build_batch
 from .context import PagedContext
+from .executor import StepResult
 from .kv import KVCache, KVPlan
+from .sampler import sample
 
 
 class ModelRunner:
@@ -33,16 +35,28 @@ class ModelRunner:
         self.device = model.embed.weight.device
         self.cache = KVCache(plan, self.device)
         experts = model.cfg.moe.num_experts if model.cfg.moe else 0
+        self._newest: dict[str, int] = {}
+        """The tokens that the last step sampled, by request."""
         self.routing = RoutingStats(model.cfg.moe_layers, experts, self.device)
 
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Compute one step: forward, then sample."""
+        batch, logits_RV = self.forward(plan)
+        ids = [item.request.id for item in batch.sampling]
+        sampled = dict(zip(ids, sample(logits_RV, batch.sampling), strict=True))
+        self._newest = {name: result.token or 0 for name, result in sampled.items()}
+        return StepResult(sampled=sampled)
+
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> tuple[Batch, Tensor]:
-        """Compute one step.
+    def forward(self, plan: StepPlan) -> tuple[Batch, Tensor]:
+        """The model's part of a step.
 
         Returns:
-            the batch, and float32 logits_RV of the next token of `batch.sampling`'s requests.
+            the batch, and float32 logits_RV of the next token of `batch.sampling`.
         """
-        batch = build_batch(plan, self.cache.plan.block_size, self.device, self.model.encoder is not None)
+        self.cache.copy(plan.copies)
+        encoder = self.model.encoder is not None
+        batch = build_batch(plan, self.cache.plan.block_size, self.device, encoder, self._newest)
         memory_SD = None if batch.memory is None else self.encode(batch.memory)
         context = PagedContext(batch, self.cache, memory_SD)
         logits_RV = self.model(batch.tokens_T, batch.positions_T, context)

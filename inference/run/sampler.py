@@ -17,6 +17,7 @@ from torch import Tensor
 from ...kernels.random import SAMPLE, uniform
 from ..core.request import Request
 from ..core.sampling import MAX_LOGPROBS
+from ..core.step import Scheduled
 
 GREEDY = 1e-5
 """Temperatures below are greedy: float32 logits divided by them overflow."""
@@ -42,34 +43,34 @@ class Sampled:
 
 
 @torch.inference_mode()
-def sample(logits_RV: Tensor, requests: Sequence[Request], seeds: Sequence[int]) -> list[Sampled]:
+def sample(logits_RV: Tensor, items: Sequence[Scheduled]) -> list[Sampled]:
     """Choose a token for each row.
 
     Args:
         logits_RV: float32, as the model gave them; not changed.
-        requests: one a row; their parameters, choice and position.
-        seeds: the 64-bit key of each request's random numbers.
+        items: one a row: the request, and the position of its next token.
     """
-    if not requests:
+    if not items:
         return []
+    requests = [item.request for item in items]
     finite_R = logits_RV.amax(-1).isfinite()
-    scores_RV = _suppress(logits_RV, requests)
+    scores_RV = _suppress(logits_RV, items)
     tokens_R = _lowest_argmax(scores_RV)
     if any(r.params.temperature >= GREEDY for r in requests):
         temperature_R = logits_RV.new_tensor([min(r.params.temperature, FLAT) for r in requests])
         greedy_R = temperature_R < GREEDY
         probs_RV = (scores_RV / temperature_R.masked_fill(greedy_R, 1.0)[:, None]).softmax(-1)
-        drawn_R = _draw(_truncate(probs_RV, requests), requests, seeds)
+        drawn_R = _draw(_truncate(probs_RV, requests), items)
         tokens_R = torch.where(greedy_R, tokens_R, drawn_R)
     logprobs = _logprobs(logits_RV, tokens_R, requests)
     rows = zip(tokens_R.tolist(), finite_R.tolist(), logprobs, strict=True)
     return [Sampled(token, logprob) if finite else Sampled(None) for token, finite, logprob in rows]
 
 
-def _suppress(logits_RV: Tensor, requests: Sequence[Request]) -> Tensor:
+def _suppress(logits_RV: Tensor, items: Sequence[Scheduled]) -> Tensor:
     """Logits with the tokens that may not come yet at −inf."""
     vocabulary = logits_RV.shape[1]
-    places = [(row, t) for row, r in enumerate(requests) for t in r.suppressed_token_ids if t < vocabulary]
+    places = [(row, t) for row, item in enumerate(items) for t in item.suppressed_token_ids if t < vocabulary]
     if not places:
         return logits_RV
     rows, columns = torch.tensor(places, device=logits_RV.device).unbind(1)
@@ -125,14 +126,14 @@ def _border(probs_PV: Tensor, limit_P1: Tensor, mass_P1: Tensor, size: int) -> t
     return count_P1, best_PC.gather(1, count_P1 - 1), enough_P
 
 
-def _draw(probs_RV: Tensor, requests: Sequence[Request], seeds: Sequence[int]) -> Tensor:
+def _draw(probs_RV: Tensor, items: Sequence[Scheduled]) -> Tensor:
     """The token at which the cumulative probability passes u · total, u ~ U[0, 1) keyed by (seed, choice, position)."""
     device = probs_RV.device
-    signed = [seed - 2**64 if seed >= 2**63 else seed for seed in seeds]
+    signed = [seed - 2**64 if seed >= 2**63 else seed for seed in (item.request.seed for item in items)]
     u_R1 = uniform(
         torch.tensor(signed, device=device),
-        torch.tensor([r.num_tokens for r in requests], device=device),
-        step=torch.tensor([r.choice for r in requests], device=device),
+        torch.tensor([item.end for item in items], device=device),
+        step=torch.tensor([item.request.choice for item in items], device=device),
         layer=0,
         purpose=SAMPLE,
     )

@@ -5,7 +5,7 @@ import zlib
 from dataclasses import dataclass
 
 from turnout.inference.core.request import FinishReason, Request
-from turnout.inference.core.scheduler import Scheduled
+from turnout.inference.core.step import Scheduled
 
 PRIME = 2**61 - 1
 VOCABULARY = 6  # prompts use 0, 1 and 2; 4 and 5 end a sequence

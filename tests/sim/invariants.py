@@ -5,7 +5,8 @@ from collections.abc import Collection
 from itertools import pairwise
 
 from turnout.inference.core.request import Request
-from turnout.inference.core.scheduler import Scheduled, Scheduler, StepPlan
+from turnout.inference.core.scheduler import Scheduler
+from turnout.inference.core.step import Scheduled, StepPlan
 
 from .doubles import MODEL, CanaryCache
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 from turnout.inference.core.blocks import BlockManager
 from turnout.inference.core.prefix import PrefixCache
 from turnout.inference.core.request import FinishReason, Request, Status
-from turnout.inference.core.scheduler import Scheduler, StepPlan, _Draft
+from turnout.inference.core.scheduler import Scheduler
+from turnout.inference.core.step import Draft, StepPlan
 
 
 class StaleHash(BlockManager):
@@ -127,7 +128,7 @@ class NoSalt(BlockManager):
 class ZeroTokenStep(Scheduler):
     """A prompt longer than the budget is never started."""
 
-    def _make_room(self, request: Request, draft: _Draft) -> bool:
+    def _make_room(self, request: Request, draft: Draft) -> bool:
         return request.num_tokens <= self.config.max_num_batched_tokens and super()._make_room(request, draft)
 
 
@@ -163,14 +164,15 @@ class ChunkSamples(Scheduler):
 
     def schedule(self) -> StepPlan:
         plan = super().schedule()
-        self._launched = replace(plan, scheduled=tuple(replace(item, samples=True) for item in plan.scheduled))
-        return self._launched
+        plan = replace(plan, scheduled=tuple(replace(item, samples=True) for item in plan.scheduled))
+        self._launched[-1] = plan
+        return plan
 
 
 class OldestVictim(Scheduler):
     """The victim of preemption is whoever started first."""
 
-    def _extend(self, request: Request, draft: _Draft) -> bool:
+    def _extend(self, request: Request, draft: Draft) -> bool:
         while not self.blocks.extend(request):
             victim = self.running[0]
             self._preempt(victim, draft)
@@ -182,7 +184,7 @@ class OldestVictim(Scheduler):
 class BackOfTheQueue(Scheduler):
     """A preempted request queues behind its whole class."""
 
-    def _preempt(self, victim: Request, draft: _Draft) -> None:
+    def _preempt(self, victim: Request, draft: Draft) -> None:
         super()._preempt(victim, draft)
         self.waiting.remove(victim)
         self.waiting.append(victim)
@@ -191,7 +193,7 @@ class BackOfTheQueue(Scheduler):
 class LostToken(Scheduler):
     """Preemption forgets the last sampled token."""
 
-    def _preempt(self, victim: Request, draft: _Draft) -> None:
+    def _preempt(self, victim: Request, draft: Draft) -> None:
         super()._preempt(victim, draft)
         if victim.num_output_tokens:
             victim.token_ids.pop()
@@ -200,7 +202,7 @@ class LostToken(Scheduler):
 class PriorityIgnored(Scheduler):
     """A waiting request of higher priority gets no seat from running ones of lower priority."""
 
-    def _make_room(self, request: Request, draft: _Draft) -> bool:
+    def _make_room(self, request: Request, draft: Draft) -> bool:
         return len(self.running) < self.config.max_num_seqs and self.blocks.start(request)
 
 
@@ -257,7 +259,7 @@ class MemoryOfBefore(BlockManager):
 class EncoderIsFree(Scheduler):
     """What the encoder reads is not counted in the budget."""
 
-    def _start(self, request: Request, draft: _Draft) -> bool:
+    def _start(self, request: Request, draft: Draft) -> bool:
         started = super()._start(request, draft)
         draft.budget += request.num_unencoded_tokens if started else 0
         return started

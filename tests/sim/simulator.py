@@ -12,7 +12,8 @@ from turnout.inference.config import EngineConfig
 from turnout.inference.core.blocks import BlockManager
 from turnout.inference.core.request import QueueFullError, Request, Status
 from turnout.inference.core.sampling import SamplingParams
-from turnout.inference.core.scheduler import Scheduled, Scheduler, StepPlan
+from turnout.inference.core.scheduler import Scheduler
+from turnout.inference.core.step import Scheduled, StepPlan
 
 from .doubles import EOS, MODEL, CanaryCache, FakeClock
 from .invariants import PrefixWatch, check_blocks, check_drained, check_memories, check_plan

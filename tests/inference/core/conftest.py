@@ -10,7 +10,8 @@ from turnout.inference.config import EngineConfig
 from turnout.inference.core.blocks import BlockManager
 from turnout.inference.core.request import Request
 from turnout.inference.core.sampling import SamplingParams
-from turnout.inference.core.scheduler import Scheduler, StepPlan
+from turnout.inference.core.scheduler import Scheduler
+from turnout.inference.core.step import StepPlan
 from turnout.tests.sim.doubles import FakeClock
 
 TOKEN = 7

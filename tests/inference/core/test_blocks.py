@@ -132,9 +132,9 @@ def test_I6_a_hit_makes_a_prefix_recent(bench):
 def test_I6_a_prefix_computed_twice_is_kept_once(bench):
     server = bench(usable=6)
     first, second = server.add("a", PROMPT), server.add("b", PROMPT)
-    server.scheduler.schedule()
+    plan = server.scheduler.schedule()
     assert not set(first.block_table) & set(second.block_table), "side by side, nothing is published yet"
-    server.commit(server.scheduler._launched)
+    server.commit(plan)
     assert first.block_table[:2] == second.block_table[:2]
     assert len(server.blocks.free) == 2
 

@@ -2,6 +2,9 @@
 
 import pytest
 
+from turnout.inference.core.request import Request
+from turnout.inference.core.step import Scheduled
+
 EOS = frozenset({1, 2})
 
 
@@ -11,6 +14,11 @@ def request_with(bench):
         return bench().add("a", max_tokens=4, eos_token_ids=EOS, **fields)
 
     return make
+
+
+def sampling(request: Request) -> Scheduled:
+    """The request's share of a step that samples its next token."""
+    return Scheduled(request, request.num_tokens - 1, 1, [0], [1], samples=True)
 
 
 @pytest.mark.parametrize("token", sorted(EOS))
@@ -39,9 +47,9 @@ def test_a_stop_token_as_the_last_one_allowed_is_a_stop(request_with):
 def test_min_tokens_suppresses_every_end_until_they_are_out(request_with):
     request = request_with(min_tokens=2, stop_token_ids=[9])
     for _ in range(2):
-        assert request.suppressed_token_ids == {1, 2, 9}
+        assert sampling(request).suppressed_token_ids == {1, 2, 9}
         assert request.append(1) is None
-    assert request.suppressed_token_ids == frozenset()
+    assert sampling(request).suppressed_token_ids == frozenset()
     assert request.append(9) == "stop"
 
 

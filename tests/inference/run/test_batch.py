@@ -5,7 +5,7 @@ import torch
 
 from turnout.inference.core.request import Request
 from turnout.inference.core.sampling import SamplingParams
-from turnout.inference.core.scheduler import Scheduled, StepPlan
+from turnout.inference.core.step import Scheduled, StepPlan
 from turnout.inference.run.batch import build_batch
 
 CPU = torch.device("cpu")
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 def scheduled(name: str, tokens: list[int], start: int, count: int, table: list[int]) -> Scheduled:
     request = Request(id=name, prompt_token_ids=tokens, params=SamplingParams())
-    return Scheduled(request, start, count, table, start + count == len(tokens))
+    return Scheduled(request, start, count, tokens[start : start + count], table, start + count == len(tokens))
 
 
 def test_decodes_and_chunks_lie_one_after_another_with_their_slots():
@@ -28,13 +28,22 @@ def test_decodes_and_chunks_lie_one_after_another_with_their_slots():
     assert batch.context_lens_B.tolist() == [6, 6, 3]
     assert batch.block_tables_BM.tolist() == [[3, 1, 0, 0, 0], [7, 2, 5, 4, 6], [8, 0, 0, 0, 0]]
     assert batch.logit_rows_R.tolist() == [0, 7]
-    assert [request.id for request in batch.sampling] == ["decode", "last"]
+    assert [item.request.id for item in batch.sampling] == ["decode", "last"]
+
+
+def test_a_token_that_is_not_known_yet_comes_from_the_step_before():
+    request = Request(id="ahead", prompt_token_ids=[1, 2, 3], params=SamplingParams())
+    item = Scheduled(request, 3, 1, [], [2], samples=True)
+    batch = build_batch(StepPlan((item,), 1, (), ()), 4, CPU, newest={"ahead": 77, "other": 5})
+    assert batch.tokens_T.tolist() == [77]
+    assert batch.positions_T.tolist() == [3]
+    assert batch.slots_T.tolist() == [2 * 4 + 3]
 
 
 def test_new_inputs_of_an_encoder_are_packed_and_every_request_finds_its_own():
     def item(name: str, size: int, memory: list[int], encoded: int, table: list[int]) -> Scheduled:
         request = Request(name, [9], SamplingParams(), encoder_token_ids=range(10 * size, 11 * size))
-        return Scheduled(request, 0, 1, table, True, memory, encoded)
+        return Scheduled(request, 0, 1, [9], table, True, None, memory, encoded)
 
     old, new, shared = item("old", 6, [3, 1], 0, [2]), item("new", 5, [7, 4], 5, [5]), item("shared", 2, [8], 0, [6])
     last = item("last", 2, [8], 2, [9])
@@ -58,6 +67,6 @@ def test_no_work_is_an_ordinary_batch_of_no_tokens(name, request):
 
     model = request.getfixturevalue(name)
     plan = plan_kv(model.cfg, EngineConfig(num_blocks=2), 64, torch.float32, 0)
-    batch, logits_RV = ModelRunner(model, plan).execute(StepPlan((), 0, (), ()))
+    batch, logits_RV = ModelRunner(model, plan).forward(StepPlan((), 0, (), ()))
     assert batch.tokens_T.shape == (0,)
     assert logits_RV.shape == (0, model.cfg.vocab_size)

@@ -1,12 +1,15 @@
 """The sampler: greedy, truncation and seeded draws, one row a request, independent of the other rows."""
 
 import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
 from turnout.inference.core.request import Request
 from turnout.inference.core.sampling import SamplingParams
+from turnout.inference.core.step import Scheduled
 from turnout.inference.run.sampler import Sampled, sample
 
 V = 50
@@ -19,8 +22,17 @@ def request(position: int = 3, choice: int = 0, eos: int | None = None, **params
     )  # fmt: skip
 
 
+def choose(logits_RV: torch.Tensor, requests: Sequence[Request], seeds: Iterable[int]) -> list[Sampled]:
+    """Sample the requests' next tokens under these seeds."""
+    items = []
+    for request, seed in zip(requests, seeds, strict=True):
+        request = replace(request, seed=seed)
+        items.append(Scheduled(request, request.num_tokens - 1, 1, [0], [1], samples=True))
+    return sample(logits_RV, items)
+
+
 def one(logits: torch.Tensor, seed: int = 0, **params) -> Sampled:
-    return sample(logits[None], [request(**params)], [seed])[0]
+    return choose(logits[None], [request(**params)], [seed])[0]
 
 
 @pytest.fixture
@@ -30,7 +42,7 @@ def logits() -> torch.Tensor:
 
 def draws(logits: torch.Tensor, count: int, **params) -> torch.Tensor:
     """How often each token comes, over `count` seeds."""
-    tokens = [s.token for s in sample(logits.expand(count, -1), [request(**params)] * count, range(count))]
+    tokens = [s.token for s in choose(logits.expand(count, -1), [request(**params)] * count, range(count))]
     return torch.bincount(torch.tensor(tokens), minlength=V)
 
 
@@ -71,7 +83,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(logits):
 
 def test_top_p_counts_what_top_k_has_left():
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
-    found = sample(logits.expand(500, -1), [request(top_k=2, top_p=0.5)] * 500, range(500))
+    found = choose(logits.expand(500, -1), [request(top_k=2, top_p=0.5)] * 500, range(500))
     assert {s.token for s in found} == {0}, "0.4 / 0.7 is more than 0.5 already"
 
 
@@ -79,7 +91,7 @@ def test_a_flat_distribution_over_a_large_vocabulary_is_truncated_as_exactly():
     """More tokens than the sampler looks at first."""
     logits = torch.zeros(3000)
     for params, size in (({"top_p": 0.6}, 1800), ({"top_k": 2000}, 2000), ({"top_k": 1024, "top_p": 0.5}, 512)):
-        found = sample(logits.expand(300, -1), [request(**params)] * 300, range(300))
+        found = choose(logits.expand(300, -1), [request(**params)] * 300, range(300))
         assert size * 0.95 < max(s.token for s in found) < size
 
 
@@ -89,11 +101,11 @@ def test_a_row_draws_the_same_in_any_company(logits):
     mates = [request(temperature=0), request(top_k=2), request(top_p=0.3), request(logprobs=3), request(), request()]
     for position in range(1, 20):
         mine = request(position=position, top_p=0.9, top_k=20)
-        alone = sample(logits[None], [mine], [5])[0].token
+        alone = choose(logits[None], [mine], [5])[0].token
         for row in range(7):
             rows = torch.cat([others[:row], logits[None], others[row:]])
             assert (
-                sample(rows, [*mates[:row], mine, *mates[row:]], [9] * row + [5] + [9] * (6 - row))[row].token == alone
+                choose(rows, [*mates[:row], mine, *mates[row:]], [9] * row + [5] + [9] * (6 - row))[row].token == alone
             )
 
 
@@ -101,9 +113,9 @@ def test_the_key_is_seed_choice_and_position():
     flat = torch.zeros(100_000)
     keys = [(seed, choice, position) for seed in (0, 1, 2**64 - 1) for choice in (0, 1) for position in (1, 2)]
     requests = [request(choice=choice, position=position) for _, choice, position in keys]
-    found = [s.token for s in sample(flat.expand(len(keys), -1), requests, [seed for seed, _, _ in keys])]
+    found = [s.token for s in choose(flat.expand(len(keys), -1), requests, [seed for seed, _, _ in keys])]
     assert len(set(found)) == len(keys)
-    assert found == [s.token for s in sample(flat.expand(len(keys), -1), requests, [seed for seed, _, _ in keys])]
+    assert found == [s.token for s in choose(flat.expand(len(keys), -1), requests, [seed for seed, _, _ in keys])]
 
 
 def test_suppressed_tokens_never_come_until_min_tokens_are_out(logits):
@@ -131,7 +143,7 @@ def test_logits_that_are_not_finite_fail_their_own_row_only(logits, bad, params)
     broken = logits.clone()
     broken[7] = bad
     rows = [request(**params), request(**params), request(**params)]
-    found = sample(torch.stack([logits, broken, logits]), rows, [1, 1, 1])
+    found = choose(torch.stack([logits, broken, logits]), rows, [1, 1, 1])
     assert found[1] == Sampled(None)
     assert found[0] == found[2] == one(logits, seed=1, **params)
 
