@@ -190,7 +190,7 @@ class Scheduler:
             request.suspect = False
             self.blocks.publish(request)
             if item.samples:
-                request.num_pending_tokens = 0
+                request.num_pending_tokens -= 1
                 reason = request.append(sampled[request.id])
                 if reason is not None:
                     self._retire(request, reason)

@@ -2,6 +2,7 @@
 which context each slot was computed from, and a clock that only moves when told."""
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from turnout.inference.core.request import FinishReason, Request
@@ -47,10 +48,10 @@ class HashModel:
     def next_token(value: int, choice: int) -> int:
         return ((value + choice) * 1442695040888963407 % PRIME >> 17) % VOCABULARY
 
-    def values(self, request: Request) -> list[int]:
-        """The right value of every token of the request."""
+    def values(self, request: Request, tokens: Sequence[int] | None = None) -> list[int]:
+        """The right value of every token of the request, or of these."""
         values, value = [], self.root(request)
-        for token in request.token_ids:
+        for token in request.token_ids if tokens is None else tokens:
             value = self.value(value, token)
             values.append(value)
         return values
@@ -99,10 +100,19 @@ class CanaryCache:
         cells = (self.cells[self.slot(item, position)] for position in range(end))
         return [cell.value if cell else None for cell in cells]
 
-    def write(self, model: HashModel, item: Scheduled) -> list[int]:
+    def copy(self, source: int, target: int) -> None:
+        size = self.block_size
+        self.cells[target * size : (target + 1) * size] = self.block(source)
+
+    def spoil(self, item: Scheduled) -> None:
+        """What a step may leave behind that fails half-way."""
+        for position in range(item.start, item.end):
+            self.cells[self.slot(item, position)] = Cell(-7, -7)
+
+    def write(self, model: HashModel, item: Scheduled, tokens: Sequence[int]) -> list[int]:
         """Compute the item's tokens; returns the slots written."""
         slots = []
-        for position, token in enumerate(item.token_ids, item.start):
+        for position, token in enumerate(tokens[item.start :], item.start):
             if position == 0:
                 previous = model.root(item.request)
             else:

@@ -1,7 +1,8 @@
 """The invariants of the scheduling core, checked from outside after every step. Each message names its rule."""
 
+import sys
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 
 from turnout.inference.core.request import Request
@@ -11,24 +12,27 @@ from turnout.inference.core.step import Scheduled, StepPlan
 from .doubles import MODEL, CanaryCache
 
 
-def check_blocks(scheduler: Scheduler, held: Collection[Request]) -> None:
-    """Counts, sets and tables; `held` are finished requests whose step is still launched."""
+def check_blocks(scheduler: Scheduler, late: Collection[Request], taken: Collection[int]) -> None:
+    """Counts, sets and tables; `late` are finished requests whose step is still launched, `taken` blocks are ours."""
     blocks = scheduler.blocks
     free, idle = Counter(blocks.free), Counter(list(blocks.prefix.idle))
     referenced = Counter(block for block, count in enumerate(blocks.counts) if count)
     pool = Counter(range(1, blocks.num_usable + 1))
     assert free + idle + referenced == pool, "I1 every usable block is in exactly one set"
-    owners = [*scheduler.running, *held]
-    tables = Counter(block for request in owners for block in (*request.block_table, *request.memory_table))
+    owners = [*scheduler.running, *late]
+    tables = Counter(taken)
+    for request in owners:
+        tables.update((*request.block_table, *request.replaced_blocks, *request.memory_table))
     assert tables == +Counter(dict(enumerate(blocks.counts))), "I1 a count is the number of tables that hold the block"
-    for request in scheduler.waiting:
+    for request in (*scheduler.waiting, *scheduler.held.values()):
         assert not request.block_table, "I2 a waiting request holds nothing"
         assert not request.memory_table, "I2 a waiting request has no memory"
     for request in owners:
         table = request.block_table
         assert len(set(table)) == len(table), "I8 no block twice in a table"
-        for block in table[request.num_published_blocks :]:
+        for block in table[request.num_computed_tokens // blocks.block_size :]:
             assert blocks.counts[block] == 1, "I8 a writable block has one owner"
+        assert blocks.shares or table == list(range(table[0], table[0] + len(table))), "contiguous tables are runs"
         memory = request.memory_table
         assert len({*memory, *table}) == len(memory) + len(table), "I8 a memory is no part of a table"
         assert len(memory) == blocks.spanned(len(request.encoder_token_ids or ())), "O12 a memory holds the whole input"
@@ -76,29 +80,57 @@ class PrefixWatch:
         return hit
 
 
-def check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
-    """Budget, progress, fairness; to be called while the plan is launched."""
+def check_plan(
+    scheduler: Scheduler,
+    plan: StepPlan,
+    *,
+    going: Sequence[Request] | None,
+    short: bool,
+    delayed: Collection[Request],
+) -> None:
+    """Budget, progress, fairness; to be called while the plan is launched.
+
+    Args:
+        going: for a plan ahead, the running requests that go on after the launched step; they get their share.
+        short: something else holds blocks, so that perhaps nothing can run.
+        delayed: requests that were held, so that later ones may have overtaken them.
+    """
     config = scheduler.config
     counts = [item.count for item in plan.scheduled]
     assert (
         sum(counts) + sum(item.encoded for item in plan.scheduled) == plan.num_tokens <= config.max_num_batched_tokens
     ), "the budget holds"
-    assert plan.num_tokens >= 1 or not scheduler.requests, "P1 something runnable, so at least one token"
+    runnable = scheduler.running or (scheduler.waiting and scheduler.patience <= 0 and not short)
+    assert plan.num_tokens >= 1 or not runnable, "P1 something runnable, so at least one token"
     assert all(count >= 1 for count in counts), "P1 nobody is scheduled for nothing"
-    assert [item.request for item in plan.scheduled] == scheduler.running, "P7 every running request gets its share"
+    served = [item.request for item in plan.scheduled]
+    if going is None:
+        assert served == scheduler.running, "P7 every running request gets its share"
+    else:
+        assert served[: len(going)] == list(going), "P7 every request that goes on gets its share"
+        assert not plan.preempted, "P5 nobody is preempted while a step runs"
+    assert sum(request.suspect for request in served) <= 1, "one suspect at a time"
     assert len(scheduler.running) <= config.max_num_seqs, "seats hold"
     for item in plan.scheduled:
-        request, end = item.request, item.start + item.count
-        assert item.start == request.num_computed_tokens, "a share starts where the last one ended"
-        assert end <= request.num_tokens, "only known tokens are computed"
-        assert item.samples == (end == request.num_tokens), "P6 only the last chunk samples"
+        request, end, ahead = item.request, item.end, going is not None
+        assert item.end == request.num_launched_tokens, "a share starts where the last one ended"
+        assert ahead or item.start == request.num_computed_tokens, "nothing is skipped"
+        total = request.num_tokens + request.num_pending_tokens - item.samples
+        assert end <= total <= request.num_tokens + ahead, "only tokens are computed that there will be"
+        assert item.samples == (end == total and request.max_tokens > 0), "P6 only the last chunk samples"
         assert len(item.block_table) * scheduler.blocks.block_size >= end, "every token has a slot"
     assert all(item.samples for item in plan.scheduled[:-1]), "P7 no decode waits for a prefill"
-    _check_order(scheduler, plan)
+    _check_order(scheduler, plan, delayed)
 
 
-def check_memories(plan: StepPlan, fresh: Collection[Request], shared: bool) -> None:
-    """Live requests of one input have one memory, made when the first of them starts; `fresh` were not running."""
+def check_memories(plan: StepPlan, fresh: Collection[Request], made_before: Collection[int] | None) -> None:
+    """Live requests of one input have one memory, made when the first of them starts.
+
+    Args:
+        fresh: requests that were not running.
+        made_before: roots of the inputs whose memory was there; None = nothing is shared.
+    """
+    shared = made_before is not None
     holders: dict[int, list[Scheduled]] = {}
     for item in plan.scheduled:
         if item.request.encoder_token_ids is not None:
@@ -108,20 +140,24 @@ def check_memories(plan: StepPlan, fresh: Collection[Request], shared: bool) -> 
     left = {MODEL.root(victim) for victim in plan.preempted} if shared else set()
     for key, items in holders.items():
         made = sum(item.encoded > 0 for item in items)
-        found = not all(item.request in fresh for item in items)
-        assert made == (0 if found else 1) or (made == 0 and key in left), "O12 a memory is made once"
+        found = key in made_before if shared else not all(item.request in fresh for item in items)
+        assert made == (0 if found else 1) or (made <= 1 and key in left), "O12 a memory is made once"
         assert len({item.memory_table for item in items}) == 1, "O12 equal inputs share a memory"
 
 
-def _check_order(scheduler: Scheduler, plan: StepPlan) -> None:
+def _check_order(scheduler: Scheduler, plan: StepPlan, delayed: Collection[Request]) -> None:
     running, waiting = scheduler.running, scheduler.waiting
     assert waiting == sorted(waiting, key=lambda r: r.rank), "P10 the queue is in order of rank"
     for victim in plan.preempted:
         assert all(request.rank < victim.rank for request in running), "P4 the victim has the lowest rank"
+    if scheduler.config.batching != "continuous":
+        return
     for priority in {request.priority for request in waiting}:
         started = [r.order for r in running if r.priority == priority]
-        queued = [r.order for r in waiting if r.priority == priority]
-        assert max(started, default=-1) < min(queued), "P10 first come, first served within a priority"
+        queued = [r.order for r in waiting if r.priority == priority and r not in delayed]
+        assert max(started, default=-1) < min(queued, default=sys.maxsize), "P10 first come, first served"
+    if any(request.suspect for request in waiting):
+        return
     if plan.num_tokens < scheduler.config.max_num_batched_tokens and waiting and running:
         urgent = min(request.priority for request in waiting)
         assert all(request.priority <= urgent for request in running), "P4 no priority inversion"
@@ -132,5 +168,6 @@ def check_drained(scheduler: Scheduler) -> None:
     stats = scheduler.stats()
     assert (stats.running, stats.waiting, stats.usage) == (0, 0, 0.0), "I2 drained"
     assert not scheduler.requests, "I2 no request is left"
+    assert not scheduler.held, "I2 no held request is left"
     assert not scheduler.blocks.memories, "I2 no memory is left"
     assert not any(scheduler.blocks.counts), "I2 no block is left referenced"

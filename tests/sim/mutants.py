@@ -265,6 +265,99 @@ class EncoderIsFree(Scheduler):
         return started
 
 
+class NoCopy(BlockManager):
+    """A choice that takes over its parent's prompt gets no copy of the partly filled block."""
+
+    def start(self, request: Request) -> bool:
+        started = super().start(request)
+        request.copied_block = None
+        return started
+
+
+class SharedTail(BlockManager):
+    """It gets the partly filled block itself."""
+
+    def start(self, request: Request) -> bool:
+        started = super().start(request)
+        if started and request.copied_block is not None:
+            at = request.num_computed_tokens // self.block_size
+            self._drop(request.block_table[at])
+            self._reference(request.copied_block)
+            request.block_table[at], request.copied_block = request.copied_block, None
+        return started
+
+
+class ForkTooEarly(BlockManager):
+    """A parent's blocks are taken over before they are computed."""
+
+    def _parent(self, request: Request) -> Request | None:
+        parent = request.parent
+        return parent if parent is not None and parent.block_table and request.num_output_tokens == 0 else None
+
+
+class TableOfBefore(BlockManager):
+    """A block that a launched step still reads is freed when another takes its place in the table."""
+
+    def publish(self, request: Request) -> None:
+        super().publish(request)
+        while request.replaced_blocks:
+            self._drop(request.replaced_blocks.pop())
+
+
+class PreemptsAhead(Scheduler):
+    """A step ahead takes its blocks from running requests."""
+
+    def schedule_ahead(self) -> StepPlan | None:
+        extend, self.blocks.extend = self.blocks.extend, self._by_force
+        try:
+            return super().schedule_ahead()
+        finally:
+            self.blocks.extend = extend
+
+    def _by_force(self, request: Request) -> bool:
+        extend = type(self.blocks).extend
+        while not extend(self.blocks, request):
+            victim = max(self.running, key=lambda other: other.rank)
+            if victim is request:
+                return False
+            self._preempt(victim, self._draft())
+        return True
+
+
+class TrustsTheFailed(Scheduler):
+    """A failed step counts as computed."""
+
+    def discard(self) -> list[Request]:
+        failed = [item.request for plan in self._launched for item in plan.scheduled]
+        for request in failed:
+            if request.status is Status.RUNNING:
+                request.num_computed_tokens = request.num_launched_tokens
+                self.blocks.publish(request)
+        return super().discard()
+
+
+class SuspectsTogether(Scheduler):
+    """Suspects run side by side."""
+
+    def _barred(self, request: Request) -> bool:
+        return False
+
+
+class OpenBatch(Scheduler):
+    """A batch takes in whoever comes."""
+
+    def _admit(self, draft: Draft) -> None:
+        self._admission._batch += [request for request in self.waiting if request not in self._admission._batch]
+        super()._admit(draft)
+
+
+class NoDeadline(Scheduler):
+    """Nobody looks at deadlines."""
+
+    def _expire(self) -> tuple[Request, ...]:
+        return ()
+
+
 WITH_ENCODER = {
     NoEncoderInput, MemoryWithoutReference, MemoryForEver, MemoryNameKept, MemoryOfBefore, EncoderIsFree,
 }  # fmt: skip

@@ -1,15 +1,18 @@
-"""A simulated server: arrivals, aborts and stops by seed around a real scheduler, with every invariant checked.
+"""A simulated server: arrivals, aborts, stops, failed steps and a shrinking pool by seed around a real scheduler, with
+every invariant checked.
 
 Nothing here knows how the scheduler decides; it knows what must hold whatever it decides. Replay a seed with
 `Simulation(seed).run()`. With `encoder`, every prompt is an encoder's input and the decoder begins with one token.
 """
 
+import math
 import random
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable
 
 from turnout import RequestError
 from turnout.inference.config import EngineConfig
-from turnout.inference.core.blocks import BlockManager
+from turnout.inference.core.blocks import BlockManager, ContiguousBlocks
 from turnout.inference.core.request import QueueFullError, Request, Status
 from turnout.inference.core.sampling import SamplingParams
 from turnout.inference.core.scheduler import Scheduler
@@ -43,7 +46,10 @@ class Simulation:
         self.config = self._config()
         self.clock = FakeClock()
         size, pool = self.config.block_size, self.config.num_blocks or 2
-        manager = blocks(pool, size, enable_prefix_caching=self.config.enable_prefix_caching)
+        if self.config.kv_layout == "contiguous":
+            manager: BlockManager = ContiguousBlocks(pool, size, longest=self.config.max_model_len or 1)
+        else:
+            manager = blocks(pool, size, enable_prefix_caching=self.config.enable_prefix_caching)
         self.scheduler = scheduler(self.config, manager, self.clock)
         self.cache = CanaryCache(pool, size)
         self.watch = PrefixWatch()
@@ -60,6 +66,19 @@ class Simulation:
         self.abort_rate = self.random.choice((0.0, 0.05, 0.3))
         self.stop_rate = self.random.choice((0.0, 0.05))
         self.burst = self.random.choice((1, 2, 6))
+        self.ahead_rate = self.random.choice((0.0, 0.5, 1.0))
+        self.failure_rate = self.random.choice((0.0, 0.0, 0.05))
+        self.taken: list[int] = []
+        """Blocks that somebody else has taken from the pool for a while."""
+        self.delayed: set[Request] = set()
+        """Requests that were held."""
+        self.launched: deque[StepPlan] = deque()
+        self.newest: dict[str, int] = {}
+        """What the last executed step sampled."""
+        self.formed = -1
+        """The last arrival when the batch that runs was formed."""
+        self.wasted = 0
+        """Tokens to compute again after failed steps."""
         self.to_arrive = self.random.randint(1, 80)
         self.trace: list[tuple[str, int, int]] = []
         """Everything scheduled: request, first token, count."""
@@ -68,13 +87,13 @@ class Simulation:
 
     def run(self) -> None:
         steps = 0
-        while self.to_arrive > 0 or self.scheduler.requests:
+        while self.to_arrive > 0 or self.scheduler.requests or self.launched:
             if self.to_arrive > 0 and self.random.random() < 0.4:
                 for _ in range(self.random.randint(1, self.burst)):
                     self._arrive()
             self.step()
             steps += 1
-            work = sum(len(r.prompt_token_ids) + r.max_tokens for r in self.requests)
+            work = sum(len(r.prompt_token_ids) + r.max_tokens for r in self.requests) + self.wasted
             assert steps <= 400 + work, "P2 the best-ranked request progresses in every step"
         check_drained(self.scheduler)
         self._check_outputs()
@@ -87,28 +106,113 @@ class Simulation:
         """Everything that one turn of a server's loop can meet."""
         self.clock.now += 1.0
         self._abort_some("abort between steps")
+        self._release_some()
+        self._shrink()
+        if not self.launched:
+            self._plan(self.scheduler.schedule, going=None)
+        if self.random.random() < self.ahead_rate:
+            going = [request for request in self.scheduler.running if request.continues]
+            self._plan(self.scheduler.schedule_ahead, going=going)
+        self._abort_some("abort during a step")
+        if self.to_arrive > 0 and self.random.random() < 0.1:
+            self._arrive()
+        self._check_blocks()
+        if self.launched[0].scheduled and self.random.random() < self.failure_rate:
+            self._fail()
+        else:
+            plan = self.launched.popleft()
+            self._commit(plan, self._execute(plan))
+        self._check_blocks()
+        self.watch.check(self.scheduler, self.cache, self.roots)
+
+    def _plan(self, schedule: Callable[[], StepPlan | None], going: list[Request] | None) -> None:
+        """Launch a step, or one ahead of another, and check it."""
         fresh = {request for request in self.scheduler.requests.values() if request.status is not Status.RUNNING}
-        plan = self.scheduler.schedule()
+        made = {MODEL.root(request) for request in (*self.scheduler.running, *self._late()) if request.memory_table}
+        plan = schedule()
+        if plan is None:
+            return
+        self.launched.append(plan)
+        self.seen["ahead"] += going is not None
         for request in plan.expired:
             self.seen["expired"] += 1
             self._end(request)
         self.trace.extend((item.request.id, item.start, item.count) for item in plan.scheduled)
-        check_plan(self.scheduler, plan)
+        check_plan(self.scheduler, plan, going=going, short=bool(self.taken), delayed=self.delayed)
+        self._check_start(plan, fresh, going)
         self._check_hits(plan, fresh)
-        check_memories(plan, fresh, self.config.enable_prefix_caching)
-        held = self._abort_some("abort during a step")
-        if self.to_arrive > 0 and self.random.random() < 0.1:
-            self._arrive()
-        check_blocks(self.scheduler, [r for r in held if r.in_flight])
-        sampled = self._execute(plan)
-        self._commit(plan, sampled)
-        check_blocks(self.scheduler, [])
-        self.watch.check(self.scheduler, self.cache, self.roots)
+        check_memories(plan, fresh, made if self.config.enable_prefix_caching else None)
+
+    def _check_start(self, plan: StepPlan, fresh: set[Request], going: list[Request] | None) -> None:
+        """Nobody joins a batch that runs, and nobody waits past a deadline."""
+        others = [item for item in plan.scheduled if item.request not in fresh]
+        if not others and not going:
+            self.formed = max((request.order for request in fresh), default=-1)
+        if self.config.batching != "continuous":
+            for item in plan.scheduled:
+                assert item.request.order <= self.formed, "a batch is admitted whole, and nothing else until it ends"
+        now, timeout = self.clock.now, self.config.queue_timeout or math.inf
+        for request in (*self.scheduler.waiting, *self.scheduler.held.values()):
+            if going is None and request.num_preemptions == 0:
+                assert now < min(request.arrival + timeout, request.deadline or math.inf), "P10 a deadline ends waiting"
+
+    def _check_blocks(self) -> None:
+        check_blocks(self.scheduler, self._late(), self.taken)
+        for plan in self.launched:
+            for item in plan.scheduled:
+                counts = [self.scheduler.blocks.counts[block] for block in (*item.block_table, *item.memory_table)]
+                assert all(counts), "I7 a launched step's blocks are kept"
+
+    def _late(self) -> set[Request]:
+        """Finished requests whose step is still launched."""
+        return {item.request for plan in self.launched for item in plan.scheduled if item.request in self.ended}
+
+    def _release_some(self) -> None:
+        """Whoever held a request lets it go, sooner or later."""
+        for request in list(self.scheduler.held.values()):
+            if self.random.random() < 0.3:
+                self.scheduler.release(request.id)
+                self.seen["released"] += request.status is Status.WAITING
+
+    def _shrink(self) -> None:
+        """Somebody takes blocks from the pool for a while."""
+        blocks = self.scheduler.blocks
+        if self.taken and self.random.random() < 0.3:
+            while self.taken:
+                blocks._drop(self.taken.pop())
+        elif not self.taken and blocks.shares and self.to_arrive > 0 and self.random.random() < 0.02:
+            self.taken = [blocks._take() for _ in range(self.random.randint(0, blocks.num_available))]
+            self.wasted += 40
+            self.seen["shrunk"] += 1
+
+    def _fail(self) -> None:
+        """The launched steps leave rubbish in the cache, and nothing else."""
+        self.seen["failed"] += 1
+        for plan in self.launched:
+            for item in plan.scheduled:
+                self.cache.spoil(item)
+                self.wasted += item.request.num_tokens + 1
+        live = {item.request for plan in self.launched for item in plan.scheduled if item.request not in self.ended}
+        assert set(self.scheduler.discard()) == live, "the live requests of a failed step are suspects"
+        assert all(request.suspect for request in live)
+        assert not self.scheduler.running
+        self.launched.clear()
 
     def _config(self) -> EngineConfig:
         draw = self.random
         size = draw.choice((1, 2, 3, 4, 8))
         seats = draw.choice((1, 2, 3, 8))
+        contiguous = not self.encoder and draw.random() < 0.1
+        if contiguous:
+            return EngineConfig(
+                max_num_seqs=seats,
+                max_num_batched_tokens=seats + draw.choice((0, 1, size, 64)),
+                block_size=size,
+                num_blocks=1 + draw.choice((4, 5, 9, 24)),
+                max_model_len=4 * size - draw.choice((0, 1)),
+                kv_layout="contiguous",
+                max_waiting=draw.choice((2, 20, 100)),
+            )
         return EngineConfig(
             max_num_seqs=seats,
             max_num_batched_tokens=seats
@@ -119,6 +223,8 @@ class Simulation:
             max_model_len=draw.choice((None, None, 4 * size, 40)),
             enable_prefix_caching=draw.random() < 0.85,
             max_waiting=draw.choice((2, 20, 100)),
+            batching=draw.choice(("continuous", "continuous", "continuous", "continuous", "static", "dynamic")),
+            batch_window=draw.choice((0.0, 3.0)),
             queue_timeout=draw.choice((None, None, 30.0)),
         )
 
@@ -151,20 +257,25 @@ class Simulation:
         )
         name = f"request {self.random.randrange(40)}"
         priority, salt = self.random.choice((0, 0, 0, 1, -1)), self.random.choice((*SALTS, ""))
-        group = [
-            Request(f"{name}/{i}", prompt, params, self.clock.now, priority, EOS, i, salt, source)
-            for i in range(self.random.choice((1, 1, 1, 3)))
-        ]
+        deadline = self.random.choice((None, None, None, self.clock.now + 20))
+        group: list[Request] = []
+        for i in range(self.random.choice((1, 1, 1, 3))):
+            parent = group[0] if group and self.scheduler.blocks.shares and not source else None
+            request = Request(f"{name}/{i}", prompt, params, self.clock.now, priority, EOS, i, salt, source)
+            request.deadline, request.parent = deadline, parent
+            group.append(request)
+        held = self.random.random() < 0.1
         refusal = self._refusal(group)
         before = dict(self.scheduler.requests)
         outcome: type[RequestError] | None = None
         try:
-            self.scheduler.add(*group)
+            self.scheduler.add(*group, held=held)
         except RequestError as error:
             outcome = type(error)
         assert outcome is refusal, f"P8 expected {refusal}, got {outcome}"
         if outcome is None:
             self.requests.extend(group)
+            self.delayed.update(request for request in group if request.status is Status.HELD)
             self.roots.add(MODEL.root(group[0]))
         else:
             assert self.scheduler.requests == before, "I2 a refused request leaves nothing"
@@ -173,7 +284,7 @@ class Simulation:
     def _refusal(self, group: list[Request]) -> type[RequestError] | None:
         """The error that the request must meet, from its sizes alone."""
         config, total = self.config, len(group[0].prompt_token_ids) + (group[0].params.max_tokens or 0)
-        usable, size = (config.num_blocks or 0) - 1, config.block_size
+        usable, size = self.scheduler.blocks.num_usable, config.block_size
         source = len(group[0].encoder_token_ids or ())
         if source:
             usable -= -(-source // size)
@@ -184,7 +295,8 @@ class Simulation:
             return RequestError
         if any(request.id in self.scheduler.requests for request in group):
             return RequestError
-        return QueueFullError if len(self.scheduler.waiting) + len(group) > config.max_waiting else None
+        queued = len(self.scheduler.waiting) + len(self.scheduler.held)
+        return QueueFullError if queued + len(group) > config.max_waiting else None
 
     def _abort_some(self, situation: str) -> list[Request]:
         """Abort any live request, twice, and an unknown one; returns the aborted."""
@@ -205,17 +317,25 @@ class Simulation:
             self.seen["memory shared"] += bool(item.memory_table) and item.request in fresh and not item.encoded
             self.seen["encoded again"] += item.encoded > 0 and item.request.num_preemptions > 0
             if item.request in fresh:
-                hit = self.watch.longest_hit(self.scheduler, item.request)
+                hit, parent = self.watch.longest_hit(self.scheduler, item.request), item.request.parent
+                prompt = len(item.request.prompt_token_ids)
+                if parent and parent.block_table and parent.num_computed_tokens >= prompt == item.request.num_tokens:
+                    hit = prompt - 1
+                    self.seen["forked"] += 1
+                    self.seen["copied"] += item.copied is not None
                 assert item.start == hit, "I5 the longest cached prefix is used, less at least one token"
 
     def _execute(self, plan: StepPlan) -> dict[str, int]:
         """The model's step: all earlier tokens are read first, then all new ones are written, then read back."""
+        for source, target in plan.copies:
+            assert self.scheduler.blocks.counts[target] == 1, "I8 a copy has one owner"
+            self.cache.copy(source, target)
         for item in plan.scheduled:
             self._read(item, item.start)
         memory = [slot for item in plan.scheduled for slot in self.cache.write_memory(MODEL, item)]
         for item in plan.scheduled:
             assert self.cache.read_memory(item) == MODEL.memory(item.request), "canary: a memory is not of this input"
-        written = [slot for item in plan.scheduled for slot in self.cache.write(MODEL, item)]
+        written = [slot for item in plan.scheduled for slot in self.cache.write(MODEL, item, self._tokens(item))]
         assert len({*memory, *written}) == len(memory) + len(written), "I9 no two tokens in one slot"
         for slot in written:
             block = slot // self.config.block_size
@@ -223,13 +343,19 @@ class Simulation:
             assert self.scheduler.blocks.counts[block] == 1, "I7 a launched step writes only blocks that it owns"
         sampled = {}
         for item in plan.scheduled:
-            values = self._read(item, item.start + item.count)
+            values = self._read(item, item.end)
             if item.samples:
                 sampled[item.request.id] = MODEL.next_token(values[-1], item.request.choice)
+        self.newest = sampled
         return sampled
 
+    def _tokens(self, item: Scheduled) -> list[int]:
+        """The request's tokens up to the item's end, as the model's runner knows them."""
+        known = [*item.request.token_ids[: item.start], *item.token_ids]
+        return known if len(known) == item.end else [*known, self.newest[item.request.id]]
+
     def _read(self, item: Scheduled, end: int) -> list[int]:
-        values = MODEL.values(item.request)[:end]
+        values = MODEL.values(item.request, self._tokens(item))[:end]
         assert self.cache.read(item, end) == values, "canary: a slot does not hold what was computed for it"
         return values
 

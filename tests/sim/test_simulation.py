@@ -38,10 +38,21 @@ def test_the_quick_seeds_meet_every_situation(encoder, seeds):
     aborts = {
         f"abort {when}: {status}"
         for when in ("between steps", "during a step")
-        for status in ("waiting", "running", "preempted")
+        for status in ("held", "waiting", "running", "preempted")
     }
-    others = {"preempted", "chunked", "expired", "stop string", "refused RequestError", "refused QueueFullError"}
-    others |= {"memory shared", "encoded again"} if encoder else {"hit"}
+    others = {
+        "ahead",
+        "released",
+        "failed",
+        "shrunk",
+        "preempted",
+        "chunked",
+        "expired",
+        "stop string",
+        "refused RequestError",
+        "refused QueueFullError",
+    }
+    others |= {"memory shared", "encoded again"} if encoder else {"hit", "forked", "copied"}
     assert all(seen[situation] >= 5 for situation in aborts | others), seen
 
 
