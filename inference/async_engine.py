@@ -91,18 +91,27 @@ class AsyncEngine:
             self._thread.join(timeout)
 
     async def generate(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, priority: int = 0
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str | None = None,
+        priority: int = 0,
+        *,
+        deadline: float | None = None,
+        cache_salt: str = "",
     ) -> AsyncIterator[RequestOutput]:
         """Run a request and yield its cumulative outputs; the last one is `finished`.
 
         Leaving the iteration early aborts the request. Intermediate outputs may be skipped when the caller is slow.
+        The arguments are those of `Engine.prepare`.
 
         Raises:
             RequestError: it can not be served as asked. QueueFullError: too many wait. QueueTimeoutError: it waited
             too long. NonFiniteError: its logits are not finite. EngineStoppedError: the engine is down.
         """
         name = request_id or uuid.uuid4().hex
-        prepared = await asyncio.to_thread(self._engine.prepare, name, prompt, params, priority)
+        prepare = partial(self._engine.prepare, deadline=deadline, cache_salt=cache_salt)
+        prepared = await asyncio.to_thread(prepare, name, prompt, params, priority)
         stream, finished = _Stream(), False
         self._send(partial(self._add, prepared, stream))
         try:
@@ -145,6 +154,7 @@ class AsyncEngine:
             raise  # the traceback goes to stderr through threading's hook
         finally:
             self._close(reason)
+            self._engine.close()
 
     def _take_commands(self) -> None:
         """Run what is in the inbox; wait for it when there is nothing else to do."""

@@ -221,9 +221,18 @@ class Engine:
         self._groups[name] = _Group(prepared=prepared, choices=choices)
         self._choices.update((choice.request.id, choice) for choice in choices)
 
-    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> None:
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        priority: int = 0,
+        *,
+        deadline: float | None = None,
+        cache_salt: str = "",
+    ) -> None:
         """`prepare` and `add` in one."""
-        self.add(self.prepare(request_id, prompt, params, priority))
+        self.add(self.prepare(request_id, prompt, params, priority, deadline=deadline, cache_salt=cache_salt))
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request wherever it stands and return its last output; None when it is not (or no longer) known."""
@@ -232,6 +241,14 @@ class Engine:
     def abort_all(self) -> list[RequestOutput]:
         """End every request."""
         return [self._end(request_id) for request_id in list(self._groups)]
+
+    def close(self) -> None:
+        """End every request and the thread that computes steps."""
+        self.abort_all()
+        self._executor.discard()
+        self._plans.clear()
+        self.scheduler.discard()
+        self._executor.close()
 
     def step(self) -> list[RequestOutput]:
         """Finish one step and return the new state of every request that it changed."""

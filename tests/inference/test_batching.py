@@ -7,7 +7,8 @@ import pytest
 
 from turnout import ConfigError
 from turnout.inference.core.sampling import SamplingParams
-from turnout.inference.engine import Engine
+from turnout.inference.engine import Engine, FailedOutput
+from turnout.inference.errors import QueueTimeoutError
 
 WAYS = [
     {"overlap": overlap, "batching": batching, "kv_layout": layout}
@@ -86,3 +87,35 @@ def test_contiguous_reserves_a_whole_run_and_must_hold_one(make_engine):
     engine.abort("a")
     with pytest.raises(ConfigError, match="num_blocks"):
         make_engine(kv_layout="contiguous", max_model_len=64, num_blocks=4)
+
+
+def test_a_closed_engine_holds_nothing(make_engine):
+    engine = make_engine(overlap=True)
+    engine.add_request("a", [1, 2, 3], SamplingParams(max_tokens=8, ignore_eos=True))
+    engine.step()
+    engine.close()
+    assert not engine.has_unfinished
+
+
+def test_tenants_of_different_salts_share_no_prefix(make_engine):
+    engine = make_engine()
+    for name, salt in (("a", "x"), ("b", "y"), ("c", "x")):
+        engine.add_request(name, list(range(1, 40)), SamplingParams(max_tokens=1), cache_salt=salt)
+        (output,) = [output for output in engine.step() if output.finished]
+        assert output.num_cached_tokens == (32 if name == "c" else 0)
+
+
+def test_a_request_past_its_deadline_expires_and_a_started_one_does_not(make_engine):
+    engine = make_engine(max_num_seqs=1)
+    now = 0.0
+    engine.scheduler._deadlines._clock = engine._clock = lambda: now
+    engine.add_request("a", [1], SamplingParams(max_tokens=4, ignore_eos=True), deadline=5.0)
+    engine.add_request("b", [1], SamplingParams(max_tokens=4), deadline=5.0)
+    engine.step()
+    now = 5.0
+    (failed,) = [output for output in engine.step() if isinstance(output, FailedOutput)]
+    assert failed.request_id == "b"
+    assert isinstance(failed.error, QueueTimeoutError)
+    while engine.has_unfinished:
+        outputs = engine.step()
+    assert outputs[-1].outputs[0].finish_reason == "length"
