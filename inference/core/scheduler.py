@@ -156,6 +156,7 @@ class Scheduler:
             if not self.blocks.extend(request):
                 return None
             draft.give(request)
+        self._admission.form(self.waiting, self.running)
         first = self._admission.first(self.waiting)
         if first is not None and self._outranks(first):
             return None

@@ -87,7 +87,7 @@ class Simulation:
 
     def run(self) -> None:
         steps = 0
-        while self.to_arrive > 0 or self.scheduler.requests or self.launched:
+        while self.to_arrive > 0 or self.scheduler.requests or self.launched or self.taken:
             if self.to_arrive > 0 and self.random.random() < 0.4:
                 for _ in range(self.random.randint(1, self.burst)):
                     self._arrive()
