@@ -1,0 +1,5 @@
+"""O1 to O12: what a caller gets to see."""
+
+from ..row import Row
+
+ROWS: list[Row] = []
