@@ -1,5 +1,6 @@
 """Encoder-decoders: a request's prompt goes through the encoder once, and its output is that of a plain loop over the
 model, whatever else runs, waits, is preempted or aborted beside it."""
+# ruff: noqa: N802 (O12 is the name of a rule)
 
 import random
 
@@ -55,7 +56,7 @@ def expected(t5) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("small", [{}, {"num_blocks": 10, "max_num_batched_tokens": 42}], ids=["all at once", "tight"])
-def test_requests_of_all_lengths_give_the_tokens_of_a_plain_loop(t5, make_engine, expected, small):
+def test_O12_requests_of_all_lengths_give_the_tokens_of_a_plain_loop(t5, make_engine, expected, small):
     engine = make_engine(t5, **small)
     outputs = complete(engine, [(prompt, GREEDY) for prompt in prompts()])
     assert [output.outputs[0].token_ids for output in outputs] == expected

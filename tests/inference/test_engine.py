@@ -1,4 +1,5 @@
 """The engine: a request's output is its own, whatever else runs, waits, is preempted, aborted or broken beside it."""
+# ruff: noqa: N802 (M2 is the name of a rule)
 
 import itertools
 import random
@@ -59,7 +60,7 @@ LATENT = {"kv_heads": 4, "attention": AttentionConfig(latent=LatentConfig(rank=1
     ("router", "changes"), [("switch", {}), ("gshard", {}), ("gshard", LATENT)], ids=["1", "2", "MLA"]
 )
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0, "top_p": 0.9}], ids=["greedy", "seeded"])
-def test_32_requests_in_one_batch_give_what_each_gives_alone(make_model, make_engine, router, changes, sampling):
+def test_M2_P3_32_requests_in_one_batch_give_what_each_gives_alone(make_model, make_engine, router, changes, sampling):
     model, work = make_model(router, **changes), mixed(**sampling)
     together = make_engine(model, num_blocks=20, max_num_seqs=8, max_num_batched_tokens=48)
     alone = make_engine(model, enable_prefix_caching=False)
@@ -76,7 +77,7 @@ def test_32_requests_in_one_batch_give_what_each_gives_alone(make_model, make_en
     assert len({tuple(output.outputs[0].token_ids) for output in outputs}) >= 16
 
 
-def test_streamed_outputs_only_grow_and_end_once(make_engine, byte_level):
+def test_O2_P3_streamed_outputs_only_grow_and_end_once(make_engine, byte_level):
     engine = make_engine(num_blocks=20, max_num_batched_tokens=32)
     for i, (prompt, params) in enumerate(mixed(temperature=0)):
         engine.add_request(str(i), prompt, params)
@@ -115,7 +116,7 @@ def test_without_a_seed_requests_differ_and_equal_engines_repeat(make_engine):
     assert len({str(tokens(output)) for output in one + other}) == 6
 
 
-def test_stop_strings_cut_the_text_where_they_complete(make_engine, byte_level):
+def test_O3_stop_strings_cut_the_text_where_they_complete(make_engine, byte_level):
     engine = make_engine()
     prompt = list(range(5, 25))
     (whole,) = complete(engine, [(prompt, SamplingParams(temperature=0, max_tokens=40))])
@@ -142,7 +143,7 @@ def test_stop_strings_cut_the_text_where_they_complete(make_engine, byte_level):
     assert tried >= 6
 
 
-def test_min_tokens_lets_stop_strings_pass(make_engine):
+def test_O3_min_tokens_lets_stop_strings_pass(make_engine):
     engine, prompt = make_engine(), list(range(5, 25))
     (whole,) = complete(engine, [(prompt, SamplingParams(temperature=0, max_tokens=24))])
     stop = whole.outputs[0].text[2:4]

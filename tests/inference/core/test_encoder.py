@@ -1,4 +1,5 @@
 """Requests with an encoder's input: its blocks, its share of the budget, and what can never run. Blocks of 4 tokens."""
+# ruff: noqa: N802 (O12 is the name of a rule)
 
 import pytest
 
@@ -51,7 +52,7 @@ def test_an_input_waits_for_a_step_that_can_hold_it_and_nobody_overtakes(bench):
     server.drain()
 
 
-def test_a_resumed_request_reads_its_input_again_beside_a_chunk_of_its_own_tokens(bench):
+def test_O12_a_resumed_request_reads_its_input_again_beside_a_chunk_of_its_own_tokens(bench):
     server = bench(usable=8, max_num_batched_tokens=9, max_num_seqs=2)
     victim = add(server, "a", 6, 9, priority=1)
     for _ in range(6):
@@ -67,7 +68,7 @@ def test_a_resumed_request_reads_its_input_again_beside_a_chunk_of_its_own_token
     server.drain()
 
 
-def test_choices_of_one_request_share_a_memory(bench):
+def test_O12_choices_of_one_request_share_a_memory(bench):
     server = bench()
     group = [request(f"a/{i}", 8, 2 + i, choice=i) for i in range(3)]
     server.scheduler.add(*group)
@@ -90,7 +91,7 @@ def test_choices_of_one_request_share_a_memory(bench):
     [({"cache_salt": "tenant"}, {}), ({"first": 1}, {}), ({}, {"enable_prefix_caching": False})],
     ids=["salt", "input", "no caching"],
 )
-def test_others_have_memories_of_their_own(bench, changes, config):
+def test_O12_others_have_memories_of_their_own(bench, changes, config):
     server = bench(**config)
     add(server, "a", 8)
     add(server, "b", 8, **changes)
@@ -148,7 +149,7 @@ def test_input_and_output_have_a_limit_each(bench):
 
 
 @pytest.mark.parametrize("state", ["waiting", "launched", "decoding", "preempted"])
-def test_an_abort_frees_the_memory_once(bench, state):
+def test_O12_an_abort_frees_the_memory_once(bench, state):
     server = bench(usable=4, max_num_seqs=2)
     add(server, "a", 4, 8)
     victim = add(server, "b", 4, 8, first=50)

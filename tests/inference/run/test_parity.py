@@ -4,6 +4,7 @@ One text goes through `VarlenContext` at once, and through scheduler, blocks, ba
 prefill in chunks of the step's budget, then one token a step, beside other requests. Every row of logits that serving
 computes is compared. L MoE layers, S positions of one text, V vocabulary.
 """
+# ruff: noqa: N802 (M7 is the name of a rule)
 
 from collections.abc import Sequence
 
@@ -145,7 +146,7 @@ def test_packed_training_sequences_are_served_alone(make_model):
             )
 
 
-def test_the_server_runs_the_trainers_model_and_router(make_model, model_dir):
+def test_M7_the_server_runs_the_trainers_model_and_router(make_model, model_dir):
     """No second implementation: the classes are the same objects, wherever they are imported from."""
     from turnout.inference.engine import Engine
     from turnout.moe.routing.switch import SwitchRouter

@@ -1,4 +1,5 @@
 """A client that leaves, in whatever phase, takes nothing with it and leaves nothing behind."""
+# ruff: noqa: N802 (A12 is the name of a rule)
 
 import json
 import socket
@@ -35,7 +36,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("body", CALLS.values(), ids=CALLS.keys())
-def test_a_client_that_leaves_frees_its_blocks_within_two_steps(serve, body):
+def test_A12_a_client_that_leaves_frees_its_blocks_within_two_steps(serve, body):
     served = serve()
     served.engine.pace = 0.005
     client = open_call(served, **body)
@@ -54,7 +55,7 @@ def test_a_client_that_leaves_frees_its_blocks_within_two_steps(serve, body):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_while_it_waits_is_never_run(serve, stream):
+def test_A12_a_client_that_leaves_while_it_waits_is_never_run(serve, stream):
     served = serve(max_num_seqs=1)
     served.engine.pace = 0.1
     running, waiting = open_call(served, stream=True), open_call(served, prompt=[1] * 200, max_tokens=9, stream=stream)
@@ -69,7 +70,7 @@ def test_a_client_that_leaves_while_it_waits_is_never_run(serve, stream):
     assert served.metrics()["generation_tokens_total"] == 120
 
 
-def test_the_others_are_not_changed_by_it(serve):
+def test_A12_the_others_are_not_changed_by_it(serve):
     served = serve()
     body = {"prompt": "The list", "max_tokens": 60, "temperature": 1.3, "seed": 11}
     expected = served.post(**body).json()["choices"][0]["text"]
@@ -87,7 +88,7 @@ def test_the_others_are_not_changed_by_it(serve):
     assert eventually(served.idle)
 
 
-def test_a_client_that_leaves_before_its_body_is_whole_costs_nothing(served: Running):
+def test_A12_a_client_that_leaves_before_its_body_is_whole_costs_nothing(served: Running):
     host, port = served.url.removeprefix("http://").split(":")
     before = served.metrics().get("requests_total{outcome=abort}")
     with socket.create_connection((host, int(port))) as client:

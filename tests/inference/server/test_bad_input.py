@@ -1,4 +1,5 @@
 """Every bad input gets an OpenAI error object and the right status, and the server goes on."""
+# ruff: noqa: N802 (O9 is the name of a rule)
 
 import json
 import socket
@@ -62,7 +63,7 @@ BODIES = {
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES.keys())
-def test_a_body_that_is_not_strict_json_is_refused(served: Running, body):
+def test_O9_a_body_that_is_not_strict_json_is_refused(served: Running, body):
     assert check_error(send(served, body), 400)["code"] == "invalid_json"
 
 
@@ -123,7 +124,7 @@ VALUES = [
 
 
 @pytest.mark.parametrize(("field", "value"), VALUES, ids=lambda v: str(v)[:30])
-def test_a_wrong_value_is_refused_naming_the_parameter(served: Running, field, value):
+def test_O9_a_wrong_value_is_refused_naming_the_parameter(served: Running, field, value):
     error = check_error(send(served, json.dumps(GOOD | {field: value}).encode()), 400)
     assert error["type"] == "invalid_request_error"
     assert error["param"].split("[")[0].split(".")[0] == field
@@ -179,7 +180,7 @@ def test_a_known_field_that_is_not_served_is_refused_unless_it_changes_nothing(s
     ],
     ids=["prompt and completion", "prompt", "completion"],
 )
-def test_what_does_not_fit_the_context_is_refused_with_both_numbers(served: Running, body, numbers):
+def test_O9_what_does_not_fit_the_context_is_refused_with_both_numbers(served: Running, body, numbers):
     error = check_error(send(served, json.dumps(GOOD | body).encode()), 400)
     assert all(number in error["message"] for number in numbers), error["message"]
 
@@ -201,7 +202,7 @@ def test_the_official_client_raises_its_own_errors(served: Running):
     assert missing.value.code == "model_not_found"
 
 
-def test_unknown_models_paths_and_methods(served: Running):
+def test_O9_unknown_models_paths_and_methods(served: Running):
     assert check_error(served.post(model="gpt-9", prompt="x"), 404)["code"] == "model_not_found"
     assert check_error(served.get("/v1/models/gpt-9"), 404)["code"] == "model_not_found"
     check_error(served.get("/v1/nothing"), 404)
@@ -222,7 +223,7 @@ def test_unknown_models_paths_and_methods(served: Running):
     ],
     ids=str,
 )
-def test_anything_but_plain_json_is_refused(served: Running, headers):
+def test_O9_anything_but_plain_json_is_refused(served: Running, headers):
     check_error(send(served, json.dumps(GOOD).encode(), **headers), 415)
 
 
@@ -258,7 +259,7 @@ def test_bytes_that_are_not_http_do_not_hurt(served: Running):
     assert served.post(prompt="x").status_code == 200
 
 
-def test_after_all_of_it_the_server_still_serves(served: Running):
+def test_O9_after_all_of_it_the_server_still_serves(served: Running):
     assert served.get("/health").status_code == 200
     assert served.post(**GOOD).json()["usage"]["completion_tokens"] == 2
     assert served.idle()

@@ -1,4 +1,5 @@
 """From bind to exit: loading, full queue, draining, crash."""
+# ruff: noqa: N802 (G3 is the name of a rule)
 
 import asyncio
 import json
@@ -31,7 +32,7 @@ def pool():
         yield executor
 
 
-def test_while_it_loads_the_port_answers_503(model, byte_level):
+def test_G4_while_it_loads_the_port_answers_503(model, byte_level):
     loading = threading.Event()
     with run_server(model, byte_level, {}, loading=loading) as served:
         try:
@@ -48,7 +49,7 @@ def test_while_it_loads_the_port_answers_503(model, byte_level):
         assert served.post(prompt="x").status_code == 200
 
 
-def test_a_full_queue_is_429_with_retry_after(serve, pool):
+def test_P10_a_full_queue_is_429_with_retry_after(serve, pool):
     served = serve(max_num_seqs=1, max_waiting=1)
     served.engine.pace = 0.01
     first = pool.submit(served.post, **LONG)
@@ -65,7 +66,7 @@ def test_a_full_queue_is_429_with_retry_after(serve, pool):
     assert [future.result().json()["usage"]["completion_tokens"] for future in (first, second)] == [100, 100]
 
 
-def test_waiting_too_long_is_503(serve, pool):
+def test_P10_waiting_too_long_is_503(serve, pool):
     served = serve(max_num_seqs=1, queue_timeout=0.05)
     served.engine.pace = 0.01
     first = pool.submit(served.post, **LONG)
@@ -76,7 +77,7 @@ def test_waiting_too_long_is_503(serve, pool):
     assert first.result().status_code == 200
 
 
-def test_comments_keep_a_silent_stream_alive(serve, pool):
+def test_G5_comments_keep_a_silent_stream_alive(serve, pool):
     served = serve(server={"keepalive_seconds": 0.02}, max_num_seqs=1)
     served.engine.pace = 0.005
     first = pool.submit(served.post, **LONG)
@@ -89,7 +90,7 @@ def test_comments_keep_a_silent_stream_alive(serve, pool):
     assert first.result().status_code == 200
 
 
-def test_stopping_finishes_what_runs_and_refuses_what_comes(serve, pool):
+def test_G3_stopping_finishes_what_runs_and_refuses_what_comes(serve, pool):
     served = serve()
     served.engine.pace = 0.005
     stream = pool.submit(raw_stream, served)
@@ -112,7 +113,7 @@ def test_stopping_finishes_what_runs_and_refuses_what_comes(serve, pool):
         served.get("/health")
 
 
-def test_what_outlasts_the_drain_ends_as_abort(serve, pool):
+def test_G3_what_outlasts_the_drain_ends_as_abort(serve, pool):
     served = serve(server={"drain_seconds": 0.05})
     served.engine.pace = 0.02
     stream, whole = pool.submit(raw_stream, served), pool.submit(served.post, **LONG)
@@ -127,7 +128,7 @@ def test_what_outlasts_the_drain_ends_as_abort(serve, pool):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_crash_fails_what_runs_and_ends_the_server_with_its_cause(serve, pool):
+def test_G3_a_crash_fails_what_runs_and_ends_the_server_with_its_cause(serve, pool):
     served = serve()
     served.engine.pace = 0.005
     stream, whole = pool.submit(raw_stream, served), pool.submit(served.post, **LONG)
@@ -174,7 +175,7 @@ def test_an_error_while_loading_ends_the_server_with_that_error():
         httpx.get(url + "/health")
 
 
-def test_a_taken_port_is_a_clear_error_and_two_free_ones_differ():
+def test_G4_a_taken_port_is_a_clear_error_and_two_free_ones_differ():
     first, url = bind(ServerConfig(port=0))
     second, other = bind(ServerConfig(port=0))
     try:

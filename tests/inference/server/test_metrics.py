@@ -1,4 +1,5 @@
 """Totals are exact, whatever happened to the requests; labels are few."""
+# ruff: noqa: N802 (G6 is the name of a rule)
 
 import math
 
@@ -17,7 +18,7 @@ def moved(before: dict[str, float], after: dict[str, float], name: str) -> float
     return after.get(name, 0) - before.get(name, 0)
 
 
-def test_totals_are_those_of_the_answers(served: Running):
+def test_G6_totals_are_those_of_the_answers(served: Running):
     before = served.metrics()
     answers = [
         served.post(prompt=["The list", "naïve"], n=2, max_tokens=7, seed=1).json(),
@@ -58,7 +59,7 @@ def test_prefix_hits_are_those_that_usage_reports(serve):
     assert served.metrics()["prefix_cache_queries_total"] == 300
 
 
-def test_preempted_work_is_counted_once(serve):
+def test_G6_preempted_work_is_counted_once(serve):
     served = serve(num_blocks=16, enable_prefix_caching=False, max_num_seqs=8)
     answers = served.post(prompt=[[i] * 20 for i in range(6)], max_tokens=60).json()
     metrics = served.metrics()
@@ -67,7 +68,7 @@ def test_preempted_work_is_counted_once(serve):
     assert metrics["prompt_tokens_total"] == 120
 
 
-def test_gauges_follow_the_load_and_return_to_zero(serve):
+def test_G6_gauges_follow_the_load_and_return_to_zero(serve):
     served = serve(max_num_seqs=2)
     served.engine.pace = 0.01
     with served.client().completions.create(
@@ -84,7 +85,7 @@ def test_gauges_follow_the_load_and_return_to_zero(serve):
     assert metrics["requests_total{outcome=abort}"] == 4
 
 
-def test_a_request_that_fails_is_an_error_and_not_an_abort(serve):
+def test_G6_a_request_that_fails_is_an_error_and_not_an_abort(serve):
     served = serve()
     served.post(prompt=[321])
     metrics = served.metrics()
@@ -92,7 +93,7 @@ def test_a_request_that_fails_is_an_error_and_not_an_abort(serve):
     assert metrics["requests_total{outcome=abort}"] == metrics["requests_total{outcome=ok}"] == 0
 
 
-def test_strangers_can_not_make_new_labels(serve):
+def test_G6_strangers_can_not_make_new_labels(serve):
     served = serve()
     for i in range(5):
         served.get(f"/v1/nothing-{i}")

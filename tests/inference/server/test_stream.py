@@ -1,4 +1,5 @@
 """Frames and the ends of a stream that a socket can not show at will."""
+# ruff: noqa: N802 (G5 is the name of a rule)
 
 import asyncio
 import json
@@ -27,18 +28,18 @@ def collect(*items, keepalive=10.0):
     return asyncio.run(run())
 
 
-def test_every_chunk_is_a_frame_and_done_comes_once_at_the_end():
+def test_G5_every_chunk_is_a_frame_and_done_comes_once_at_the_end():
     assert collect(b"{}", b'{"a":1}') == [b"data: {}\n\n", b'data: {"a":1}\n\n', b"data: [DONE]\n\n"]
 
 
-def test_silence_is_filled_with_comments():
+def test_G5_silence_is_filled_with_comments():
     found = collect(b"{}", 0.2, b"{}", keepalive=0.02)
     assert found[0] == found[-2] == b"data: {}\n\n"
     assert set(found[1:-2]) == {b": keep-alive\n\n"}
 
 
 @pytest.mark.parametrize("error", [NonFiniteError("nan"), ValueError("nan is not JSON"), KeyError("ours")], ids=repr)
-def test_an_error_is_a_last_frame_and_never_done(error):
+def test_G5_an_error_is_a_last_frame_and_never_done(error):
     *before, last = collect(b"{}", error)
     assert before == [b"data: {}\n\n"]
     assert set(json.loads(last.removeprefix(b"data: "))["error"]) == {"message", "type", "param", "code"}

@@ -1,4 +1,5 @@
 """Streamed characters are exactly the decoded whole, and an incomplete character is never shown."""
+# ruff: noqa: N802 (O4 is the name of a rule)
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ def stream(tokenizer: TextTokenizer, ids: list[int], prompt: list[int] | None = 
 @settings(deadline=None, max_examples=150)
 @given(text=TEXT)
 @example(text="👩‍👩‍👧‍👦")
-def test_text_survives_and_no_piece_shows_an_incomplete_character(byte_level, text):
+def test_O4_text_survives_and_no_piece_shows_an_incomplete_character(byte_level, text):
     pieces = stream(byte_level, byte_level.encode(text))
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
@@ -28,7 +29,7 @@ def test_text_survives_and_no_piece_shows_an_incomplete_character(byte_level, te
 
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
-def test_any_tokens_stream_to_what_the_tokenizer_decodes_at_once(byte_level, data):
+def test_O4_any_tokens_stream_to_what_the_tokenizer_decodes_at_once(byte_level, data):
     ids = data.draw(st.lists(st.integers(0, byte_level.vocab_size - 1), max_size=40))
     for skip in (True, False):
         pieces = stream(byte_level, ids, skip_special_tokens=skip)
@@ -37,7 +38,7 @@ def test_any_tokens_stream_to_what_the_tokenizer_decodes_at_once(byte_level, dat
 
 @settings(deadline=None, max_examples=50)
 @given(text=TEXT.filter(bool), data=st.data())
-def test_a_cut_character_is_held_back_and_flushed_once(byte_level, text, data):
+def test_O4_a_cut_character_is_held_back_and_flushed_once(byte_level, text, data):
     ids = byte_level.encode(text)
     ids = ids[: data.draw(st.integers(1, len(ids)))]
     *shown, last = stream(byte_level, ids)
@@ -72,7 +73,7 @@ def test_special_tokens_are_left_out_unless_asked_for(byte_level):
     assert "".join(stream(byte_level, ids, skip_special_tokens=False)) == "one<|endoftext|>two"
 
 
-def test_byte_fallback_tokens_join_to_characters_and_the_first_blank_stays(byte_fallback):
+def test_O4_byte_fallback_tokens_join_to_characters_and_the_first_blank_stays(byte_fallback):
     prompt, ids = byte_fallback.encode("a"), byte_fallback.encode("b é👍")
     assert any(byte_fallback.token_bytes(i) == b"\xf0" for i in ids)
     assert "".join(stream(byte_fallback, ids, prompt)) == " b é👍"

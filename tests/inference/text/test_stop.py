@@ -1,4 +1,5 @@
 """Stop strings: the earliest completing one wins, across any cut into tokens, and no part of one is ever shown."""
+# ruff: noqa: N802 (O3 is the name of a rule)
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ def cut_by_hand(text: str, stops: list[str], include: bool) -> str:
 
 @settings(deadline=None, max_examples=300)
 @given(text=LETTERS, stops=STOPS, include=st.booleans(), data=st.data())
-def test_any_cut_into_pieces_gives_the_text_of_the_whole(text, stops, include, data):
+def test_O3_any_cut_into_pieces_gives_the_text_of_the_whole(text, stops, include, data):
     buffer, shown, rest = StopText(stops, include), [""], text
     expected = cut_by_hand(text, stops, include)
     while rest:
@@ -35,13 +36,13 @@ def test_any_cut_into_pieces_gives_the_text_of_the_whole(text, stops, include, d
         assert after.startswith(before)
 
 
-def test_the_stop_string_that_completes_first_wins_not_the_first_listed():
+def test_O3_the_stop_string_that_completes_first_wins_not_the_first_listed():
     buffer = StopText(["cdef", "bc"])
     assert buffer.push("abcdef")
     assert buffer.text == "a"
 
 
-def test_a_stop_string_across_three_pieces_is_never_shown_in_part():
+def test_O3_a_stop_string_across_three_pieces_is_never_shown_in_part():
     buffer = StopText(["<END>"])
     shown = []
     for piece in ("hello <E", "N", "D> more"):
@@ -52,7 +53,7 @@ def test_a_stop_string_across_three_pieces_is_never_shown_in_part():
     assert all("<" not in text for text in shown[:2])
 
 
-def test_include_keeps_the_stop_string_and_nothing_after_it():
+def test_O3_include_keeps_the_stop_string_and_nothing_after_it():
     buffer = StopText(["\n"], include=True)
     assert buffer.push("line\nnext")
     assert buffer.text == "line\n"
