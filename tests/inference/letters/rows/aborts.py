@@ -5,6 +5,101 @@ already sampled, A8 n > 1 with one choice finished, A9 unknown id, A10 id twice,
 the first byte, mid-stream, on a call in one piece.
 """
 
-from ..row import Row
+from ..row import Mutant, Row
 
-ROWS: list[Row] = []
+TESTS = "tests/inference/test_aborts.py"
+HTTP = "tests/inference/server/test_abort.py"
+ENGINE = "inference/engine.py"
+SCHEDULER = "inference/core/scheduler.py"
+BLOCKS = "inference/core/blocks.py"
+
+ROWS = [
+    Row(
+        "A1",
+        (f"{TESTS}::test_A1_waiting",),
+        Mutant(
+            SCHEDULER,
+            "            del self.waiting[bisect_left(self.waiting, request.rank, key=_rank)]\n",
+            "            pass\n",
+        ),
+    ),
+    Row(
+        "A2",
+        (f"{TESTS}::test_A2_mid_chunk",),
+        Mutant(
+            SCHEDULER,
+            "        if not request.in_flight:\n            self.blocks.release(request)",
+            "        if request.num_output_tokens:\n            self.blocks.release(request)",
+        ),
+    ),
+    Row(
+        "A4",
+        (f"{TESTS}::test_A4_in_decode",),
+        Mutant(ENGINE, "            self.scheduler.abort(choice.request.id)\n", ""),
+    ),
+    Row(
+        "A5",
+        (f"{TESTS}::test_A5_preempted",),
+        Mutant(
+            SCHEDULER,
+            "            self.running.remove(request)\n        else:\n",
+            "            self.running.remove(request)\n        elif request.status is Status.WAITING:\n",
+        ),
+    ),
+    Row(
+        "A7",
+        (f"{TESTS}::test_A7_last_token_already_sampled",),
+        Mutant(
+            ENGINE,
+            "return self._end(request_id) if request_id in self._groups else None",
+            "return self._end(request_id) if request_id in self._groups else RequestOutput('', '', [], [], True)",
+        ),
+    ),
+    Row(
+        "A8",
+        (f"{TESTS}::test_A8_one_choice_of_several_finished",),
+        Mutant(
+            "inference/choice.py",
+            "        if self.finish_reason is None:\n            self._text.push(self._detokenizer.flush()",
+            "        if self.finish_reason != reason:\n            self._text.push(self._detokenizer.flush()",
+        ),
+    ),
+    Row(
+        "A9",
+        (f"{TESTS}::test_A9_unknown_id",),
+        Mutant(
+            ENGINE,
+            "return self._end(request_id) if request_id in self._groups else None",
+            "return self._end(request_id.partition('#')[0]) if request_id.partition('#')[0] in self._groups else None",
+        ),
+    ),
+    Row(
+        "A10",
+        (f"{TESTS}::test_A10_id_twice",),
+        Mutant(
+            ENGINE,
+            "        if finished:\n            del self._groups[request_id]\n",
+            "        if finished and error is None and any(c.finish_reason != 'abort' for c in group.choices):\n"
+            "            del self._groups[request_id]\n",
+        ),
+    ),
+    Row(
+        "A11",
+        (f"{TESTS}::test_A11_all",),
+        Mutant(ENGINE, "for request_id in list(self._groups)]", "for request_id in list(self._groups)[:2]]"),
+    ),
+    Row(
+        "A12",
+        (
+            f"{HTTP}::test_A12_a_client_that_leaves_frees_its_blocks_within_two_steps",
+            f"{HTTP}::test_A12_a_client_that_leaves_while_it_waits_is_never_run",
+            f"{HTTP}::test_A12_the_others_are_not_changed_by_it",
+            f"{HTTP}::test_A12_a_client_that_leaves_before_its_body_is_whole_costs_nothing",
+        ),
+        Mutant(
+            "inference/async_engine.py",
+            "                    self._send(partial(self._abort, name, stream))\n",
+            "                    pass\n",
+        ),
+    ),
+]
