@@ -45,10 +45,13 @@ class Room:
     slots_GE: Tensor
 
     @staticmethod
-    def of(group_T: Tensor, tokens_G: Tensor, top_k: int, num_experts: int, factor: float, min_capacity: int) -> "Room":
-        """All slots free, C of them for each expert in a group of `tokens_G` tokens."""
-        slots_G = capacity(tokens_G, top_k, num_experts, factor, min_capacity)
-        return Room(group_T, slots_G[:, None].expand(-1, num_experts))
+    def of(
+        group_T: Tensor, tokens_G: Tensor, top_k: int, num_experts: int, factor: float, min_capacity: int,
+        taken_GE: Tensor | None = None,
+    ) -> "Room":  # fmt: skip
+        """C slots for each expert in a group of `tokens_G` tokens, all free but those taken (None: none is)."""
+        slots_GE = capacity(tokens_G, top_k, num_experts, factor, min_capacity)[:, None].expand(-1, num_experts)
+        return Room(group_T, slots_GE if taken_GE is None else slots_GE - taken_GE)
 
     def queue(self, ids_TK: Tensor) -> Tensor:
         """Which queue (group · E + expert) each assignment stands in: int64 [T, K]."""

@@ -62,6 +62,8 @@ class RouteContext:
         seed: the run's seed.
         total_tokens: valid tokens of the GLOBAL batch, the divisor of every loss; None = those at hand.
         dropless: ignore every capacity (serving's default).
+        taken: layer → int [G, E], slots that each group's earlier tokens, which are not at hand, have taken: what was
+            kept of them. Only where the capacity does not follow from the tokens at hand. None = there are no earlier.
         reducer: sums a tensor over the ranks that hold tokens of this layer (statistics over the global batch); None =
             one rank.
         tally: (layer, name) → sums of this rank's earlier micro-batches of the same optimizer step, which routers read
@@ -83,6 +85,7 @@ class RouteContext:
     seed: int = 0
     total_tokens: int | None = None
     dropless: bool = False
+    taken: Mapping[int, Tensor] | None = None
     reducer: Callable[[Tensor], Tensor] | None = None
     tally: dict[tuple[int, str], Tensor] | None = None
     loss_scale: float | Tensor = 1.0

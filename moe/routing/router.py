@@ -195,7 +195,8 @@ class Router(nn.Module, ABC):
         tokens_G = torch.zeros_like(cu_groups[1:]).index_add_(0, group_T, valid_T.long())
         if not self.training and cfg.capacity_tokens is not None:
             tokens_G = torch.full_like(tokens_G, cfg.capacity_tokens)
-        return Room.of(group_T, tokens_G, cfg.top_k, cfg.num_experts, factor, cfg.min_capacity)
+        taken_GE = None if context.taken is None else context.taken[self.layer]
+        return Room.of(group_T, tokens_G, cfg.top_k, cfg.num_experts, factor, cfg.min_capacity, taken_GE)
 
     def losses(
         self, scores: Scores, weights_TK: Tensor, decision: Decision, valid_T: Tensor, context: RouteContext
