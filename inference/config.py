@@ -8,6 +8,7 @@ from ..configs.typed import check
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Batching = Literal["continuous", "static", "dynamic"]
 KVLayout = Literal["paged", "contiguous"]
+MoECapacity = Literal["dropless", "trained"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class EngineConfig:
         kv_layout: `paged`, or `contiguous`: every request reserves `max_model_len` tokens, as before PagedAttention.
         overlap: plan a step and hand out the last one's tokens while the next one is computed, in a thread of its own;
             None = where the model is on a GPU.
+        moe_capacity: "dropless", or "trained": experts drop what they drop in the trainer's evaluation, each request
+            being a group of its own, whatever runs beside it.
 
     Raises:
         ConfigError: a value out of range.
@@ -54,6 +57,7 @@ class EngineConfig:
     batch_window: float = 0.05
     kv_layout: KVLayout = "paged"
     overlap: bool | None = None
+    moe_capacity: MoECapacity = "dropless"
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "block_size", "max_model_len", "max_waiting", "kv_memory_mb"):
@@ -87,7 +91,8 @@ class EngineConfig:
             "must be seconds, from 0 to 3600",
             "use a fraction of a second",
         )
-        for name, values in (("batching", get_args(Batching)), ("kv_layout", get_args(KVLayout))):
+        choices = {"batching": Batching, "kv_layout": KVLayout, "moe_capacity": MoECapacity}
+        for name, values in ((name, get_args(choice)) for name, choice in choices.items()):
             value = getattr(self, name)
             check(value in values, name, value, "must be one of those known", f"use {', '.join(values)}")
         check(0 <= self.seed < 2**64, "seed", self.seed, "must fit 64 bits", "use 0 to 2**64 - 1")

@@ -19,7 +19,6 @@ from ..configs.typed import digest
 from ..moe.config import ModelConfig
 from ..moe.models.decoder import Decoder
 from ..moe.models.store import load_model, tokenizer_directory
-from ..moe.routing.registry import ROUTERS
 from ..moe.routing.stats import RoutingSnapshot
 from .choice import Choice
 from .config import EngineConfig
@@ -31,6 +30,7 @@ from .core.step import StepPlan
 from .errors import QueueTimeoutError
 from .outputs import RequestOutput
 from .run.executor import Executor
+from .run.experts import check_routing
 from .run.kv import free_memory, plan_kv
 from .run.runner import ModelRunner
 from .run.sampler import Sampled
@@ -111,10 +111,8 @@ class Engine:
         chat: ChatTemplate | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        moe, longest = model.cfg.moe, model.cfg.max_seq_len
-        if moe is not None and not ROUTERS[moe.router].causal:
-            rule = "chooses among tokens that serving has not seen yet, so a served token would get other experts"
-            raise ConfigError(f"moe.router ({moe.router}) {rule}: evaluate this model, or train with another router")
+        check_routing(model.cfg, config.moe_capacity)
+        longest = model.cfg.max_seq_len
         length = config.max_model_len or longest
         if length > longest:
             raise ConfigError(f"max_model_len ({length}) must not exceed the model's max_seq_len: use {longest}")
@@ -124,7 +122,7 @@ class Engine:
         self.model_config: ModelConfig = model.cfg
         self.tokenizer = tokenizer
         self.chat = chat or ChatTemplate(tokenizer)
-        self.runner = ModelRunner(model, self.kv_plan)
+        self.runner = ModelRunner(model, self.kv_plan, config.moe_capacity)
         self.blocks = self._manager(f"{digest(model.cfg)} {weight.dtype}".encode())
         self.scheduler = Scheduler(self.config, self.blocks, clock)
         overlap = weight.is_cuda if config.overlap is None else config.overlap

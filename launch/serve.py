@@ -29,6 +29,7 @@ usage: turnout serve CKPT [key=value ...]
   max_num_batched_tokens=512   tokens in one step
   max_model_len=N              longest prompt + completion
   kv_memory_mb=N               size of the KV cache
+  moe_capacity=dropless        trained: experts drop what they drop in the trainer's evaluation
   dtype=auto                   float32, bfloat16, ...
   json=PATH                    write the URL and the load times there once it is ready
 

@@ -1,8 +1,10 @@
 """Serving's side of the model's `Context`: keys and values go to paged slots, attention reads through block tables.
 
-The counterpart of training's `VarlenContext`; the model can not tell them apart. Routing is dropless and every request
-is a group of its own, so a request never feels its batch-mates. T tokens, H heads, d head size.
+The counterpart of training's `VarlenContext`; the model can not tell them apart. Every request is a routing group of
+its own, so a request never feels its batch-mates. T tokens, H heads, d head size, B requests, E experts.
 """
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -22,14 +24,17 @@ class PagedContext:
         batch: the step.
         cache: keys and values of all sequences.
         memory: the encoder's hidden states [S, D] of `batch.memory.tokens_S`; None without an encoder.
+        taken: layer id → slots [B, E] that each request's earlier tokens have taken; None = dropless.
 
     Attributes:
         routings: layer id → Routing of this step.
     """
 
-    def __init__(self, batch: Batch, cache: KVCache, memory: Tensor | None = None) -> None:
+    def __init__(
+        self, batch: Batch, cache: KVCache, memory: Tensor | None = None, taken: Mapping[int, Tensor] | None = None
+    ) -> None:
         self.route = RouteContext(
-            cu_groups=batch.cu_q_B1, token_ids_T=batch.tokens_T, dropless=True, propagate_nan=True
+            cu_groups=batch.cu_q_B1, token_ids_T=batch.tokens_T, dropless=taken is None, taken=taken, propagate_nan=True
         )
         self.logit_rows: Tensor | None = batch.logit_rows_R
         self.memory = memory

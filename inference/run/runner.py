@@ -10,10 +10,12 @@ from ...moe.models.context import VarlenContext
 from ...moe.models.decoder import Decoder
 from ...moe.routing.record import RouteContext
 from ...moe.routing.stats import RoutingStats
+from ..config import MoECapacity
 from ..core.step import StepPlan
 from .batch import Batch, Memory, build_batch
 from .context import PagedContext
 from .executor import StepResult
+from .experts import ExpertPages
 from .kv import KVCache, KVPlan
 from .sampler import sample
 
@@ -24,12 +26,14 @@ class ModelRunner:
     Args:
         model: in evaluation mode, on its device.
         plan: the KV cache to allocate.
+        moe_capacity: as `EngineConfig` has it.
 
     Attributes:
+        pages: where every cached token went.
         routing: what the routers did since start, recomputed tokens included.
     """
 
-    def __init__(self, model: Decoder, plan: KVPlan) -> None:
+    def __init__(self, model: Decoder, plan: KVPlan, moe_capacity: MoECapacity = "dropless") -> None:
         assert not model.training, "serving runs the model in evaluation mode"
         self.model = model
         self.device = model.embed.weight.device
@@ -37,6 +41,8 @@ class ModelRunner:
         experts = model.cfg.moe.num_experts if model.cfg.moe else 0
         self._newest: dict[str, int] = {}
         """The tokens that the last step sampled, by request."""
+        self.dropless = moe_capacity == "dropless"
+        self.pages = ExpertPages(model.cfg, plan.num_blocks, plan.block_size, self.device, counted=not self.dropless)
         self.routing = RoutingStats(model.cfg.moe_layers, experts, self.device)
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -58,8 +64,10 @@ class ModelRunner:
         encoder = self.model.encoder is not None
         batch = build_batch(plan, self.cache.plan.block_size, self.device, encoder, self._newest)
         memory_SD = None if batch.memory is None else self.encode(batch.memory)
-        context = PagedContext(batch, self.cache, memory_SD)
+        taken_BLE = self.pages.taken_before(plan.scheduled)
+        context = PagedContext(batch, self.cache, memory_SD, self.pages.by_layer(taken_BLE))
         logits_RV = self.model(batch.tokens_T, batch.positions_T, context)
+        self.pages.store(plan.scheduled, batch.slots_T, context.routings, taken_BLE)
         self.routing.add(context.routings)
         return batch, logits_RV.float()
 
@@ -68,7 +76,9 @@ class ModelRunner:
         """The encoder's hidden states [S, D] of a step's new inputs, each of which sees nothing of the others."""
         if not memory.tokens_S.numel():
             return self.model.embed.weight.new_empty(0, self.model.cfg.width)
-        route = RouteContext(cu_groups=memory.cu_N1, token_ids_T=memory.tokens_S, dropless=True, propagate_nan=True)
+        route = RouteContext(
+            cu_groups=memory.cu_N1, token_ids_T=memory.tokens_S, dropless=self.dropless, propagate_nan=True
+        )
         context = VarlenContext(memory.cu_N1, route)
         memory_SD = self.model.encode(memory.tokens_S, memory.positions_S, context)
         self.routing.add(context.routings)

@@ -34,3 +34,8 @@ def test_a_value_out_of_range_is_refused_by_name(field, value):
 def test_an_unknown_precision_is_refused():
     with pytest.raises(ConfigError, match="dtype"):
         build(EngineConfig, {"dtype": "int3"})
+
+
+def test_an_unknown_way_to_fill_experts_is_refused():
+    with pytest.raises(ConfigError, match=r"moe_capacity \(evaluated\) must be .*dropless, trained"):
+        EngineConfig(moe_capacity="evaluated")
