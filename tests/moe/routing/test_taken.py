@@ -2,6 +2,7 @@
 
 T tokens, W width, E experts, P pieces.
 """
+# ruff: noqa: N802 (M1 is the name of a rule)
 
 import itertools
 
@@ -76,3 +77,18 @@ def test_what_is_taken_is_looked_up_by_the_router_s_own_layer():
     full_GE = torch.full((1, E), 2)
     context = RouteContext(token_ids_T=torch.arange(4), taken={LAYER - 1: 0 * full_GE, LAYER: full_GE})
     assert not module(torch.randn(4, WIDTH), context).kept_TK.any()
+
+
+def test_M1_padding_takes_no_slot_and_counts_nowhere():
+    """Padding that would fill every expert stands before, between and behind; tokens keep what they keep without."""
+    module = make("topk_softmax", None, 0.5, "token_major")
+    generator = torch.Generator().manual_seed(0)
+    x_TW, ids_T = torch.randn(TOKENS, WIDTH, generator=generator), torch.arange(TOKENS)
+    valid_T = torch.rand(TOKENS, generator=generator) > 0.5
+    taken = {LAYER: torch.ones(1, E, dtype=torch.int32)}
+    context = RouteContext(cu_groups=torch.tensor([0, TOKENS]), token_ids_T=ids_T, taken=taken, valid_T=valid_T)
+    padded, alone = module(x_TW, context), module(x_TW[valid_T], context_of(ids_T[valid_T], taken[LAYER][0]))
+    assert not alone.kept_TK.all(), "the capacity is tight"
+    assert not padded.wanted_TK[~valid_T].any()
+    assert torch.equal(padded.kept_TK[valid_T], alone.kept_TK)
+    assert torch.equal(padded.counts_E, alone.counts_E)
