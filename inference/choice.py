@@ -5,6 +5,8 @@ The scheduler knows tokens only; stop strings and characters are decided here, o
 
 from .core.request import FinishReason, Request
 from .outputs import CompletionOutput
+from .routed import RoutedExperts
+from .run.experts import RoutedRows
 from .text.detokenizer import Detokenizer
 from .text.stop import StopText
 from .text.tokenizer import TextTokenizer
@@ -19,13 +21,16 @@ class Choice:
         finish_reason: set once; then nothing changes any more.
     """
 
-    def __init__(self, request_id: str, request: Request, tokenizer: TextTokenizer) -> None:
+    def __init__(
+        self, request_id: str, request: Request, tokenizer: TextTokenizer, routed: RoutedExperts | None = None
+    ) -> None:
         params = request.params
         self.request_id = request_id
         self.request = request
         self.finish_reason: FinishReason | None = None
         self._token_ids: list[int] = []
         self._logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
+        self._routed = routed
         opens = request.encoder_token_ids is not None
         before = () if opens else request.prompt_token_ids
         self._detokenizer = Detokenizer(tokenizer, before, params.skip_special_tokens, opens)
@@ -54,6 +59,12 @@ class Choice:
         elif reason is not None:
             self.finish(reason)
 
+    def report(self, rows: RoutedRows) -> None:
+        """Take where the tokens of a step went; without effect when the choice has ended."""
+        if self.finish_reason is None and self._routed is not None:
+            self._routed.take(rows)
+            self.request.num_reported_tokens = self._routed.count
+
     def finish(self, reason: FinishReason) -> None:
         """End the choice and show what was held back; without effect when it has ended."""
         if self.finish_reason is None:
@@ -68,4 +79,5 @@ class Choice:
             token_ids=list(self._token_ids),
             logprobs=None if self._logprobs is None else list(self._logprobs),
             finish_reason=self.finish_reason,
+            routed_experts=None if self._routed is None else self._routed.rows,
         )

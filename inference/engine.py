@@ -29,6 +29,7 @@ from .core.scheduler import Scheduler, SchedulerStats
 from .core.step import StepPlan
 from .errors import QueueTimeoutError
 from .outputs import RequestOutput
+from .routed import RoutedExperts
 from .run.executor import Executor
 from .run.experts import check_routing
 from .run.kv import free_memory, plan_kv
@@ -181,7 +182,8 @@ class Engine:
             cache_salt: cached prefixes are shared only between requests of one salt (a tenant's name, say).
 
         Raises:
-            RequestError: token ids outside the vocabulary, or text that is not valid Unicode.
+            RequestError: token ids outside the vocabulary, text that is not valid Unicode, or experts that this model
+            does not have.
         """
         vocabulary = self.model_config.vocab_size
         for field, ids in (
@@ -191,6 +193,9 @@ class Engine:
             for token in ids or ():
                 if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocabulary:
                     raise RequestError(f"{field} ({token!r}) must hold token ids from 0 to {vocabulary - 1}", field)
+        if params.routed_experts and not self.runner.pages.layers:
+            rule = "needs a decoder with experts, which this model does not have: leave it out"
+            raise RequestError(f"routed_experts (True) {rule}", "routed_experts")
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         return Prepared(
@@ -215,7 +220,7 @@ class Engine:
         requests = self._requests(prepared)
         self.scheduler.add(*requests)
         self._arrivals += 1
-        choices = tuple(Choice(name, request, self.tokenizer) for request in requests)
+        choices = tuple(self._choice(name, request) for request in requests)
         self._groups[name] = _Group(prepared=prepared, choices=choices)
         self._choices.update((choice.request.id, choice) for choice in choices)
 
@@ -259,6 +264,9 @@ class Engine:
         self._plans.popleft()
         if not plan.num_tokens and self.has_unfinished:
             time.sleep(min(max(self.scheduler.patience, 0.0), IDLE_SECONDS))
+        for request_id, rows in result.routed.items():
+            if request_id in self._choices:  # it was not ended after the launch
+                self._choices[request_id].report(rows)
         return self._commit(plan, result.sampled)
 
     def _launch(self, plan: StepPlan | None) -> None:
@@ -335,6 +343,10 @@ class Engine:
             )
             requests.append(request)
         return requests
+
+    def _choice(self, name: str, request: Request) -> Choice:
+        routed = RoutedExperts(self.runner.pages.no_rows) if request.params.routed_experts else None
+        return Choice(name, request, self.tokenizer, routed)
 
     def _advance(self, request: Request, result: Sampled | None) -> str:
         """Hand a committed token to its choice, and its stop string back to the scheduler; None = it wanted none."""

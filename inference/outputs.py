@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from .core.request import FinishReason
 
 
@@ -15,6 +17,9 @@ class CompletionOutput:
         token_ids: its tokens so far, a final end-of-sequence token included.
         logprobs: one dict a token, token id → log-probability in nats; None unless asked for.
         finish_reason: None while it runs.
+        routed_experts: int [rows, MoE layers of the decoder, k], a row for every computed token, the prompt's first, so
+            prompt + output - 1 of them; the logical expert of each choice, or −1 − expert where the choice went
+            nowhere, because it was dropped or GShard's second was not wanted. None unless asked for.
     """
 
     index: int
@@ -22,6 +27,7 @@ class CompletionOutput:
     token_ids: list[int]
     logprobs: list[dict[int, float]] | None = None
     finish_reason: FinishReason | None = None
+    routed_experts: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,8 @@ class Request:
     """1 when a launched step samples its next token, which nobody knows yet."""
     num_cached_tokens: int = field(default=0, init=False)
     """Prompt tokens found in the prefix cache when it first started; resuming after preemption does not count."""
+    num_reported_tokens: int = field(default=0, init=False)
+    """Leading tokens whose experts its caller has; the engine's, for requests that ask."""
     num_preemptions: int = field(default=0, init=False)
     order: int = field(default=-1, init=False)
     """Its place in the order of arrival at the scheduler."""

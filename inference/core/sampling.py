@@ -28,6 +28,7 @@ class SamplingParams:
         logprobs: how many of the most probable tokens to report beside the sampled one; None = no log-probabilities.
         include_stop_str_in_output: keep the stop string in the text.
         skip_special_tokens: leave special tokens out of the text.
+        routed_experts: report the experts of every computed token, prompt and completion.
 
     Raises:
         RequestError: a value out of range or of the wrong type; `param` names it.
@@ -46,6 +47,7 @@ class SamplingParams:
     logprobs: int | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    routed_experts: bool = False
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self._tuple("stop", self.stop)
@@ -73,7 +75,7 @@ class SamplingParams:
             self._integer("seed", self.seed, 0, 2**64 - 1)
         if self.logprobs is not None:
             self._integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "routed_experts"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} ({getattr(self, name)!r}) must be true or false", name)
 

@@ -3,9 +3,10 @@
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..core.step import StepPlan
+from .experts import RoutedRows
 from .sampler import Sampled
 
 
@@ -15,9 +16,11 @@ class StepResult:
 
     Args:
         sampled: request id → its next token, of every request of the plan that samples.
+        routed: request id → where its tokens went, of every request that asks: those that it has not been told yet.
     """
 
     sampled: Mapping[str, Sampled]
+    routed: Mapping[str, RoutedRows] = field(default_factory=dict)
 
 
 class Executor:

@@ -11,6 +11,7 @@ E experts.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,7 +45,7 @@ class Spans:
     """A step's tokens by the block that they lie in.
 
     Attributes:
-        span_T: int64 span of each token; −1 for padding.
+        span_T: int64 span of each token; padding, of which nothing is kept, is given to the first.
         owner_S: int64 request of each span.
         first_B: int64 each request's first span.
         ended_N: int64 spans that fill their block, and `blocks_N`, these blocks.
@@ -72,7 +73,7 @@ class Spans:
                     ended.append(len(owner))
                     blocks.append(item.block_table[block])
                 owner.append(request)
-        span += [-1] * (tokens - len(span))
+        span += [0] * (tokens - len(span))
 
         def tensor(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
@@ -81,6 +82,19 @@ class Spans:
             span_T=tensor(span), owner_S=tensor(owner), first_B=tensor(first), ended_N=tensor(ended),
             blocks_N=tensor(blocks),
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RoutedRows:
+    """Where some consecutive tokens of a request went.
+
+    Args:
+        first: position of the first of them.
+        ids_RLK: int [rows, L, K], as the pages have it.
+    """
+
+    first: int
+    ids_RLK: np.ndarray
 
 
 class ExpertPages:
@@ -160,11 +174,22 @@ class ExpertPages:
         upto_SLE = taken_BLE[spans.owner_S] + until_SLE - earlier_BLE[spans.owner_S]
         self.taken[spans.blocks_N] = upto_SLE[spans.ended_N]
 
-    def rows(self, item: Scheduled, first: int) -> Tensor:
-        """[n, L, K] of the request's tokens from `first` to the step's last, as `ids` has them; a copy."""
+    def report(self, items: Sequence[Scheduled]) -> dict[str, RoutedRows]:
+        """Request id → where its tokens went, of each request that asks: those that its caller does not have yet."""
+        asking = [item for item in items if item.request.params.routed_experts]
+        if not asking:
+            return {}
         size = self.block_size
-        slots = [item.block_table[at // size] * size + at % size for at in range(first, item.start + item.count)]
-        return self.ids[torch.tensor(slots, dtype=torch.int64, device=self.ids.device)]
+        spans = [(item, range(item.request.num_reported_tokens, item.start + item.count)) for item in asking]
+        slots = [item.block_table[at // size] * size + at % size for item, span in spans for at in span]
+        ids_NLK = self.ids[torch.tensor(slots, dtype=torch.int64, device=self.ids.device)].cpu()
+        rows = zip(spans, ids_NLK.split([len(span) for _, span in spans]), strict=True)
+        return {item.request.id: RoutedRows(span.start, part_RLK.numpy()) for (item, span), part_RLK in rows}
+
+    @property
+    def no_rows(self) -> np.ndarray:
+        """[0, L, K], of the type of a report's rows."""
+        return self.ids[:0].cpu().numpy()
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy blocks, each (from, to): a fork's partly filled block becomes its own."""
@@ -177,14 +202,15 @@ class ExpertPages:
             self.taken[target] = self.taken[source]
 
     def _count(self, ids_NLK: Tensor, owner_N: Tensor, owners: int) -> Tensor:
-        """int32 [owners, L, E]: the kept assignments among `ids` of each owner; −1 owns nothing."""
+        """int32 [owners, L, E]: the kept assignments among `ids` of each owner."""
         assert self.taken is not None
         layers, experts = self.taken.shape[1:]
-        kept_NLK = (ids_NLK >= 0) & (owner_N >= 0)[:, None, None]
         layer_L1 = torch.arange(layers, device=ids_NLK.device)[:, None]
-        place_NLK = (owner_N.clamp(min=0)[:, None, None] * layers + layer_L1) * experts + ids_NLK.clamp(min=0)
+        place_NLK = (owner_N[:, None, None] * layers + layer_L1) * experts + ids_NLK.clamp(min=0)
         counts_N = torch.zeros(owners * layers * experts, dtype=torch.int32, device=ids_NLK.device)
-        return counts_N.scatter_add_(0, place_NLK.flatten(), kept_NLK.flatten().int()).view(owners, layers, experts)
+        return counts_N.scatter_add_(0, place_NLK.flatten(), (ids_NLK >= 0).flatten().int()).view(
+            owners, layers, experts
+        )
 
 
 def id_dtype(num_experts: int) -> torch.dtype:

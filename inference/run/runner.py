@@ -51,7 +51,7 @@ class ModelRunner:
         ids = [item.request.id for item in batch.sampling]
         sampled = dict(zip(ids, sample(logits_RV, batch.sampling), strict=True))
         self._newest = {name: result.token or 0 for name, result in sampled.items()}
-        return StepResult(sampled=sampled)
+        return StepResult(sampled=sampled, routed=self.pages.report(plan.scheduled))
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> tuple[Batch, Tensor]:
@@ -61,6 +61,7 @@ class ModelRunner:
             the batch, and float32 logits_RV of the next token of `batch.sampling`.
         """
         self.cache.copy(plan.copies)
+        self.pages.copy(plan.copies)
         encoder = self.model.encoder is not None
         batch = build_batch(plan, self.cache.plan.block_size, self.device, encoder, self._newest)
         memory_SD = None if batch.memory is None else self.encode(batch.memory)
