@@ -1,8 +1,10 @@
 """The next token of every request that samples, the whole batch at once.
 
-Logits go through suppressed tokens, temperature, top-k, top-p in this order (vLLM's), and one uniform number picks from
-the distribution in vocabulary order. That number is keyed by (seed, choice, position), so what a request draws depends
-neither on its batch-mates nor on its row, nor on chunking, preemption or cache hits. Ties go to the lower token id.
+In vLLM's order: log-probabilities of the raw logits; allowed tokens, bad words, `min_tokens`, logit bias; repetition,
+frequency and presence penalty (`logits.constrain`); then greedy, or temperature, min-p, top-k, top-p and a draw. One
+uniform number picks from the distribution in vocabulary order. It is keyed by (seed, choice, position, purpose), so
+what a request draws depends neither on its batch-mates nor on its row, nor on chunking, preemption or cache hits. Ties
+go to the lower token id.
 
 R rows (one a request), P of the rows, V vocabulary, C candidates.
 """
@@ -15,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ...kernels.random import SAMPLE, uniform
-from ..core.request import Request
-from ..core.sampling import MAX_LOGPROBS
+from ..core.sampling import MAX_LOGPROBS, SamplingParams
 from ..core.step import Scheduled
+from .logits import constrain
 
 GREEDY = 1e-5
 """Temperatures below are greedy: float32 logits divided by them overflow."""
@@ -33,13 +35,15 @@ class Sampled:
     """One request's next token.
 
     Args:
-        token: its id, or None when the logits are not finite: no token can be chosen and the request has failed.
+        token: its id, or None when no token can be chosen and the request has failed.
         logprobs: token id → log-probability in nats of the sampled and of the most probable tokens, before temperature
             and truncation; None unless asked for.
+        excluded: there is no token because the request has excluded them all; otherwise its logits are not finite.
     """
 
     token: int | None
     logprobs: dict[int, float] | None = None
+    excluded: bool = False
 
 
 @torch.inference_mode()
@@ -48,33 +52,26 @@ def sample(logits_RV: Tensor, items: Sequence[Scheduled]) -> list[Sampled]:
 
     Args:
         logits_RV: float32, as the model gave them; not changed.
-        items: one a row: the request, and the position of its next token.
+        items: one a row; `item.end` is the position of the token to choose.
     """
     if not items:
         return []
-    requests = [item.request for item in items]
-    finite_R = logits_RV.amax(-1).isfinite()
-    scores_RV = _suppress(logits_RV, items)
+    params = [item.request.params for item in items]
+    scores_RV = constrain(logits_RV, items)
+    possible_R = scores_RV.amax(-1).isfinite()
     tokens_R = _lowest_argmax(scores_RV)
-    if any(r.params.temperature >= GREEDY for r in requests):
-        temperature_R = logits_RV.new_tensor([min(r.params.temperature, FLAT) for r in requests])
+    if any(p.temperature >= GREEDY for p in params):
+        temperature_R = logits_RV.new_tensor([min(p.temperature, FLAT) for p in params])
         greedy_R = temperature_R < GREEDY
         probs_RV = (scores_RV / temperature_R.masked_fill(greedy_R, 1.0)[:, None]).softmax(-1)
-        drawn_R = _draw(_truncate(probs_RV, requests), items)
-        tokens_R = torch.where(greedy_R, tokens_R, drawn_R)
-    logprobs = _logprobs(logits_RV, tokens_R, requests)
-    rows = zip(tokens_R.tolist(), finite_R.tolist(), logprobs, strict=True)
-    return [Sampled(token, logprob) if finite else Sampled(None) for token, finite, logprob in rows]
-
-
-def _suppress(logits_RV: Tensor, items: Sequence[Scheduled]) -> Tensor:
-    """Logits with the tokens that may not come yet at −inf."""
-    vocabulary = logits_RV.shape[1]
-    places = [(row, t) for row, item in enumerate(items) for t in item.suppressed_token_ids if t < vocabulary]
-    if not places:
-        return logits_RV
-    rows, columns = torch.tensor(places, device=logits_RV.device).unbind(1)
-    return logits_RV.index_put((rows, columns), logits_RV.new_tensor(-torch.inf))
+        tokens_R = torch.where(greedy_R, tokens_R, _draw(_truncate(_above_min_p(probs_RV, params), params), items))
+    finite_R = logits_RV.amax(-1).isfinite()
+    logprobs = _logprobs(logits_RV, tokens_R, params)
+    rows = zip(tokens_R.tolist(), finite_R.tolist(), possible_R.tolist(), logprobs, strict=True)
+    return [
+        Sampled(token, logprob) if finite and possible else Sampled(None, excluded=finite)
+        for token, finite, possible, logprob in rows
+    ]
 
 
 def _lowest_argmax(scores_RV: Tensor) -> Tensor:
@@ -85,14 +82,22 @@ def _lowest_argmax(scores_RV: Tensor) -> Tensor:
     return lowest_R.clamp(max=vocabulary - 1)  # a row of NaN has no maximum
 
 
-def _truncate(probs_RV: Tensor, requests: Sequence[Request]) -> Tensor:
+def _above_min_p(probs_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Probabilities below min_p times the row's highest set to 0 (Nguyen et al. 2024)."""
+    if not any(p.min_p > 0 for p in params):
+        return probs_RV
+    min_p_R1 = probs_RV.new_tensor([p.min_p for p in params])[:, None]
+    return probs_RV.masked_fill(probs_RV < min_p_R1 * probs_RV.amax(-1, keepdim=True), 0.0)
+
+
+def _truncate(probs_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Probabilities (not renormalised) outside the top k, then outside the top p of what is left, set to 0."""
-    rows = [row for row, r in enumerate(requests) if r.params.top_k > 0 or r.params.top_p < 1]
+    rows = [row for row, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
     if not rows:
         return probs_RV
     vocabulary, device = probs_RV.shape[1], probs_RV.device
-    top_k = [min(requests[row].params.top_k, vocabulary) for row in rows]
-    top_p = [requests[row].params.top_p for row in rows]
+    top_k = [min(params[row].top_k, vocabulary) for row in rows]
+    top_p = [params[row].top_p for row in rows]
     limit_P1 = torch.tensor([k if k > 0 else vocabulary for k in top_k], device=device)[:, None]
     mass_P1 = torch.tensor([p if p < 1 else math.inf for p in top_p], dtype=torch.float64, device=device)[:, None]
     return probs_RV.index_copy(0, torch.tensor(rows, device=device), _keep(probs_RV[rows], limit_P1, mass_P1))
@@ -129,7 +134,8 @@ def _border(probs_PV: Tensor, limit_P1: Tensor, mass_P1: Tensor, size: int) -> t
 def _draw(probs_RV: Tensor, items: Sequence[Scheduled]) -> Tensor:
     """The token at which the cumulative probability passes u · total, u ~ U[0, 1) keyed by (seed, choice, position)."""
     device = probs_RV.device
-    signed = [seed - 2**64 if seed >= 2**63 else seed for seed in (item.request.seed for item in items)]
+    seeds = [item.request.seed for item in items]
+    signed = [seed - 2**64 if seed >= 2**63 else seed for seed in seeds]
     u_R1 = uniform(
         torch.tensor(signed, device=device),
         torch.tensor([item.end for item in items], device=device),
@@ -142,18 +148,23 @@ def _draw(probs_RV: Tensor, items: Sequence[Scheduled]) -> Tensor:
     return drawn_R.clamp(max=probs_RV.shape[1] - 1)
 
 
-def _logprobs(logits_RV: Tensor, tokens_R: Tensor, requests: Sequence[Request]) -> list[dict[int, float] | None]:
-    """Of the sampled token, then of the most probable ones, best first."""
-    found: list[dict[int, float] | None] = [None] * len(requests)
-    rows = [row for row, r in enumerate(requests) if r.params.logprobs is not None]
-    if not rows:
-        return found
-    logprobs_PV = logits_RV[rows].log_softmax(-1)
-    sampled_P1 = tokens_R[rows][:, None]
-    top = logprobs_PV.topk(min(MAX_LOGPROBS, logits_RV.shape[1]))
-    ids = torch.cat([sampled_P1, top.indices], dim=1).tolist()
-    values = torch.cat([logprobs_PV.gather(1, sampled_P1), top.values], dim=1).tolist()
-    for row, tokens, logprobs in zip(rows, ids, values, strict=True):
-        count = 1 + (requests[row].params.logprobs or 0)
-        found[row] = dict(zip(tokens[:count], logprobs[:count], strict=True))
+def _logprobs(logits_RV: Tensor, tokens_R: Tensor, params: Sequence[SamplingParams]) -> list[dict[int, float] | None]:
+    found: list[dict[int, float] | None] = [None] * len(params)
+    rows = [row for row, p in enumerate(params) if p.logprobs is not None]
+    if rows:
+        counts = [params[row].logprobs or 0 for row in rows]
+        for row, logprobs in zip(rows, report(logits_RV[rows], tokens_R[rows], counts), strict=True):
+            found[row] = logprobs
     return found
+
+
+def report(logits_PV: Tensor, tokens_P: Tensor, counts: Sequence[int]) -> list[dict[int, float]]:
+    """Token id → log-probability in nats of each row's token, then of its `counts` most probable ones, best first."""
+    logprobs_PV = logits_PV.log_softmax(-1)
+    top = logprobs_PV.topk(min(MAX_LOGPROBS, logits_PV.shape[1]))
+    ids = torch.cat([tokens_P[:, None], top.indices], dim=1).tolist()
+    values = torch.cat([logprobs_PV.gather(1, tokens_P[:, None]), top.values], dim=1).tolist()
+    return [
+        dict(zip(tokens[: 1 + count], logprobs[: 1 + count], strict=True))
+        for tokens, logprobs, count in zip(ids, values, counts, strict=True)
+    ]
