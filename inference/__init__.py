@@ -5,6 +5,7 @@ import importlib
 _LAZY = {
     "LLM": ".llm",
     "AsyncEngine": ".async_engine",
+    "BeamSearchParams": ".beam",
     "Engine": ".engine",
     "EngineConfig": ".config",
     "CompletionOutput": ".outputs",

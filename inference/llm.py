@@ -6,14 +6,16 @@ outputs = LLM("runs/x").generate(["import os", "def"], SamplingParams(temperatur
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from .. import RequestError
 from ..configs.typed import build
+from .beam import BeamSearch, BeamSearchOutput, BeamSearchParams
 from .config import EngineConfig
-from .core.sampling import SamplingParams
-from .engine import Engine, Prompt
+from .core.sampling import MAX_LOGPROBS, SamplingParams
+from .engine import Engine, FailedOutput, Prompt
 from .outputs import RequestOutput
 
 
@@ -57,6 +59,49 @@ class LLM:
             raise RequestError(
                 f"params ({len(each)}) must be one, or one a prompt ({len(wanted)}): match them", "params"
             )
+        return self._complete(wanted, each)
+
+    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
+        """The most probable completions of the prompts, as transformers' `generate(num_beams=...)` finds them.
+
+        Args:
+            prompts: as in `generate`.
+            params: for all prompts.
+
+        Returns:
+            One output a prompt, in the order of the prompts, with `beam_width` sequences, best first.
+
+        Raises:
+            RequestError: a prompt or parameter that can not be served. NonFiniteError: logits that are not finite.
+        """
+        searches = [self._search(prompt, params) for prompt in _as_list(prompts)]
+        while asked := [(search, beam.tokens) for search in searches for beam in search.running]:
+            each = [SamplingParams(temperature=0, max_tokens=1, logprobs=s.top, ignore_eos=True) for s, _ in asked]
+            outputs = iter(self._complete([tokens for _, tokens in asked], each))
+            for search in searches:
+                search.advance([_next_logprobs(next(outputs)) for _ in search.running])
+        decode = self.engine.tokenizer.decode
+        return [
+            BeamSearchOutput([replace(beam, text=decode(beam.tokens)) for beam in search.finished])
+            for search in searches
+        ]
+
+    def _search(self, prompt: Prompt, params: BeamSearchParams) -> BeamSearch:
+        config, model = self.engine.config, self.engine.model_config
+        if model.encoder is not None:
+            raise RequestError("beam_search needs a decoder-only model, this one has an encoder: use generate")
+        eos = frozenset() if params.ignore_eos else frozenset(model.eos_token_ids)
+        ids = self.engine.prepare("", prompt, SamplingParams()).prompt_token_ids
+        if config.max_model_len is not None and len(ids) + params.max_tokens > config.max_model_len:
+            rule = f"must not exceed max_model_len ({config.max_model_len}): shorten the prompt or lower max_tokens"
+            raise RequestError(f"prompt ({len(ids)}) + max_tokens ({params.max_tokens}) {rule}", "max_tokens")
+        search = BeamSearch(ids, params, eos)
+        if search.top > MAX_LOGPROBS:
+            rule = f"and one for each of the {len(eos)} end-of-sequence tokens must not exceed {MAX_LOGPROBS}"
+            raise RequestError(f"beam_width ({params.beam_width}) {rule}: lower it", "beam_width")
+        return search
+
+    def _complete(self, wanted: Sequence[Prompt], each: Sequence[SamplingParams]) -> list[RequestOutput]:
         first, self._requests = self._requests, self._requests + len(wanted)
         names = [str(first + i) for i in range(len(wanted))]
         finished: dict[str, RequestOutput] = {}
@@ -68,6 +113,14 @@ class LLM:
         finally:
             self.engine.abort_all()  # nothing is left behind by an error or an interrupt
         return [finished[name] for name in names]
+
+
+def _next_logprobs(output: RequestOutput) -> dict[int, float]:
+    if isinstance(output, FailedOutput) and output.error is not None:
+        raise output.error
+    logprobs = output.outputs[0].logprobs
+    assert logprobs is not None, "they were asked for"
+    return logprobs[0]
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -80,12 +80,12 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids))
         object.__setattr__(self, "bad_words", _tuple("bad_words", self.bad_words))
-        _integer("n", self.n, 1, MAX_CHOICES)
+        integer("n", self.n, 1, MAX_CHOICES)
         self._check_shape()
         self._check_words()
         self._check_lengths()
         if self.seed is not None:
-            _integer("seed", self.seed, 0, 2**64 - 1)
+            integer("seed", self.seed, 0, 2**64 - 1)
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "routed_experts"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} ({getattr(self, name)!r}) must be true or false", name)
@@ -112,15 +112,15 @@ class SamplingParams:
 
     def _check_shape(self) -> None:
         """What forms the distribution, token for token alike."""
-        _number("temperature", self.temperature, 0, None)
-        _integer("top_k", self.top_k, -1)
-        _number("top_p", self.top_p, 0, 1, "in (0, 1]")
+        number("temperature", self.temperature, 0)
+        integer("top_k", self.top_k, -1)
+        number("top_p", self.top_p, 0, 1, "in (0, 1]")
         if self.top_p == 0:
             raise RequestError(f"top_p ({self.top_p!r}) must be a number in (0, 1]", "top_p")
-        _number("min_p", self.min_p, 0, 1)
-        _number("repetition_penalty", self.repetition_penalty, *PENALTIES)
-        _number("presence_penalty", self.presence_penalty, -2, 2)
-        _number("frequency_penalty", self.frequency_penalty, -2, 2)
+        number("min_p", self.min_p, 0, 1)
+        number("repetition_penalty", self.repetition_penalty, *PENALTIES)
+        number("presence_penalty", self.presence_penalty, -2, 2)
+        number("frequency_penalty", self.frequency_penalty, -2, 2)
 
     def _check_words(self) -> None:
         """What concerns single tokens and texts."""
@@ -129,7 +129,7 @@ class SamplingParams:
                 if not isinstance(text, str) or not text:
                     raise RequestError(f"{name} ({text!r}) must be text of at least one character", name)
         for token in self.stop_token_ids or ():
-            _integer("stop_token_ids", token, 0)
+            integer("stop_token_ids", token, 0)
         bad = _tuple("bad_token_ids", self.bad_token_ids)
         bad = tuple(_tuple("bad_token_ids", ids) if isinstance(ids, list | tuple) else (ids,) for ids in bad)
         object.__setattr__(self, "bad_token_ids", bad)
@@ -137,14 +137,14 @@ class SamplingParams:
             if not ids:
                 raise RequestError("bad_token_ids (()) must hold sequences of at least one token", "bad_token_ids")
             for token in ids:
-                _integer("bad_token_ids", token, 0)
+                integer("bad_token_ids", token, 0)
         if self.allowed_token_ids is not None:
             allowed = _tuple("allowed_token_ids", self.allowed_token_ids)
             object.__setattr__(self, "allowed_token_ids", allowed)
             if not allowed:
                 raise RequestError("allowed_token_ids ([]) must hold at least one token", "allowed_token_ids")
             for token in allowed:
-                _integer("allowed_token_ids", token, 0)
+                integer("allowed_token_ids", token, 0)
             if {ids[0] for ids in self.bad_sequences if len(ids) == 1}.issuperset(allowed):
                 rule = "must leave a token that bad_token_ids do not exclude"
                 raise RequestError(f"allowed_token_ids ({list(allowed)}) {rule}", "allowed_token_ids")
@@ -152,17 +152,17 @@ class SamplingParams:
             raise RequestError(f"logit_bias ({self.logit_bias!r}) must map token ids to numbers", "logit_bias")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         for token, bias in (self.logit_bias or {}).items():
-            _integer("logit_bias", token, 0)
-            _number("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
+            integer("logit_bias", token, 0)
+            number("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
 
     def _check_lengths(self) -> None:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
-        _integer("min_tokens", self.min_tokens, 0)
+                integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+        integer("min_tokens", self.min_tokens, 0)
         if self.max_tokens is None:
             return
-        _integer("max_tokens", self.max_tokens, 0)
+        integer("max_tokens", self.max_tokens, 0)
         if self.max_tokens == 0 and self.prompt_logprobs is None:
             raise RequestError(
                 "max_tokens (0) must be at least 1 unless prompt_logprobs asks for a score", "max_tokens"
@@ -173,15 +173,16 @@ class SamplingParams:
             )
 
 
-def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
+def integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Raise RequestError unless `value` is a whole number in [low, high]."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < low or (high is not None and value > high):  # type: ignore[operator]
         rule = f"from {low} to {high}" if high is not None else f"of at least {low}"
         raise RequestError(f"{name} ({value!r}) must be a whole number {rule}", name)
 
 
-def _number(name: str, value: object, low: float, high: float | None, rule: str | None = None) -> None:
-    """A finite number in [low, high]."""
+def number(name: str, value: object, low: float, high: float | None = None, rule: str | None = None) -> None:
+    """Raise RequestError unless `value` is a finite number in [low, high]."""
     real = isinstance(value, int | float) and not isinstance(value, bool)
     if not real or not low <= value <= (math.inf if high is None else high) or value == math.inf:  # type: ignore[operator]
         rule = rule or (f"of at least {low}" if high is None else f"from {low} to {high}")
