@@ -196,7 +196,7 @@ class Scheduler:
                 if reason is not None:
                     self._retire(request, reason)
                 advanced.append(request)
-            elif not request.max_tokens and not request.continues:
+            elif not request.max_tokens and request.num_computed_tokens == request.num_tokens:
                 self._retire(request, "length")
                 advanced.append(request)
             if request.num_computed_tokens >= len(request.prompt_token_ids):

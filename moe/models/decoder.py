@@ -57,10 +57,14 @@ class Decoder(nn.Module):
         """
         if source is not None:
             ctx.memory = self.encode(*source)
+        return self.logits(self.hidden(tokens_T, positions_T, ctx), ctx)
+
+    def hidden(self, tokens_T: Tensor, positions_T: Tensor, ctx: Context) -> Tensor:
+        """What the last block returns for every token, [T, D]; `logits` turns rows of it into logits."""
         x_TD = self.embed(tokens_T)
         for block in self.blocks:
             x_TD = block(x_TD, positions_T, ctx)
-        return self.logits(x_TD, ctx)
+        return x_TD
 
     def encode(self, tokens_S: Tensor, positions_S: Tensor, ctx: Context) -> Tensor:
         """The encoder's hidden states [S, D], the `memory` of a forward pass; `ctx` is the encoder's own."""
