@@ -7,6 +7,7 @@ from .core.request import FinishReason, Request
 from .outputs import CompletionOutput
 from .routed import RoutedExperts
 from .run.experts import RoutedRows
+from .run.prompt import PromptLogprobs
 from .text.detokenizer import Detokenizer
 from .text.stop import StopText
 from .text.tokenizer import TextTokenizer
@@ -19,6 +20,7 @@ class Choice:
         request_id: the caller's id; all choices of a request share it.
         request: the scheduler's side of this choice.
         finish_reason: set once; then nothing changes any more.
+        prompt_logprobs: of the prompt's tokens so far, the first of which has none.
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class Choice:
         self.request_id = request_id
         self.request = request
         self.finish_reason: FinishReason | None = None
+        self.prompt_logprobs: list[dict[int, float] | None] = [None]
         self._token_ids: list[int] = []
         self._logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
         self._routed = routed
@@ -64,6 +67,11 @@ class Choice:
         if self.finish_reason is None and self._routed is not None:
             self._routed.take(rows)
             self.request.num_reported_tokens = self._routed.count
+    def score(self, found: PromptLogprobs) -> None:
+        """Take log-probabilities of prompt tokens; what a preempted request computes again stays as it was."""
+        known = len(self.prompt_logprobs)
+        assert found.first <= known, "a prompt is computed from its beginning"
+        self.prompt_logprobs += found.tokens[known - found.first :]
 
     def finish(self, reason: FinishReason) -> None:
         """End the choice and show what was held back; without effect when it has ended."""

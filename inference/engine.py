@@ -8,7 +8,7 @@ uses it (`AsyncEngine` gives it one of its own).
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from ..moe.config import ModelConfig
 from ..moe.models.decoder import Decoder
 from ..moe.models.store import load_model, tokenizer_directory
 from ..moe.routing.stats import RoutingSnapshot
+from .admission import admissible, check_ids
 from .choice import Choice
 from .config import EngineConfig
 from .core.blocks import BlockManager, ContiguousBlocks
@@ -30,7 +31,7 @@ from .core.step import StepPlan
 from .errors import QueueTimeoutError
 from .outputs import RequestOutput
 from .routed import RoutedExperts
-from .run.executor import Executor
+from .run.executor import Executor, StepResult
 from .run.experts import check_routing
 from .run.kv import free_memory, plan_kv
 from .run.runner import ModelRunner
@@ -182,17 +183,10 @@ class Engine:
             cache_salt: cached prefixes are shared only between requests of one salt (a tenant's name, say).
 
         Raises:
-            RequestError: token ids outside the vocabulary, text that is not valid Unicode, or experts that this model
-            does not have.
+            RequestError: token ids outside the vocabulary, text that is not valid Unicode, or what the model can not
+            do.
         """
-        vocabulary = self.model_config.vocab_size
-        for field, ids in (
-            ("prompt", () if isinstance(prompt, str) else prompt),
-            ("stop_token_ids", params.stop_token_ids),
-        ):
-            for token in ids or ():
-                if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocabulary:
-                    raise RequestError(f"{field} ({token!r}) must hold token ids from 0 to {vocabulary - 1}", field)
+        check_ids("prompt", () if isinstance(prompt, str) else prompt, self.model_config.vocab_size)
         if params.routed_experts and not self.runner.pages.layers:
             rule = "needs a decoder with experts, which this model does not have: leave it out"
             raise RequestError(f"routed_experts (True) {rule}", "routed_experts")
@@ -202,7 +196,7 @@ class Engine:
             request_id=request_id,
             prompt=text,
             prompt_token_ids=tuple(ids),
-            params=params,
+            params=admissible(params, self.tokenizer, self.model_config),
             priority=priority,
             deadline=deadline,
             cache_salt=cache_salt,
@@ -267,7 +261,7 @@ class Engine:
         for request_id, rows in result.routed.items():
             if request_id in self._choices:  # it was not ended after the launch
                 self._choices[request_id].report(rows)
-        return self._commit(plan, result.sampled)
+        return self._commit(plan, result)
 
     def _launch(self, plan: StepPlan | None) -> None:
         if plan is not None:
@@ -276,8 +270,9 @@ class Engine:
             self._plans.append(plan)
             self._executor.launch(plan)
 
-    def _commit(self, plan: StepPlan, sampled: Mapping[str, Sampled]) -> list[RequestOutput]:
+    def _commit(self, plan: StepPlan, results: StepResult) -> list[RequestOutput]:
         """Apply a step's results."""
+        sampled = results.sampled
         failed: dict[str, TurnoutError] = {}
         for request in plan.expired:
             rule = "the request was not started before its deadline or queue_timeout: try again later"
@@ -286,8 +281,12 @@ class Engine:
             if request_id not in self._choices:
                 continue  # it was ended after the launch
             if result.token is None:
-                rule = "the logits of this request are not finite: check the model's weights"
-                failed[self._choices[request_id].request_id] = NonFiniteError(rule)
+                failed[self._choices[request_id].request_id] = _no_token(result)
+        for request_id, found in results.prompts.items():
+            if (choice := self._choices.get(request_id)) is not None:
+                choice.score(found)
+                if None in found.tokens:
+                    failed[choice.request_id] = _no_token(Sampled(None))
         ended = [self._end(name, error) for name, error in failed.items()]
         tokens = {request_id: result.token for request_id, result in sampled.items() if result.token is not None}
         advanced: dict[str, None] = {}
@@ -374,13 +373,18 @@ class Engine:
             del self._groups[request_id]
             for choice in group.choices:
                 del self._choices[choice.request.id]
+        first, scored = group.choices[0], None
+        if first.request.params.prompt_logprobs is not None:
+            complete = len(first.prompt_logprobs) == len(first.request.prompt_token_ids)
+            scored = first.prompt_logprobs if complete else None
         state = (
             request_id,
             group.prepared.prompt,
             list(group.prepared.prompt_token_ids),
             [choice.output() for choice in group.choices],
             finished,
-            group.choices[0].request.num_cached_tokens,
+            first.request.num_cached_tokens,
+            scored,
         )
         return RequestOutput(*state) if error is None else FailedOutput(*state, error)
 
@@ -388,3 +392,11 @@ class Engine:
         """The key of a request without a seed: the engine's seed and how many requests came before it."""
         key = f"{self.config.seed}/{self._arrivals}".encode()
         return int.from_bytes(hashlib.sha256(key).digest()[:8], "little")
+
+
+def _no_token(result: Sampled) -> TurnoutError:
+    """Why a request has no next token."""
+    if result.excluded:
+        rule = "have excluded every token at this point: allow more or exclude fewer"
+        return RequestError(f"allowed_token_ids, bad words and min_tokens {rule}", "allowed_token_ids")
+    return NonFiniteError("the logits of this request are not finite: check the model's weights")

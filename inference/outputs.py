@@ -41,6 +41,8 @@ class RequestOutput:
         outputs: one for each choice, by index.
         finished: every choice has its finish reason.
         num_cached_tokens: prompt tokens that the prefix cache had when the request started.
+        prompt_logprobs: one dict a prompt token, token id → log-probability in nats, but None for the first; None
+            unless asked for, and until the whole prompt is computed.
     """
 
     request_id: str
@@ -49,3 +51,4 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, float] | None] | None = None

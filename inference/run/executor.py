@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ..core.step import StepPlan
 from .experts import RoutedRows
+from .prompt import PromptLogprobs
 from .sampler import Sampled
 
 
@@ -17,10 +18,12 @@ class StepResult:
     Args:
         sampled: request id → its next token, of every request of the plan that samples.
         routed: request id → where its tokens went, of every request that asks: those that it has not been told yet.
+        prompts: request id → log-probabilities of its prompt's tokens, as far as the step has them and it asks.
     """
 
     sampled: Mapping[str, Sampled]
     routed: Mapping[str, RoutedRows] = field(default_factory=dict)
+    prompts: Mapping[str, PromptLogprobs] = field(default_factory=dict)
 
 
 class Executor:

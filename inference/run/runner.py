@@ -17,6 +17,7 @@ from .context import PagedContext
 from .executor import StepResult
 from .experts import ExpertPages
 from .kv import KVCache, KVPlan
+from .prompt import PromptLogprobs, asks, prompt_logprobs
 from .sampler import sample
 
 
@@ -43,6 +44,8 @@ class ModelRunner:
         """The tokens that the last step sampled, by request."""
         self.dropless = moe_capacity == "dropless"
         self.pages = ExpertPages(model.cfg, plan.num_blocks, plan.block_size, self.device, counted=not self.dropless)
+        self._prompts: dict[str, PromptLogprobs] = {}
+        """What the last step told of prompts, by request."""
         self.routing = RoutingStats(model.cfg.moe_layers, experts, self.device)
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -51,7 +54,7 @@ class ModelRunner:
         ids = [item.request.id for item in batch.sampling]
         sampled = dict(zip(ids, sample(logits_RV, batch.sampling), strict=True))
         self._newest = {name: result.token or 0 for name, result in sampled.items()}
-        return StepResult(sampled=sampled, routed=self.pages.report(plan.scheduled))
+        return StepResult(sampled=sampled, routed=self.pages.report(plan.scheduled), prompts=self._prompts)
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> tuple[Batch, Tensor]:
@@ -67,7 +70,13 @@ class ModelRunner:
         memory_SD = None if batch.memory is None else self.encode(batch.memory)
         taken_BLE = self.pages.taken_before(plan.scheduled)
         context = PagedContext(batch, self.cache, memory_SD, self.pages.by_layer(taken_BLE))
-        logits_RV = self.model(batch.tokens_T, batch.positions_T, context)
+        self._prompts = {}
+        if any(asks(item) for item in plan.scheduled):
+            x_TD = self.model.hidden(batch.tokens_T, batch.positions_T, context)
+            self._prompts = prompt_logprobs(self.model, x_TD, context, plan.scheduled)
+            logits_RV = self.model.logits(x_TD, context)
+        else:
+            logits_RV = self.model(batch.tokens_T, batch.positions_T, context)
         self.pages.store(plan.scheduled, batch.slots_T, context.routings, taken_BLE)
         self.routing.add(context.routings)
         return batch, logits_RV.float()
