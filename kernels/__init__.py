@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .ops import (
         combine,
+        copy_blocks,
         cross_entropy,
         grouped_gemm,
         paged_attention,
@@ -28,6 +29,7 @@ _ELSEWHERE = {"normal": ".random", "table": ".registry", "uniform": ".random", "
 
 __all__ = [
     "combine",
+    "copy_blocks",
     "cross_entropy",
     "grouped_gemm",
     "normal",

@@ -124,14 +124,35 @@ def varlen_attention(
         )
 
 
-def store_kv(k_TGd: Tensor, v_TGd: Tensor | None, cache_k: Tensor, cache_v: Tensor | None, slots_T: Tensor) -> None:
+def store_kv(
+    k_TGd: Tensor,
+    v_TGd: Tensor | None,
+    cache_k: Tensor,
+    cache_v: Tensor | None,
+    slots_T: Tensor,
+    scales_k: Tensor | None = None,
+    scales_v: Tensor | None = None,
+) -> None:
     """Write keys and values into their pages, in place; without values, keys only.
 
     Args:
-        cache_k, cache_v: [num_blocks, block_size, G, d], contiguous; the values are cast to its dtype.
+        cache_k, cache_v: [num_blocks, block_size, G, d], contiguous; the values are cast to its dtype. With scales
+            int8: each row of d numbers x is kept as round(x / scale) with scale = max |x| / 127, so that no number is
+            off by more than scale / 2; a row of zeros has scale 0, one that is not finite has such a scale.
         slots_T: int64, block · block_size + offset; no slot twice, but for those nobody reads (the null block).
+        scales_k, scales_v: float32 [num_blocks, block_size, G], contiguous.
     """
-    registry.call("store_kv", k_TGd, v_TGd, cache_k, cache_v, slots_T)
+    registry.call("store_kv", k_TGd, v_TGd, cache_k, cache_v, slots_T, scales_k, scales_v)
+
+
+def copy_blocks(pages: Tensor, sources_N: Tensor, targets_N: Tensor) -> None:
+    """pages[:, targets[n]] = pages[:, sources[n]], in place; every source is read before any target is written.
+
+    Args:
+        pages: [layers, num_blocks, ...].
+        sources_N, targets_N: int64 blocks; no target twice.
+    """
+    registry.call("copy_blocks", pages, sources_N, targets_N)
 
 
 def paged_attention(
@@ -147,6 +168,8 @@ def paged_attention(
     window: int | None = None,
     sinks_H: Tensor | None = None,
     bias_HR: Tensor | None = None,
+    scales_k: Tensor | None = None,
+    scales_v: Tensor | None = None,
 ) -> Tensor:
     """Attention of this step's queries to the keys and values in their sequence's pages. Not differentiable.
 
@@ -158,6 +181,7 @@ def paged_attention(
         cu_q_B1: int, cumulative query starts, from 0 to T. Query i of sequence b stands at position
             context_len - query_len + i.
         causal, window, sinks_H, bias_HR: as in `varlen_attention`.
+        scales_k, scales_v: of pages of int8, as `store_kv` wrote them; a number is its page's times its row's scale.
     """
     with _exact(q_THd):
         return registry.call(
@@ -173,6 +197,8 @@ def paged_attention(
             window=window,
             sinks_H=sinks_H,
             bias_HR=bias_HR,
+            scales_k=scales_k,
+            scales_v=scales_v,
         )
 
 

@@ -34,6 +34,7 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "cross_entropy": {"reference": "reference.dense", "torch": "torch_ops.loss"},
         "varlen_attention": {"reference": "reference.attention", "torch": "torch_ops.attention"},
         "store_kv": {"reference": "reference.attention"},
+        "copy_blocks": {"reference": "reference.attention"},
         "paged_attention": {"reference": "reference.attention", "torch": "torch_ops.attention"},
     }
 )

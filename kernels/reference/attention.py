@@ -80,10 +80,34 @@ def varlen_attention(
     return torch.cat(outputs)
 
 
-def store_kv(k_TGd: Tensor, v_TGd: Tensor | None, cache_k: Tensor, cache_v: Tensor | None, slots_T: Tensor) -> None:
-    for new, cache in ((k_TGd, cache_k), (v_TGd, cache_v)):
-        if new is not None and cache is not None:
-            cache.view(-1, *cache.shape[2:]).index_copy_(0, slots_T, new.to(cache.dtype))
+def quantise(x_TGd: Tensor) -> tuple[Tensor, Tensor]:
+    """(int8 of the same shape, float32 scale [T, G]): x ≈ q · scale, symmetric in each row."""
+    x = wide(x_TGd)
+    scale_TG = x.abs().amax(-1).float() / 127
+    q_TGd = torch.where(scale_TG[..., None] > 0, x / scale_TG[..., None], 0.0)
+    return q_TGd.round().to(torch.int8), scale_TG
+
+
+def dequantised(cache: Tensor, scales: Tensor | None) -> Tensor:
+    """The numbers that rows of a cache stand for."""
+    return cache if scales is None else cache * scales[..., None]
+
+
+def store_kv(
+    k_TGd: Tensor, v_TGd: Tensor | None, cache_k: Tensor, cache_v: Tensor | None, slots_T: Tensor,
+    scales_k: Tensor | None = None, scales_v: Tensor | None = None,
+) -> None:  # fmt: skip
+    for new, cache, scales in ((k_TGd, cache_k, scales_k), (v_TGd, cache_v, scales_v)):
+        if new is None or cache is None:
+            continue
+        if scales is not None:
+            new, scale_TG = quantise(new)
+            scales.view(-1, *scales.shape[2:]).index_copy_(0, slots_T, scale_TG)
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, slots_T, new.to(cache.dtype))
+
+
+def copy_blocks(pages: Tensor, sources_N: Tensor, targets_N: Tensor) -> None:
+    pages.index_copy_(1, targets_N, pages.index_select(1, sources_N))
 
 
 def paged_attention(
@@ -99,13 +123,21 @@ def paged_attention(
     window: int | None = None,
     sinks_H: Tensor | None = None,
     bias_HR: Tensor | None = None,
+    scales_k: Tensor | None = None,
+    scales_v: Tensor | None = None,
 ) -> Tensor:
     outputs = [q_THd.new_empty(0, q_THd.shape[1], cache_v.shape[3])]
     spans = itertools.pairwise(cu_q_B1.tolist())
     for (start, end), length, table in zip(spans, context_lens_B.tolist(), block_tables_BM, strict=True):
         size, first = cache_k.shape[1], 0 if window is None else max(length - (end - start) - window + 1, 0)
         blocks, gone = table[first // size : -(-length // size)].long(), first // size * size
-        k_LGd, v_LGd = (cache[blocks].flatten(0, 1)[first - gone : length - gone] for cache in (cache_k, cache_v))
+        rows = slice(first - gone, length - gone)
+        k_LGd, v_LGd = (
+            dequantised(cache[blocks], None if scales is None else scales[blocks])
+            .flatten(0, 1)[rows]
+            .to(wide(q_THd[:0]).dtype)
+            for cache, scales in ((cache_k, scales_k), (cache_v, scales_v))
+        )
         k_at = torch.arange(first, length, device=q_THd.device)
         q_at = torch.arange(length - (end - start), length, device=q_THd.device)
         bias_HSL = None if bias_HR is None else distance_bias(bias_HR, q_at, k_at)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..reference.attention import distance_bias, nothing, own_keys, visible
+from ..reference.attention import dequantised, distance_bias, nothing, own_keys, visible
 from ..reference.precision import wide
 
 EXPLICIT = 1 << 23  # the most scores to write out in one call: 32 MB in float32
@@ -69,6 +69,8 @@ def paged_attention(
     window: int | None = None,
     sinks_H: Tensor | None = None,
     bias_HR: Tensor | None = None,
+    scales_k: Tensor | None = None,
+    scales_v: Tensor | None = None,
 ) -> Tensor:
     """All sequences with one query (decode) form one batch, padded to the longest; the others run one by one.
 
@@ -97,9 +99,9 @@ def paged_attention(
             seen_BSL = seen_BSL & (ahead.abs() < window)
         bias_BHSL = None if bias_HR is None else _biases(bias_HR, ahead)
         rows = torch.tensor([row for b in group for row in range(starts[b], starts[b + 1])], device=q_THd.device)
-        k = _rows(cache_k, slots_BL).to(q_THd.dtype)
+        k = _rows(cache_k, scales_k, slots_BL).to(q_THd.dtype)
         shared = cache_v.data_ptr() == cache_k.data_ptr()
-        v = k[..., : cache_v.shape[-1]] if shared else _rows(cache_v, slots_BL).to(q_THd.dtype)
+        v = k[..., : cache_v.shape[-1]] if shared else _rows(cache_v, scales_v, slots_BL).to(q_THd.dtype)
         q = q_THd[rows].unflatten(0, (len(group), count))
         out_THd[rows] = _attend(q, k, v, seen_BSL, scale, sinks_H, bias_BHSL).flatten(0, 1)
     return out_THd
@@ -112,8 +114,11 @@ def _slots(tables_BM: Tensor, at_BL: Tensor, block_size: int) -> Tensor:
     return blocks_BL * block_size + at_BL % block_size
 
 
-def _rows(cache: Tensor, slots_BL: Tensor) -> Tensor:
-    return cache.flatten(0, 1).index_select(0, slots_BL.flatten()).unflatten(0, slots_BL.shape)
+def _rows(cache: Tensor, scales: Tensor | None, slots_BL: Tensor) -> Tensor:
+    """What the cache holds at these slots, [B, L, G, d]."""
+    slots = slots_BL.flatten()
+    own = None if scales is None else scales.flatten(0, 1).index_select(0, slots)
+    return dequantised(cache.flatten(0, 1).index_select(0, slots), own).unflatten(0, slots_BL.shape)
 
 
 def _biases(bias_HR: Tensor, ahead_BSL: Tensor) -> Tensor:
