@@ -6,6 +6,7 @@ from typing import Literal, get_args
 from ..configs.typed import check
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+KVDtype = Literal["auto", "int8"]
 Batching = Literal["continuous", "static", "dynamic"]
 KVLayout = Literal["paged", "contiguous"]
 MoECapacity = Literal["dropless", "trained"]
@@ -25,6 +26,7 @@ class EngineConfig:
             well. None = what the model was built for.
         enable_prefix_caching: share the keys and values of equal prefixes between requests.
         dtype: precision of weights and KV cache; "auto" = the checkpoint's.
+        kv_dtype: "int8" keeps keys and values as int8 with a float32 scale for each head of each token; "auto" = dtype.
         seed: key of the random numbers of requests that bring no seed of their own.
         max_waiting: requests that may queue; more are refused (HTTP 429).
         queue_timeout: seconds that a request may wait for its first step before it expires (HTTP 503); None = for ever.
@@ -49,6 +51,7 @@ class EngineConfig:
     max_model_len: int | None = None
     enable_prefix_caching: bool = True
     dtype: Dtype = "auto"
+    kv_dtype: KVDtype = "auto"
     seed: int = 0
     max_waiting: int = 1024
     queue_timeout: float | None = None
@@ -91,7 +94,7 @@ class EngineConfig:
             "must be seconds, from 0 to 3600",
             "use a fraction of a second",
         )
-        choices = {"batching": Batching, "kv_layout": KVLayout, "moe_capacity": MoECapacity}
+        choices = {"batching": Batching, "kv_layout": KVLayout, "kv_dtype": KVDtype, "moe_capacity": MoECapacity}
         for name, values in ((name, get_args(choice)) for name, choice in choices.items()):
             value = getattr(self, name)
             check(value in values, name, value, "must be one of those known", f"use {', '.join(values)}")

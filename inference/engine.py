@@ -125,7 +125,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.chat = chat or ChatTemplate(tokenizer)
         self.runner = ModelRunner(model, self.kv_plan, config.moe_capacity)
-        self.blocks = self._manager(f"{digest(model.cfg)} {weight.dtype}".encode())
+        self.blocks = self._manager(f"{digest(model.cfg)} {weight.dtype} {self.kv_plan.dtype}".encode())
         self.scheduler = Scheduler(self.config, self.blocks, clock)
         overlap = weight.is_cuda if config.overlap is None else config.overlap
         self._executor = Executor(self.runner.execute, overlap=overlap)

@@ -55,6 +55,7 @@ class PagedContext:
         chunks.
         """
         batch, (keys, values) = self._batch, self._cache.layer(spec.layer)
+        scales_k, scales_v = self._cache.scales(spec.layer)
         slots, tables_BM, lens_B = batch.slots_T, batch.block_tables_BM, batch.context_lens_B
         if spec.cross:
             assert batch.memory is not None, "an encoder's model is given an encoder's batch"
@@ -63,7 +64,7 @@ class PagedContext:
             store_kv(torch.cat((kv.c, kv.k_rope), -1)[:, None], None, keys, None, slots)
             q_THd = absorb(q_THd, kv)
         else:
-            store_kv(kv.k, kv.v, keys, values, slots)
+            store_kv(kv.k, kv.v, keys, values, slots, scales_k, scales_v)
         o_THd = paged_attention(
             q_THd,
             keys,
@@ -76,6 +77,8 @@ class PagedContext:
             window=spec.window,
             sinks_H=sinks_H,
             bias_HR=bias_HR,
+            scales_k=scales_k,
+            scales_v=scales_v,
         )
         return release(o_THd, kv) if isinstance(kv, Latent) else o_THd
 

@@ -1,7 +1,8 @@
 """The KV cache's tensors and how large they are.
 
 The size is planned first, as data that can be printed and tested, then allocated. Keys and values of a layer are
-[num_blocks, block_size, G, d]: G kv heads, d head size. Of latent attention only the latents are kept.
+[num_blocks, block_size, G, d]: G kv heads, d head size. Of latent attention only the latents are kept. Pages of int8
+have float32 scales [num_blocks, block_size, G] beside them.
 """
 
 import os
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import ConfigError
+from ...kernels.ops import copy_blocks
 from ...moe.config import ModelConfig
 from ...moe.shapes import KVForm
 from ..config import EngineConfig
@@ -29,7 +31,7 @@ class KVPlan:
 
     Attributes:
         num_blocks: the null block included.
-        bytes_per_block: keys and values of all layers.
+        bytes_per_block: keys and values of all layers, and their scales.
         limit: what set the number: `num_blocks`, `kv_memory_mb`, `max_num_seqs` (every sequence fits at its longest)
             or `free memory`.
     """
@@ -42,7 +44,7 @@ class KVPlan:
 
     @property
     def bytes_per_block(self) -> int:
-        return self.block_size * self.form.numbers * self.dtype.itemsize
+        return self.block_size * bytes_per_token(self.form, self.dtype)
 
     @property
     def total_bytes(self) -> int:
@@ -70,15 +72,20 @@ def plan_kv(
         config: `num_blocks` wins, then `kv_memory_mb`; without both every sequence fits at its longest, as far as
             memory goes.
         max_model_len: the longest sequence, in tokens; with an encoder also its longest input.
-        dtype: of keys and values.
+        dtype: of keys and values, if `config.kv_dtype` does not say otherwise.
         free_bytes: what the cache may take.
 
     Raises:
-        ConfigError: not even one usable block beside the null block fits.
+        ConfigError: not even one usable block beside the null block fits, or latents should be kept as int8.
     """
+    if config.kv_dtype == "int8":
+        if model.attention.latent is not None:
+            rule = "latents and rotated keys differ in range and would share a scale"
+            raise ConfigError(f"kv_dtype (int8) must be auto for latent attention: {rule}")
+        dtype = torch.int8
     size = config.block_size
     form = KVForm.of(model)
-    each = size * form.numbers * dtype.itemsize
+    each = size * bytes_per_token(form, dtype)
     tables = 1 if model.encoder is None else 2
     wanted = 1 + config.max_num_seqs * tables * -(-max_model_len // size)
     if config.num_blocks is not None:
@@ -102,6 +109,12 @@ def plan_kv(
     )
 
 
+def bytes_per_token(form: KVForm, dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers; int8 has a float32 scale for each key and each value of a head."""
+    scales = 2 * form.layers * form.heads * torch.float32.itemsize if dtype == torch.int8 else 0
+    return form.numbers * dtype.itemsize + scales
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that the KV cache may take on `device`, the model's weights being there already."""
     if device.type == "cuda":
@@ -110,7 +123,11 @@ def free_memory(device: torch.device) -> int:
 
 
 class KVCache:
-    """Keys and values of all layers; `layer(i)` gives one layer's pages, which `store_kv` writes in place."""
+    """Keys and values of all layers; `layer(i)` gives one layer's pages, which `store_kv` writes in place.
+
+    Attributes:
+        pages: every tensor [layers, num_blocks, ...] that a block has a part in; what else is kept by block joins it.
+    """
 
     def __init__(self, plan: KVPlan, device: torch.device) -> None:
         self.plan, form = plan, plan.form
@@ -121,14 +138,26 @@ class KVCache:
             if form.shared
             else torch.zeros((*pages, form.value_dim), dtype=plan.dtype, device=device)
         )
-
-    def copy(self, blocks: Sequence[tuple[int, int]]) -> None:
-        """Copy the contents of blocks, given as (from, to), in all layers."""
-        if blocks:
-            source, target = torch.tensor(blocks, device=self.keys.device).unbind(1)
-            for pages in (self.keys,) if self.plan.form.shared else (self.keys, self.values):
-                pages[:, target] = pages[:, source]
+        self.key_scales, self.value_scales = (
+            torch.zeros(pages, device=device) if plan.dtype == torch.int8 else None for _ in range(2)
+        )
+        own = (self.keys, None if form.shared else self.values, self.key_scales, self.value_scales)
+        self.pages: list[Tensor] = [tensor for tensor in own if tensor is not None]
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """(keys, values), each [num_blocks, block_size, G, d]."""
         return self.keys[layer], self.values[layer]
+
+    def scales(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """(of the keys, of the values), each [num_blocks, block_size, G]; None where pages hold the numbers."""
+        if self.key_scales is None or self.value_scales is None:
+            return None, None
+        return self.key_scales[layer], self.value_scales[layer]
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks (from, to), all of them as they are now."""
+        if not pairs:
+            return
+        sources_N, targets_N = torch.tensor(pairs, dtype=torch.int64, device=self.keys.device).T
+        for tensor in self.pages:
+            copy_blocks(tensor, sources_N, targets_N)

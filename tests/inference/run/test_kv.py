@@ -71,3 +71,35 @@ def test_too_little_memory_names_the_fix(model):
 
 def test_this_machine_has_memory_for_a_cache():
     assert free_memory(torch.device("cpu")) > 100 * MIB
+
+
+def test_int8_takes_a_byte_a_number_and_a_scale_a_head_and_token(model):
+    found = plan(model, num_blocks=10, kv_dtype="int8", dtype=torch.bfloat16)
+    cache = KVCache(found, torch.device("cpu"))
+    assert found.bytes_per_block == 2 * 4 * 16 * 2 * (8 + 4)
+    assert sum(tensor.nbytes for tensor in cache.pages) == found.total_bytes
+    assert [scale.shape for scale in cache.scales(3)] == [(10, 16, 2)] * 2
+    assert "as int8" in str(found)
+
+
+def test_int8_is_refused_for_latents(make_model):
+    model = make_model(kv_heads=4, attention=LATENT)
+    with pytest.raises(ConfigError, match=r"kv_dtype \(int8\) must be auto for latent attention"):
+        plan(model, kv_dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "kv_dtype", "tensors"),
+    [({}, "auto", 2), ({}, "int8", 4), ({"kv_heads": 4, "attention": LATENT}, "auto", 1)],
+)
+def test_a_copied_block_is_copied_in_every_layer_with_all_that_belongs_to_it(make_model, changes, kv_dtype, tensors):
+    cache = KVCache(plan(make_model(**changes), num_blocks=5, kv_dtype=kv_dtype), torch.device("cpu"))
+    cache.pages.append(torch.zeros(2, 5, 16, 3, dtype=torch.int16))  # as experts' choices are kept
+    for tensor in cache.pages:
+        tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape) % 101)
+    before = [tensor.clone() for tensor in cache.pages]
+    cache.copy([(1, 4), (2, 3)])
+    assert len(before) == tensors + 1
+    for tensor, old in zip(cache.pages, before, strict=True):
+        assert torch.equal(tensor, old[:, [0, 1, 2, 2, 1]])
+    cache.copy([])
