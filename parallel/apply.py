@@ -15,6 +15,7 @@ from torch import nn
 
 from .. import ConfigError
 from .dispatch.all_to_all import AllToAllDispatcher
+from .dispatch.parts import shares
 from .dispatch.traffic import Traffic
 from .mesh import Mesh
 from .plan import match
@@ -22,12 +23,15 @@ from .shard import ShardSpec
 from .tensor import divide
 
 
-def parallelize(model: nn.Module, mesh: Mesh) -> dict[str, ShardSpec]:
+def parallelize(model: nn.Module, mesh: Mesh, *, uneven: bool = False) -> dict[str, ShardSpec]:
     """Spread `model` over `mesh`, in place.
 
     Every module that has `experts` and `dispatcher` gets `experts.first` (global id of its first local expert) and,
     when experts are spread, an `AllToAllDispatcher`. Parameters of a sliced tensor are new objects: build the
     optimizer afterwards.
+
+    Args:
+        uneven: some ranks may hold one expert more than others (serving).
 
     Returns:
         parameter name → where this rank's tensor lies in the global one, for every parameter and persistent buffer.
@@ -42,34 +46,37 @@ def parallelize(model: nn.Module, mesh: Mesh) -> dict[str, ShardSpec]:
         placement = match(plan, name)
         shards[name] = ShardSpec(shape, (0,) * len(shape), parts=2 if placement == "gated" else 1)
         if placement == "expert" and mesh.ep_size > 1:
-            first = _keep_local_experts(model, name, mesh)
+            first = _keep_local_experts(model, name, mesh, uneven)
             shards[name] = ShardSpec(shape, (first,) + (0,) * (len(shape) - 1), along="edp")
     for name, module in model.named_modules():
         if hasattr(module, "experts") and hasattr(module, "dispatcher") and mesh.ep_size > 1:
             total = next(s.global_shape[0] for n, s in shards.items() if n.startswith(_join(name, "experts.")))
-            module.experts.first = total // mesh.ep_size * mesh.ep_rank
+            module.experts.first = sum(shares(total, mesh.ep_size)[: mesh.ep_rank])
             module.dispatcher = AllToAllDispatcher(mesh, total, traffic)
     if mesh.size("tp") > 1:
         shards |= divide(model, plan, mesh)
     return shards
 
 
-def _keep_local_experts(model: nn.Module, name: str, mesh: Mesh) -> int:
-    """Replace the stacked tensor [E, ...] by this rank's E / ep experts; returns the global id of the first."""
+def _keep_local_experts(model: nn.Module, name: str, mesh: Mesh, uneven: bool) -> int:
+    """Replace the stacked tensor [E, ...] by this rank's experts; returns the global id of the first."""
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     whole = getattr(owner, leaf)
-    if whole.shape[0] % mesh.ep_size:
-        raise ConfigError(
-            f"parallel.ep ({mesh.ep_size}) must divide the experts of {name} ({whole.shape[0]}): use a divisor of it"
-        )
-    local = whole.shape[0] // mesh.ep_size
-    part = whole.detach()[mesh.ep_rank * local : (mesh.ep_rank + 1) * local].clone()
+    experts, ranks = whole.shape[0], mesh.ep_size
+    if uneven and experts < ranks:
+        rule = f"must not exceed the experts of {name} ({experts}): use {experts} or less"
+        raise ConfigError(f"parallel.ep ({ranks}) {rule}")
+    if not uneven and experts % ranks:
+        raise ConfigError(f"parallel.ep ({ranks}) must divide the experts of {name} ({experts}): use a divisor of it")
+    held = shares(experts, ranks)
+    first = sum(held[: mesh.ep_rank])
+    part = whole.detach()[first : first + held[mesh.ep_rank]].clone()
     if isinstance(whole, nn.Parameter):
         setattr(owner, leaf, nn.Parameter(part, requires_grad=whole.requires_grad))
     else:
         owner.register_buffer(leaf, part)
-    return mesh.ep_rank * local
+    return first
 
 
 def _join(path: str, name: str) -> str:

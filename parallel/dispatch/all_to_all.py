@@ -7,11 +7,15 @@
 So chunk i + 1 travels while chunk i is computed, chunk 0 beside whatever is computed between the two calls, and outputs
 beside the chunks after them; the backward pass is the mirror image (`travel.py`).
 
-Experts lie on the ranks in blocks: rank r of P holds [r * E / P, (r + 1) * E / P), so rows sorted by expert are already
-sorted by destination. The counts of all ranks go to all ranks, once a layer and for all chunks: one collective and one
-look of the host at the result, from which everybody also knows whether rounds are needed (`parts.py`) and how many rows
-pass through a node. It is P * C * E numbers, little beside the rows. A rank that sends or receives nothing takes part
-all the same.
+Experts lie on the ranks in blocks, E / P each or (in serving) one more on the first ranks, so rows sorted by expert are
+already sorted by destination. The counts of all ranks go to all ranks, once a layer and for all chunks: one collective
+and one look of the host at the result, from which everybody also knows whether rounds are needed (`parts.py`) and how
+many rows pass through a node. It is P * C * E numbers, little beside the rows. A rank that sends or receives nothing
+takes part all the same.
+
+In the worst case all ranks' tokens go to one rank's experts. A token's choices are different experts, so that rank then
+holds M = min(K, L) * (tokens of all P ranks) rows: of D numbers as they come and as they leave, and of 3 F (SwiGLU) or
+2 F hidden units between. In serving, M * (2 D + 3 F) numbers with P * max_num_batched_tokens tokens.
 
 When some rank would hold more rows than `parallel.exchange_rows`, each chunk goes in rounds, one after another: there,
 compute, back. A round keeps nothing for the backward pass but the rows that this rank sent; there it is exchanged and
@@ -33,7 +37,7 @@ from ...kernels import combine, permute, sort_by_expert
 from ..mesh import Mesh
 from ..process import naming
 from .local import Experts, ends
-from .parts import Groups, crowded, cut, legs, regroup
+from .parts import Groups, by_rank, crowded, cut, legs, regroup, shares
 from .traffic import Traffic
 from .travel import Journey, Leg, way_back
 
@@ -91,6 +95,7 @@ class AllToAllDispatcher:
 
     def __init__(self, mesh: Mesh, num_experts: int, traffic: Traffic) -> None:
         self.num_experts, self.traffic = num_experts, traffic
+        self.shares = shares(num_experts, mesh.ep_size)
         self.chunks, self.limit = mesh.exchange.chunks, mesh.exchange.rows
         self.groups = Groups(mesh.group("ep"), mesh.groups.get("near"), mesh.groups.get("far"))
 
@@ -150,15 +155,16 @@ class AllToAllDispatcher:
         return Journey(y_MD, way_back(part.legs), self.traffic).arrive()
 
     def _all_counts(self, counts: Tensor) -> Tensor:
-        """counts_PCE of all ranks, on the CPU."""
+        """counts_PCE of all ranks, on the CPU, as many columns for each of them."""
         ranks = self.groups.ep.size()
         everybody = counts.new_empty(ranks, len(counts))
         with naming("gathering of expert counts"):
             dist.all_gather(list(everybody), counts, group=self.groups.ep)
-        return everybody.cpu().view(ranks, self.chunks, self.num_experts)
+        return by_rank(everybody.cpu().view(ranks, self.chunks, self.num_experts))
 
     def _part(self, counts_PPL: Tensor, device: torch.device) -> Part:
-        arriving_L = counts_PPL[:, dist.get_rank(self.groups.ep)].sum(0)
+        rank = dist.get_rank(self.groups.ep)
+        arriving_L = counts_PPL[:, rank].sum(0)[: self.shares[rank]]
         return Part(legs(counts_PPL, self.groups, device), ends(arriving_L).to(device))
 
 

@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from .travel import Leg, Order
@@ -34,6 +35,23 @@ class Groups:
     far: dist.ProcessGroup | None = None
 
 
+def shares(num_experts: int, ranks: int) -> list[int]:
+    """How many experts each rank holds, neighbours after neighbours: the first ranks one more where they do not divide.
+
+    Training has them divide (`ParallelConfig.resolve`); serving does not ask for it.
+    """
+    return [num_experts // ranks + (rank < num_experts % ranks) for rank in range(ranks)]
+
+
+def by_rank(counts_PCE: Tensor) -> Tensor:
+    """counts_PCE with as many columns for every rank's experts: a rank that holds one less has a last one of zeros."""
+    ranks, _, experts = counts_PCE.shape
+    if experts % ranks == 0:
+        return counts_PCE
+    parts = counts_PCE.split(shares(experts, ranks), 2)
+    return torch.cat([F.pad(part, (0, parts[0].shape[2] - part.shape[2])) for part in parts], 2)
+
+
 def crowded(counts_PCE: Tensor, limit: int | None) -> bool:
     """Whether some rank would receive more than `limit` rows, of all chunks together."""
     ranks = len(counts_PCE)
@@ -44,7 +62,7 @@ def cut(counts_PCE: Tensor, limit: int | None) -> list[list[Tensor]]:
     """The rounds of each chunk, as few as there can be: counts_PPL of the rows that travel in each.
 
     Args:
-        counts_PCE: rows of each source rank's chunk for each expert.
+        counts_PCE: rows of each source rank's chunk for each expert, as many columns for every rank (`by_rank`).
         limit: rows that a rank receives in a round, at least P; None = all.
     """
     ranks, chunks, _ = counts_PCE.shape

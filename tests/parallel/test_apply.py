@@ -1,4 +1,5 @@
 """Parallelizing a model: each rank keeps its experts, knows their global ids, and all-to-all stands between."""
+# ruff: noqa: N802 (M3 is the name of a rule)
 
 import pytest
 import torch
@@ -87,6 +88,26 @@ def indivisible() -> str:
 def test_experts_that_do_not_divide_are_refused():
     expected = "parallel.ep (2) must divide the experts of w (3): use a divisor of it"
     assert run_ranks(indivisible, 2) == [expected] * 2
+
+
+def unevenly(experts: int) -> tuple | str:
+    mesh = build_mesh(ParallelConfig(ep=3))
+    model = torch.nn.Module()
+    model.moe = torch.nn.Module()
+    model.moe.experts, model.moe.dispatcher = torch.nn.Module(), LocalDispatcher()
+    model.moe.experts.w = torch.nn.Parameter(torch.arange(float(experts)))
+    model.plan = lambda: {"moe.experts.*": "expert"}
+    try:
+        shards = parallelize(model, mesh, uneven=True)
+    except ConfigError as error:
+        return str(error)
+    return model.moe.experts.first, model.moe.experts.w.tolist(), shards["moe.experts.w"].offset
+
+
+def test_M3_serving_places_experts_unevenly_and_leaves_no_rank_without():
+    assert run_ranks(unevenly, 3, 5) == [(0, [0, 1], (0,)), (2, [2, 3], (2,)), (4, [4], (4,))]
+    expected = "parallel.ep (3) must not exceed the experts of moe.experts.w (2): use 2 or less"
+    assert run_ranks(unevenly, 3, 2) == [expected] * 3
 
 
 def places(ep: int) -> tuple:

@@ -2,6 +2,7 @@
 
 T tokens, D width, E experts, K choices, N rows.
 """
+# ruff: noqa: N802 (M3 is the name of a rule)
 
 import pytest
 import torch
@@ -217,3 +218,46 @@ def test_chunks_travel_while_others_and_the_shared_expert_are_computed_and_the_b
     swapped = {"start": "wait", "wait": "start"}
     backward = [swapped.get(event, event) for event in reversed(forward)]
     assert run_ranks(order_of_events, 2) == [(forward, backward)] * 2
+
+
+UNEVEN = 8
+
+
+def spread_unevenly(case: str, how: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """8 experts on 3 ranks, top-2: this rank's y, and the ends of the rows that its experts got in the first part."""
+    mesh = build_mesh(ParallelConfig(ep=3, **how))
+    dispatcher = AllToAllDispatcher(mesh, UNEVEN, Traffic())
+    held = dispatcher.shares
+    assert held == [3, 3, 2]
+    first = sum(held[: mesh.ep_rank])
+    matrices = torch.randn(UNEVEN, WIDTH, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    mine, seen = matrices[first : first + held[mesh.ep_rank]], []
+
+    def experts(rows, ends, keys):
+        seen.append(ends)
+        return expert_rows(rows, ends, mine)
+
+    x_TD, ids_TK, weights_TK, kept_TK = uneven_inputs(mesh.rank, case)
+    sent = dispatcher.dispatch(x_TD, ids_TK, kept_TK, UNEVEN)
+    return dispatcher.combine(sent, experts, weights_TK), seen[0]
+
+
+def uneven_inputs(rank: int, case: str) -> tuple[torch.Tensor, ...]:
+    x_TD, ids_TK, weights_TK, kept_TK = tokens_of(rank, case, 2, torch.float64)
+    ids_TK = ids_TK + 4 * (torch.arange(len(ids_TK))[:, None] % 2)  # all 8 experts
+    return x_TD, ids_TK * 0 + torch.tensor([7, 6]) if case == "hot expert" else ids_TK, weights_TK, kept_TK
+
+
+@pytest.mark.parametrize("how", [{}, pytest.param({"chunks": 2, "exchange_rows": 5}, marks=pytest.mark.full)], ids=str)
+@pytest.mark.parametrize("case", ["uneven", "one rank empty", "all empty", "hot expert"])
+def test_M3_experts_that_the_ranks_do_not_divide_give_what_one_rank_gives(case, how):
+    spread = run_ranks(spread_unevenly, 3, case, how)
+    batches = [uneven_inputs(rank, case) for rank in range(3)]
+    x_TD, ids_TK, weights_TK, kept_TK = map(torch.cat, zip(*batches, strict=True))
+    matrices = torch.randn(UNEVEN, WIDTH, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    local = LocalDispatcher()
+    sent = local.dispatch(x_TD, ids_TK, kept_TK, UNEVEN)
+    whole = local.combine(sent, lambda rows, ends, keys: expert_rows(rows, ends, matrices), weights_TK)
+    torch.testing.assert_close(torch.cat([y for y, _ in spread]), whole, rtol=1e-12, atol=1e-12)
+    if case == "hot expert":
+        assert [int(ends[-1]) for _, ends in spread[:2]] == [0, 0], "all went to the last rank's experts"
