@@ -9,7 +9,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from .. import PeerError
 from .meeting import meet
-from .roll import Roll
+from .roll import Roll, Silent
 
 _PEER_TROUBLE = re.compile(r"gloo|nccl|timed? ?out|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 
@@ -95,6 +95,21 @@ def naming(operation: str) -> Iterator[None]:
             f"{operation} failed on rank {me}: a peer is gone or hangs: {who} ({cause}): see its log",
             silent=tuple(each.pid for each in silent or () if each.host == here and each.pid is not None),
         ) from error
+
+
+def watch(lost: Callable[[Sequence[Silent]], None]) -> None:
+    """Call `lost`, in a thread of its own, as soon as ranks are gone or hang: at most once, until `stop`."""
+    _ROLL.watch(lost)
+
+
+def say(words: str) -> None:
+    """Leave last words for the ranks that will miss this one."""
+    _ROLL.say(words)
+
+
+def unwatch() -> None:
+    """This rank and the others are about to end: nobody is missed from now on."""
+    _ROLL.stop()
 
 
 def barrier() -> None:
