@@ -9,11 +9,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ... import CheckpointError
+from ... import CheckpointError, ConfigError
+from ...parallel.apply import parallelize
+from ...parallel.mesh import Mesh
 from ..config import ModelConfig
 from ..models.decoder import Decoder
 from ..models.store import WEIGHTS, is_foreign, load_config, model_directory
-from .directory import Foreign, match_places, open_foreign
+from ..shapes import is_router
+from .directory import DTYPES, STORED, Foreign, match_places, open_foreign, stored_dtype
 from .place import Place
 from .shards import Tensors
 
@@ -49,6 +52,11 @@ class OwnSource:
         found: Tensor = self._reader.get_tensor(name)
         return found.float()
 
+    def dtype(self, name: str, wanted: str | None) -> torch.dtype:
+        """What `load_model` makes of a tensor when `wanted` is asked for."""
+        stored = STORED[self._reader.get_slice(name).get_dtype()]
+        return torch.float32 if is_router(name) else DTYPES[stored if wanted is None or wanted == "auto" else wanted]
+
 
 class ForeignSource:
     """A Hugging Face directory or a GGUF file."""
@@ -67,9 +75,14 @@ class ForeignSource:
             place.put(self._shards.read(place.theirs), whole)
         return whole
 
+    def dtype(self, name: str, wanted: str | None) -> torch.dtype:
+        """As `OwnSource.dtype`."""
+        found = DTYPES[stored_dtype(self._shards) if wanted is None or wanted == "auto" else wanted]
+        return torch.promote_types(found, torch.float32) if is_router(name) else found
+
 
 @contextmanager
-def open_source(path: str | Path) -> Iterator[Source]:
+def open_source(path: str | Path) -> Iterator[OwnSource | ForeignSource]:
     """Open a run, a model directory, a Hugging Face directory or a GGUF file; names and shapes are checked first.
 
     Raises:
@@ -92,3 +105,29 @@ def whole_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Of every parameter and persistent buffer."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in Decoder(cfg).state_dict().items()}
+
+
+@torch.no_grad()
+def load_part(path: str | Path, mesh: Mesh, dtype: str | None = None) -> Decoder:
+    """This rank's part of a servable model, in evaluation mode on the mesh's device.
+
+    Some ranks may hold one expert more than others. No more than the part and one whole tensor are in memory.
+
+    Args:
+        path, dtype: as `load_model` has them.
+
+    Raises:
+        ConfigError, CheckpointError: as `load_model`, or the model can not be divided so.
+    """
+    if dtype not in (None, "auto", *DTYPES):
+        raise ConfigError(f"dtype ({dtype}) is not supported: use auto, {', '.join(DTYPES)}")
+    with open_source(path) as source:
+        with torch.device("meta"):
+            model = Decoder(source.cfg)
+        places = parallelize(model, mesh, uneven=True)
+        part = {}
+        for name, local in model.state_dict().items():
+            mine = places[name].take(source.read(name), tuple(local.shape))
+            part[name] = mine.to(mesh.device, source.dtype(name, dtype), copy=True)
+        model.load_state_dict(part, assign=True)
+    return model.eval().requires_grad_(False)
