@@ -100,6 +100,10 @@ class BlockManager:
         """Blocks that hold so many tokens."""
         return -(-tokens // self.block_size)
 
+    def cached_tokens(self, request: Request) -> int:
+        """How many of its tokens `start` would find in the prefix cache."""
+        return len(self._match(request)) * self.block_size
+
     def extend(self, request: Request) -> bool:
         """Lengthen a table to cover all of the request's tokens; False = no room."""
         missing = self._needed(request) - len(request.block_table)
