@@ -19,6 +19,7 @@ DOCS = (
             "training",
             "reliability",
             "serving",
+            "engine",
             "planning",
             "families",
         )
