@@ -33,7 +33,8 @@ from .outputs import RequestOutput
 from .routed import RoutedExperts
 from .run.executor import Executor, StepResult
 from .run.experts import check_routing
-from .run.kv import free_memory, plan_kv
+from .run.free import free_memory
+from .run.memory import plan_memory
 from .run.runner import ModelRunner
 from .run.sampler import Sampled
 from .text.chat import ChatTemplate
@@ -99,6 +100,7 @@ class Engine:
 
     Attributes:
         config: resolved: `max_model_len` and `num_blocks` are numbers.
+        memory_plan: what weights, the worst step and the KV cache take.
         kv_plan: how large the KV cache is and why.
 
     Raises:
@@ -119,7 +121,9 @@ class Engine:
         if length > longest:
             raise ConfigError(f"max_model_len ({length}) must not exceed the model's max_seq_len: use {longest}")
         weight = model.embed.weight
-        self.kv_plan = plan_kv(model.cfg, config, length, weight.dtype, free_memory(weight.device))
+        held, free = sum(part.nbytes for part in model.parameters()), free_memory(weight.device)
+        self.memory_plan = plan_memory(model.cfg, config, length, weight.dtype, held, free, weight.device.type)
+        self.kv_plan = self.memory_plan.kv
         self.config = replace(config, max_model_len=length, num_blocks=self.kv_plan.num_blocks)
         self.model_config: ModelConfig = model.cfg
         self.tokenizer = tokenizer

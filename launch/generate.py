@@ -70,6 +70,7 @@ def main(args: list[str]) -> int:
     start = time.perf_counter()
     asked = engine.chat.encode([{"role": "user", "content": options.prompt}]) if options.chat else options.prompt
     engine.add_request("generate", asked, params)
+    print(engine.memory_plan, file=sys.stderr)
     first, shown = 0.0, 0
     while engine.has_unfinished:
         for output in engine.step():
@@ -92,6 +93,7 @@ def main(args: list[str]) -> int:
         "finish_reason": completion.finish_reason,
         "ttft_seconds": first,
         "seconds": seconds,
+        "memory": engine.memory_plan.to_dict(),
     }
     write_json(options.json, result)
     return 0

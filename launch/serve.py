@@ -5,7 +5,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..inference.config import EngineConfig
 from ..inference.server.config import ServerConfig
@@ -61,10 +61,11 @@ def main(args: list[str]) -> int:
     server = Server(options, name, loader.load)
 
     def announce() -> None:
-        result = {"url": url, "model": name, "pid": os.getpid(), "load_seconds": loader.seconds}
+        result = {"url": url, "model": name, "pid": os.getpid(), "load_seconds": loader.seconds, "memory": loader.plan}
         write_json(options.json, result)
         times = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in loader.seconds.items())
-        print(f"loaded {name} ({times}; {loader.memory})")
+        print(f"loaded {name} ({times})")
+        print(loader.memory)
         print(f"ready: {url}", flush=True)
 
     print(f"loading {path} (until it is ready, {url}/health answers 503)", flush=True)
@@ -90,12 +91,14 @@ class _Loader:
 
     Attributes:
         seconds: what → how long it took.
-        memory: the KV cache in words.
+        memory: the plan of the memory in words.
+        plan: the same in numbers.
     """
 
     def __init__(self, path: str, config: EngineConfig) -> None:
         self.seconds: dict[str, float] = {}
         self.memory = ""
+        self.plan: dict[str, Any] = {}
         self._path = path
         self._config = config
 
@@ -108,9 +111,7 @@ class _Loader:
         imported = time.perf_counter()
         engine = Engine.from_path(self._path, self._config)
         self.seconds = {"import": imported - start, "weights": time.perf_counter() - imported}
-        plan = engine.kv_plan
-        mib = plan.total_bytes / 2**20
-        self.memory = f"KV cache: {plan.num_blocks} blocks of {plan.block_size} tokens, {mib:.0f} MiB by {plan.limit}"
+        self.memory, self.plan = str(engine.memory_plan), engine.memory_plan.to_dict()
         started = AsyncEngine(engine)
         started.start()
         return started

@@ -5,7 +5,6 @@ The size is planned first, as data that can be printed and tested, then allocate
 have float32 scales [num_blocks, block_size, G] beside them.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,10 +18,6 @@ from ...moe.shapes import KVForm
 from ..config import EngineConfig
 
 MIB = 2**20
-CUDA_SHARE = 0.8
-"""Of the memory that is free on a GPU once the weights are there; the rest is for activations."""
-HOST_SHARE = 0.25
-"""Of the machine's memory: a CPU server is rarely alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +108,6 @@ def bytes_per_token(form: KVForm, dtype: torch.dtype) -> int:
     """Keys and values of one token in all layers; int8 has a float32 scale for each key and each value of a head."""
     scales = 2 * form.layers * form.heads * torch.float32.itemsize if dtype == torch.int8 else 0
     return form.numbers * dtype.itemsize + scales
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that the KV cache may take on `device`, the model's weights being there already."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * CUDA_SHARE)
-    return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * HOST_SHARE)
 
 
 class KVCache:

@@ -1,4 +1,5 @@
 """Serving from int8 pages: close to exact ones, the same in any chunks, never mixed with them."""
+# ruff: noqa: N802 (I4 is the name of a rule)
 
 import pytest
 import torch

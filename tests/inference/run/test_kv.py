@@ -5,7 +5,7 @@ import torch
 
 from turnout import ConfigError
 from turnout.inference.config import EngineConfig
-from turnout.inference.run.kv import MIB, KVCache, free_memory, plan_kv
+from turnout.inference.run.kv import MIB, KVCache, plan_kv
 from turnout.moe.config import AttentionConfig, LatentConfig
 
 BYTES = 2 * 4 * 16 * 2 * 8 * 4  # keys and values, layers, block size, kv heads, head size, float32
@@ -67,10 +67,6 @@ def test_too_little_memory_names_the_fix(model):
         plan(model, free=BYTES)
     with pytest.raises(ConfigError, match=r"kv_memory_mb \(1 MiB\) must hold 2 blocks"):
         plan(model, kv_memory_mb=1, block_size=2048)
-
-
-def test_this_machine_has_memory_for_a_cache():
-    assert free_memory(torch.device("cpu")) > 100 * MIB
 
 
 def test_int8_takes_a_byte_a_number_and_a_scale_a_head_and_token(model):

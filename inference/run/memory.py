@@ -1,0 +1,114 @@
+"""The plan of a server's memory, made before it is allocated: weights, the worst step, the KV cache.
+
+Pages and activations are touched little by little, so a server that is too large would start and be killed later. What
+the plan allows never runs out; what it does not is refused with the numbers.
+"""
+
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ... import ConfigError
+from ...moe.config import ModelConfig
+from ..config import EngineConfig
+from .activations import Activations
+from .kv import MIB, KVPlan, plan_kv
+
+SHARE = {"cuda": 0.9, "cpu": 0.5}
+"""Of what is free once the weights are there, for a cache that is sized by it: a CPU server is rarely alone."""
+WORKSPACE = 32 * MIB
+"""What libraries set aside for packed operands, and allocators between blocks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """What a server holds at most, in bytes.
+
+    Attributes:
+        weights: the model's, allocated already.
+        activations: of the worst step: every token of the budget at its longest, all of them to one rank's experts.
+        kv: the cache.
+        free: of the device with its weights, before the rest is allocated.
+    """
+
+    weights: int
+    activations: int
+    kv: KVPlan
+    free: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + self.kv.total_bytes
+
+    def fits(self, limit: int) -> bool:
+        """Whether what is not there yet takes no more than `limit` bytes."""
+        return self.activations + self.kv.total_bytes <= limit
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers, as `turnout serve` and `turnout generate` write them."""
+        return {
+            "weights_bytes": self.weights,
+            "activations_bytes": self.activations,
+            "kv_cache_bytes": self.kv.total_bytes,
+            "total_bytes": self.total,
+            "free_bytes": self.free,
+            "kv_blocks": self.kv.num_blocks,
+            "kv_tokens": self.kv.tokens,
+            "kv_dtype": str(self.kv.dtype).removeprefix("torch."),
+            "kv_set_by": self.kv.limit,
+        }
+
+    def __str__(self) -> str:
+        parts = f"weights {_mib(self.weights)} + a step {_mib(self.activations)} + cache {_mib(self.kv.total_bytes)}"
+        return f"memory: {parts} = {_mib(self.total)}, free beside the weights {_mib(self.free)}; {self.kv}"
+
+
+def plan_memory(
+    model: ModelConfig, config: EngineConfig, max_model_len: int, dtype: torch.dtype, weights: int, free: int,
+    device: str = "cpu", ranks: int = 1,
+) -> MemoryPlan:  # fmt: skip
+    """Size everything.
+
+    Args:
+        model: the model's shapes.
+        config: what it says of the cache's size is kept to, or refused.
+        max_model_len: the longest sequence, in tokens.
+        dtype: of the weights.
+        weights: their bytes.
+        free: bytes that are left on the device beside them.
+        device: the kind of device.
+        ranks: expert-parallel ranks.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+
+    def plan(kv: KVPlan) -> MemoryPlan:
+        length = min(max_model_len, kv.tokens)
+        worst = Activations(model=model, config=config, length=length, dtype=dtype, ranks=ranks)
+        return MemoryPlan(weights=weights, activations=worst.total + WORKSPACE, kv=kv, free=free)
+
+    fixed = config.num_blocks is not None or config.kv_memory_mb is not None
+    limit = free if fixed else int(free * SHARE[device])
+    kv = plan_kv(model, config, max_model_len, dtype, limit)
+    if not fixed and not plan(kv).fits(limit):
+
+        def too_many(blocks: int) -> bool:
+            return not plan(replace(kv, num_blocks=blocks)).fits(limit)
+
+        blocks = 1 + bisect_left(range(2, kv.num_blocks), True, key=too_many)
+        kv = replace(kv, num_blocks=max(blocks, 2), limit="free memory")
+    found = plan(kv)
+    if not found.fits(limit):
+        needs = f"a step {_mib(found.activations)} + cache {_mib(kv.total_bytes)}"
+        have = f"{_mib(limit)} of the {_mib(free)} that are free beside the weights"
+        smaller = "kv_memory_mb" if config.num_blocks is None else "num_blocks"
+        fix = f"lower max_num_batched_tokens, max_num_seqs, max_model_len or {smaller}"
+        raise ConfigError(f"memory ({needs}) must not exceed {have}: {fix}")
+    return found
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:.0f} MiB"
