@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .. import ConfigError, NonFiniteError, RequestError, TurnoutError
+from .. import ConfigError, NonFiniteError, PeerError, RequestError, TurnoutError
 from ..configs.typed import digest
 from ..moe.config import ModelConfig
 from ..moe.models.decoder import Decoder
@@ -28,7 +28,8 @@ from .core.request import Request
 from .core.sampling import SamplingParams
 from .core.scheduler import Scheduler, SchedulerStats
 from .core.step import StepPlan
-from .errors import QueueTimeoutError
+from .errors import QueueTimeoutError, StepError
+from .faults import probe, step_error
 from .outputs import RequestOutput
 from .routed import RoutedExperts
 from .run.executor import Executor, StepResult
@@ -257,9 +258,13 @@ class Engine:
             self._launch(self.scheduler.schedule())
         if self._executor.overlaps:
             self._launch(self.scheduler.schedule_ahead())
-        plan = self._plans[0]
-        result = self._executor.collect()
-        self._plans.popleft()
+        try:
+            result = self._executor.collect()
+        except PeerError:
+            raise
+        except Exception as error:  # noqa: BLE001  (whatever computing raises)
+            return self._blame(error)
+        plan = self._plans.popleft()
         if not plan.num_tokens and self.has_unfinished:
             time.sleep(min(max(self.scheduler.patience, 0.0), IDLE_SECONDS))
         for request_id, rows in result.routed.items():
@@ -277,10 +282,7 @@ class Engine:
     def _commit(self, plan: StepPlan, results: StepResult) -> list[RequestOutput]:
         """Apply a step's results."""
         sampled = results.sampled
-        failed: dict[str, TurnoutError] = {}
-        for request in plan.expired:
-            rule = "the request was not started before its deadline or queue_timeout: try again later"
-            failed[self._choices[request.id].request_id] = QueueTimeoutError(rule)
+        failed = self._expired(plan)
         for request_id, result in sampled.items():
             if request_id not in self._choices:
                 continue  # it was ended after the launch
@@ -293,10 +295,35 @@ class Engine:
                     failed[choice.request_id] = _no_token(Sampled(None))
         ended = [self._end(name, error) for name, error in failed.items()]
         tokens = {request_id: result.token for request_id, result in sampled.items() if result.token is not None}
-        advanced: dict[str, None] = {}
+        advanced: dict[str, StepError | None] = {}
         for request in self.scheduler.commit(plan, tokens):
-            advanced[self._advance(request, sampled.get(request.id))] = None
-        return ended + [self._output(name) for name in advanced]
+            name, error = self._advance(request, sampled.get(request.id))
+            advanced[name] = advanced.get(name) or error
+        return ended + [self._end(name, e) if e else self._output(name) for name, e in advanced.items()]
+
+    def _expired(self, plan: StepPlan) -> dict[str, TurnoutError]:
+        rule = "the request was not started before its deadline or queue_timeout: try again later"
+        return {self._choices[request.id].request_id: QueueTimeoutError(rule) for request in plan.expired}
+
+    def _blame(self, error: Exception) -> list[RequestOutput]:
+        """A step raised. Its requests run again, each alone until it has caught up; one that did so already has failed.
+
+        Raises:
+            Exception: not even the simplest step can be computed, so the engine is at fault.
+        """
+        plans = list(self._plans)
+        self._plans.clear()
+        self._executor.discard()
+        guilty = {item.request.id for plan in plans for item in plan.scheduled if item.request.suspect}
+        suspects = self.scheduler.discard()
+        self._launch(probe(self.model_config.encoder is not None))
+        self._plans.clear()
+        self._executor.collect()
+        failed = self._expired(plans[0])
+        for request in suspects:
+            if request.id in guilty:
+                failed[self._choices[request.id].request_id] = step_error(error)
+        return [self._end(name, e) for name, e in failed.items()]
 
     def stats(self) -> EngineStats:
         """Gauges and counters as they stand."""
@@ -351,16 +378,23 @@ class Engine:
         routed = RoutedExperts(self.runner.pages.no_rows) if request.params.routed_experts else None
         return Choice(name, request, self.tokenizer, routed)
 
-    def _advance(self, request: Request, result: Sampled | None) -> str:
-        """Hand a committed token to its choice, and its stop string back to the scheduler; None = it wanted none."""
-        choice = self._choices[request.id]
-        if result is None:
-            choice.finish("length")
-        else:
-            choice.advance(request.token_ids[-1], result.logprobs, request.finish_reason)
+    def _advance(self, request: Request, result: Sampled | None) -> tuple[str, StepError | None]:
+        """Hand a committed token to its choice, and its stop string back to the scheduler; None = it wanted none.
+
+        Returns:
+            The caller's request id, and what its text raised.
+        """
+        choice, error = self._choices[request.id], None
+        try:
+            if result is None:
+                choice.finish("length")
+            else:
+                choice.advance(request.token_ids[-1], result.logprobs, request.finish_reason)
+        except Exception as cause:  # noqa: BLE001  (the others' texts are not its affair)
+            choice.finish_reason, error = "abort", step_error(cause)
         if choice.finish_reason is not None:
             self.scheduler.finish(request.id, choice.finish_reason)  # without effect when the scheduler ended it
-        return choice.request_id
+        return choice.request_id, error
 
     def _end(self, request_id: str, error: TurnoutError | None = None) -> RequestOutput:
         """Abort what still runs of a request, for `error` or because its caller wants it."""

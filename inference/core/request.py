@@ -98,7 +98,7 @@ class Request:
     copied_block: int | None = field(default=None, init=False)
     """The parent's last, partly filled block, to be copied in the step in which it starts."""
     suspect: bool = field(default=False, init=False)
-    """A step that it was in has failed; it runs with no other suspect until one has succeeded."""
+    """A step that it was in has failed; it runs alone until it has caught up with its tokens."""
     held_by: set[str] = field(default_factory=set, init=False)
     """What a held request waits for."""
     root: bytes = field(default=b"", init=False)

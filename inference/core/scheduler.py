@@ -188,7 +188,7 @@ class Scheduler:
                     self.blocks.release(request)
                 continue
             request.num_computed_tokens += item.count
-            request.suspect = False
+            request.suspect = request.suspect and not item.samples
             self.blocks.publish(request)
             if item.samples:
                 request.num_pending_tokens -= 1
@@ -213,7 +213,7 @@ class Scheduler:
         self._launched.clear()
         for item in items:
             item.request.in_flight = 0
-        failed = list(dict.fromkeys(item.request for item in items))
+        failed = list(dict.fromkeys([*(item.request for item in items), *self.running]))
         for request in failed:
             if request.status is Status.FINISHED:
                 self.blocks.release(request)
@@ -344,8 +344,8 @@ class Scheduler:
             draft.give(request)
 
     def _barred(self, request: Request) -> bool:
-        """Whether a suspect has to wait for another one to prove itself."""
-        return request.suspect and any(running.suspect for running in self.running)
+        """Whether it has to wait, because a suspect runs alone."""
+        return bool(self.running) and (request.suspect or self.running[0].suspect)
 
     def _make_room(self, request: Request, draft: Draft) -> bool:
         """Give a waiting request what it needs to start, if need be at the cost of running ones of lower priority."""
