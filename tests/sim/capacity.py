@@ -6,10 +6,7 @@ A counter that is stale, shared by mistake, not copied or not restored sends som
 
 from collections.abc import Sequence
 
-from turnout.inference.core.request import Request
 from turnout.inference.core.step import Scheduled
-
-from .doubles import MODEL
 
 EXPERTS, CHOICES, CAPACITY = 3, 2, 4
 
@@ -30,10 +27,10 @@ def place(value: int, taken: list[int]) -> list[int]:
     return went
 
 
-def went_alone(request: Request) -> list[list[int]]:
-    """Where every token of the request goes when it is served by itself and all at once."""
+def went_alone(values: Sequence[int]) -> list[list[int]]:
+    """Where tokens of these values go when their request is served by itself and all at once."""
     taken = [0] * EXPERTS
-    return [place(value, taken) for value in MODEL.values(request)]
+    return [place(value, taken) for value in values]
 
 
 class CapacityPages:
@@ -44,17 +41,21 @@ class CapacityPages:
         self.ids: list[list[int] | None] = [None] * (num_blocks * block_size)
         self.taken: list[list[int] | None] = [None] * num_blocks
 
-    def step(self, items: Sequence[Scheduled]) -> None:
-        """Compute the items' tokens from what the pages say about the ones before, and compare."""
+    def step(self, items: Sequence[Scheduled], values: Sequence[Sequence[int]]) -> None:
+        """Compute the items' tokens from what the pages say about the ones before, and compare.
+
+        Args:
+            values: of each item, those of its request's tokens up to its end.
+        """
         for source, target in (item.copied for item in items if item.copied is not None):
             size = self.block_size
             self.ids[target * size : (target + 1) * size] = self.ids[source * size : (source + 1) * size]
             self.taken[target] = self.taken[source]
-        for item in items:
-            self._compute(item)
+        for item, own in zip(items, values, strict=True):
+            self._compute(item, own)
 
-    def _compute(self, item: Scheduled) -> None:
-        alone, values = went_alone(item.request), MODEL.values(item.request)
+    def _compute(self, item: Scheduled, values: Sequence[int]) -> None:
+        alone = went_alone(values)
         taken = self.before(item)
         for position in range(item.start, item.end):
             went = place(values[position], taken)
@@ -62,7 +63,7 @@ class CapacityPages:
             self.ids[self.slot(item, position)] = went
             if (position + 1) % self.block_size == 0:
                 self.taken[item.block_table[position // self.block_size]] = list(taken)
-        for position, expected in enumerate(alone[: item.end]):
+        for position, expected in enumerate(alone):
             assert self.ids[self.slot(item, position)] == expected, "capacity: a slot names experts of another token"
 
     def before(self, item: Scheduled) -> list[int]:

@@ -27,21 +27,20 @@ class RealPages:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.pages = ExpertPages(CONFIG, num_blocks, block_size, torch.device("cpu"), counted=True)
 
-    def step(self, items: Sequence[Scheduled]) -> None:
+    def step(self, items: Sequence[Scheduled], values: Sequence[Sequence[int]]) -> None:
         pages, size = self.pages, self.pages.block_size
         pages.copy([item.copied for item in items if item.copied is not None])
         before = pages.taken_before(items)
         went, slots = [], []
-        for item, taken in zip(items, before[:, 0].tolist(), strict=True):
-            values = MODEL.values(item.request)
-            went += [place(values[position], taken) for position in range(item.start, item.end)]
+        for item, own, taken in zip(items, values, before[:, 0].tolist(), strict=True):
+            went += [place(value, taken) for value in own[item.start :]]
             slots += [item.block_table[at // size] * size + at % size for at in range(item.start, item.end)]
         went_TK = torch.tensor(went).view(-1, CHOICES)
         pages.store(items, torch.tensor(slots, dtype=torch.int64), {0: decided(went_TK)}, before)
-        for item in items:
+        for item, own in zip(items, values, strict=True):
             table = torch.tensor(item.block_table)
             ids = pages.ids.view(-1, size, CHOICES)[table].flatten(0, 1)[: item.end].tolist()
-            assert ids == went_alone(item.request)[: item.end], "capacity: a token went where it would not go alone"
+            assert ids == went_alone(own), "capacity: a token went where it would not go alone"
 
 
 def decided(went_TK: torch.Tensor) -> Routing:
@@ -60,11 +59,10 @@ class WithPages(Simulation):
         self.pages = pages(self.config.num_blocks, self.config.block_size)
 
     def _execute(self, plan: StepPlan) -> dict[str, int]:
-        self.seen["dropped"] += sum(
-            went < 0 for item in plan.scheduled for row in went_alone(item.request)[: item.end] for went in row
-        )
+        values = [MODEL.values(item.request, self._tokens(item)) for item in plan.scheduled]
+        self.seen["dropped"] += sum(went < 0 for own in values for row in went_alone(own) for went in row)
         sampled = super()._execute(plan)
-        self.pages.step(plan.scheduled)
+        self.pages.step(plan.scheduled, values)
         return sampled
 
 
@@ -114,21 +112,21 @@ class ByRequest(CapacityPages):
 class StaleIds(CapacityPages):
     """What a slot held before is read as its own."""
 
-    def step(self, items: Sequence[Scheduled]) -> None:
+    def step(self, items: Sequence[Scheduled], values: Sequence[Sequence[int]]) -> None:
         before = list(self.ids)
-        super().step(items)
+        super().step(items, values)
         self.ids = [old or new for old, new in zip(before, self.ids, strict=True)]
 
 
 class RealWithoutPartlyFilled(RealPages):
     """Only full blocks count."""
 
-    def step(self, items: Sequence[Scheduled]) -> None:
+    def step(self, items: Sequence[Scheduled], values: Sequence[Sequence[int]]) -> None:
         count, self.pages._count = self.pages._count, lambda ids, owner, owners: 0 * count(ids, owner, owners)
         taken_before = self.pages.taken_before
         before = taken_before(items)
         self.pages._count, self.pages.taken_before = count, lambda _: before
-        super().step(items)
+        super().step(items, values)
         self.pages.taken_before = taken_before
 
 

@@ -34,7 +34,7 @@ BROKEN_RULE = {
     mutants.TableOfBefore: "I7",
     mutants.PreemptsAhead: "a share",
     mutants.TrustsTheFailed: "I4",
-    mutants.SuspectsTogether: "one suspect",
+    mutants.SuspectsTogether: "a suspect",
     mutants.OpenBatch: "a batch",
     mutants.NoDeadline: "P10",
     mutants.NoEncoderInput: "O12",
