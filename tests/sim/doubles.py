@@ -63,6 +63,8 @@ class HashModel:
             value = self.value(value, token)
         output: list[int] = []
         params = request.params
+        if params.max_tokens == 0:
+            return output, "length"
         stops = set(params.stop_token_ids or ()) | (set() if params.ignore_eos else EOS)
         while True:
             output.append(self.next_token(value, request.choice))

@@ -119,7 +119,8 @@ def check_plan(
         assert end <= total <= request.num_tokens + ahead, "only tokens are computed that there will be"
         assert item.samples == (end == total and request.max_tokens > 0), "P6 only the last chunk samples"
         assert len(item.block_table) * scheduler.blocks.block_size >= end, "every token has a slot"
-    assert all(item.samples for item in plan.scheduled[:-1]), "P7 no decode waits for a prefill"
+    whole = [item.samples or item.request.max_tokens == 0 for item in plan.scheduled]
+    assert all(whole[:-1]), "P7 no decode waits for a prefill"
     _check_order(scheduler, plan, delayed)
 
 

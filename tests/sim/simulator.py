@@ -249,8 +249,11 @@ class Simulation:
         if self.encoder:
             source = self.random.choice(self.prompts) if self.random.random() < 0.3 else prompt
             prompt = (START,)
+        if scores := self.random.random() < 0.05:
+            max_tokens = 0
         params = SamplingParams(
             max_tokens=max_tokens,
+            prompt_logprobs=0 if scores else None,
             min_tokens=self.random.choice((0, 0, max_tokens // 2)),
             ignore_eos=self.random.random() < 0.7,
             stop_token_ids=self.random.choice(((), (), (3,))),
@@ -291,7 +294,9 @@ class Simulation:
             if usable < 1 or source >= config.max_num_batched_tokens or source > (config.max_model_len or source):
                 return RequestError
         slots = usable * size
-        if total - 1 > slots or (config.max_model_len is not None and total > config.max_model_len):
+        if total - (group[0].params.max_tokens != 0) > slots or (
+            config.max_model_len is not None and total > config.max_model_len
+        ):
             return RequestError
         if any(request.id in self.scheduler.requests for request in group):
             return RequestError
@@ -317,7 +322,8 @@ class Simulation:
             self.seen["memory shared"] += bool(item.memory_table) and item.request in fresh and not item.encoded
             self.seen["encoded again"] += item.encoded > 0 and item.request.num_preemptions > 0
             if item.request in fresh:
-                hit, parent = self.watch.longest_hit(self.scheduler, item.request), item.request.parent
+                reads, parent = item.request.params.reads_prefix, item.request.parent
+                hit = self.watch.longest_hit(self.scheduler, item.request) if reads else 0
                 prompt = len(item.request.prompt_token_ids)
                 if parent and parent.block_table and parent.num_computed_tokens >= prompt == item.request.num_tokens:
                     hit = prompt - 1
@@ -360,12 +366,18 @@ class Simulation:
         return values
 
     def _commit(self, plan: StepPlan, sampled: dict[str, int]) -> None:
-        live = [item.request for item in plan.scheduled if item.samples and item.request not in self.ended]
+        live = [
+            item.request
+            for item in plan.scheduled
+            if (item.samples or (item.request.max_tokens == 0 and item.end == item.request.num_tokens))
+            and item.request not in self.ended
+        ]
         advanced = self.scheduler.commit(plan, sampled)
         assert advanced == live, "P5 a late output is dropped, every other one is applied"
         for request in advanced:
             streamed = self.streamed.setdefault(request, [])
-            streamed.append(request.token_ids[-1])
+            self.seen["scored"] += request.max_tokens == 0
+            streamed += request.token_ids[-1:] if request.max_tokens else []
             assert request.output_token_ids == streamed, "P3 every token is streamed exactly once"
             if request.finish_reason is not None:
                 self.natural.add(request)

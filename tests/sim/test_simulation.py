@@ -42,6 +42,7 @@ def test_the_quick_seeds_meet_every_situation(encoder, seeds):
     }
     others = {
         "ahead",
+        "scored",
         "released",
         "failed",
         "shrunk",
