@@ -137,14 +137,15 @@ def test_M2_a_result_is_its_own_beside_mates_that_fill_every_expert_and_are_abor
     alone = make_engine(model, moe_capacity=mode, block_size=4)
     alone.add_request("x", prompt, asking())
     expected = run(alone)["x"][-1].outputs[0]
-    engine = make_engine(model, moe_capacity=mode, block_size=4, max_num_batched_tokens=24, overlap=overlap)
+    engine = make_engine(model, moe_capacity=mode, block_size=4, max_num_batched_tokens=48, overlap=overlap)
     for i in range(5):
-        engine.add_request(f"mate {i}", prompt_of(40, seed=10 + i), asking(max_tokens=30))
+        engine.add_request(f"mate {i}", prompt_of(8, seed=10 + i), asking(max_tokens=30))
     engine.add_request("x", prompt, asking())
     seen: dict[str, list[RequestOutput]] = {}
-    for step in range(6):
+    for step in range(5):
         for output in engine.step():
             seen.setdefault(output.request_id, []).append(output)
+        assert engine.stats().running == 6 - step, "they run beside each other"
         engine.abort(f"mate {step}")
     run(engine, seen)
     (choice,) = seen["x"][-1].outputs

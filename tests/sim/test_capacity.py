@@ -2,6 +2,7 @@
 pages, both beside the canary cache, and both with mistakes that must show."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ class WithPages(Simulation):
 
 @pytest.mark.parametrize(("pages", "seeds"), [(CapacityPages, range(200)), (RealPages, range(24))])
 def test_counters_are_those_of_each_request_alone(pages, seeds):
-    seen = {"dropped": 0, "preempted": 0, "hit": 0, "chunked": 0}
+    seen = {"dropped": 0, "preempted": 0, "hit": 0, "chunked": 0, "copied": 0}
     for seed in seeds:
         simulation = WithPages(seed, pages)
         simulation.run()
@@ -118,6 +119,13 @@ class StaleIds(CapacityPages):
         self.ids = [old or new for old, new in zip(before, self.ids, strict=True)]
 
 
+class NoCopy(CapacityPages):
+    """A fork reads what its own block held before."""
+
+    def step(self, items: Sequence[Scheduled], values: Sequence[Sequence[int]]) -> None:
+        super().step([replace(item, copied=None) for item in items], values)
+
+
 class RealWithoutPartlyFilled(RealPages):
     """Only full blocks count."""
 
@@ -130,7 +138,9 @@ class RealWithoutPartlyFilled(RealPages):
         self.pages.taken_before = taken_before
 
 
-@pytest.mark.parametrize("pages", [ForgetsThePartlyFilled, ForgetsTheHit, ByRequest, StaleIds, RealWithoutPartlyFilled])
+@pytest.mark.parametrize(
+    "pages", [ForgetsThePartlyFilled, ForgetsTheHit, ByRequest, StaleIds, NoCopy, RealWithoutPartlyFilled]
+)
 def test_the_simulator_finds(pages):
     with pytest.raises(AssertionError, match=r"^capacity"):
         run_all(pages, range(60))

@@ -6,7 +6,7 @@ ROWS = [
     Row(
         "M2",
         ("tests/inference/test_engine.py::test_M2_P3_32_requests_in_one_batch_give_what_each_gives_alone",),
-        Mutant("inference/run/context.py", "dropless=True", "dropless=False"),
+        Mutant("inference/run/context.py", "dropless=taken is None", "dropless=False"),
     ),
     Row(
         "M7",
