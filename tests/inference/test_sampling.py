@@ -41,6 +41,14 @@ def test_O6_P3_wishes_hold_in_a_full_batch_with_preemption_as_alone(make_engine,
         assert len(output.outputs[0].logprobs) == len(tokens(output)[0])
 
 
+@pytest.mark.parametrize("asks", ASKS)
+def test_O6_a_step_planned_ahead_changes_nothing(make_engine, asks):  # noqa: N802
+    """The history that penalties and bad words read is never one token short."""
+    work = [(list(range(5, 25)), SamplingParams(**({"max_tokens": 16, "seed": 2} | asks)))]
+    (plain,), (ahead,) = (complete(make_engine(overlap=overlap), work) for overlap in (False, True))
+    assert tokens(ahead) == tokens(plain)
+
+
 def test_O6_choices_are_distinct_and_repeat(make_engine):  # noqa: N802
     params = SamplingParams(n=4, seed=3, max_tokens=10, repetition_penalty=1.3, min_p=0.02)
     first, again = (complete(make_engine(max_num_seqs=seats), [([4, 5, 6], params)])[0] for seats in (1, 8))
