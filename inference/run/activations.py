@@ -16,10 +16,12 @@ from ...kernels.torch_ops.attention import EXPLICIT
 from ...moe.config import ModelConfig
 from ...moe.shapes import KVForm
 from ..config import EngineConfig
+from .experts import decoder_layers
+from .prompt import LOGITS
 
 INDEX = 8
 """Bytes of an int64."""
-SAMPLING = 64
+SAMPLING = 56
 """Bytes that the sampler has at once for each logit of a row: copies, sorted values and indices, float64 sums."""
 HIDDEN = {"swiglu": 4, "swiglu_clamped": 8, "gelu": 2, "relu": 2}
 """Hidden widths that an activation function has at once, its operand and result included."""
@@ -69,7 +71,7 @@ class Activations:
         streams = 4 if model.encoder is not None else 3
         each = model.width * (streams * self.w + 3 * self.wide)
         if moe is not None:
-            sparse = len([layer for layer in model.moe_layers if layer < model.layers])
+            sparse = len(decoder_layers(model))
             each += sparse * (2 * self.wide * moe.num_experts + (INDEX + self.wide + 2) * moe.top_k)
         return self.tokens * each
 
@@ -135,7 +137,7 @@ class Activations:
 
     @property
     def logits(self) -> int:
-        """Of every token, when prompts' log-probabilities are wanted, and the sampler's of every request."""
+        """Of every request, with what the sampler makes of them; before that a slice of a prompt's."""
         rows = min(self.config.max_num_seqs, self.tokens)
-        normal = 4 * self.wide + self.w
-        return self.model.vocab_size * (self.tokens * normal + rows * SAMPLING)
+        prompts = max(LOGITS, self.model.vocab_size) * (self.w + 3 * self.wide)
+        return max(rows * self.model.vocab_size * (self.w + self.wide + SAMPLING), prompts)

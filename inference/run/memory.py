@@ -14,6 +14,7 @@ from ... import ConfigError
 from ...moe.config import ModelConfig
 from ..config import EngineConfig
 from .activations import Activations
+from .experts import page_bytes
 from .kv import MIB, KVPlan, plan_kv
 
 SHARE = {"cuda": 0.9, "cpu": 0.5}
@@ -30,28 +31,35 @@ class MemoryPlan:
         weights: the model's, allocated already.
         activations: of the worst step: every token of the budget at its longest, all of them to one rank's experts.
         kv: the cache.
+        routing: beside it, where every cached token went.
         free: of the device with its weights, before the rest is allocated.
     """
 
     weights: int
     activations: int
     kv: KVPlan
+    routing: int
     free: int
 
     @property
+    def cache(self) -> int:
+        """Everything that is kept by block."""
+        return self.kv.total_bytes + self.routing
+
+    @property
     def total(self) -> int:
-        return self.weights + self.activations + self.kv.total_bytes
+        return self.weights + self.activations + self.cache
 
     def fits(self, limit: int) -> bool:
         """Whether what is not there yet takes no more than `limit` bytes."""
-        return self.activations + self.kv.total_bytes <= limit
+        return self.activations + self.cache <= limit
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers, as `turnout serve` and `turnout generate` write them."""
         return {
             "weights_bytes": self.weights,
             "activations_bytes": self.activations,
-            "kv_cache_bytes": self.kv.total_bytes,
+            "cache_bytes": self.cache,
             "total_bytes": self.total,
             "free_bytes": self.free,
             "kv_blocks": self.kv.num_blocks,
@@ -61,7 +69,7 @@ class MemoryPlan:
         }
 
     def __str__(self) -> str:
-        parts = f"weights {_mib(self.weights)} + a step {_mib(self.activations)} + cache {_mib(self.kv.total_bytes)}"
+        parts = f"weights {_mib(self.weights)} + a step {_mib(self.activations)} + cache {_mib(self.cache)}"
         return f"memory: {parts} = {_mib(self.total)}, free beside the weights {_mib(self.free)}; {self.kv}"
 
 
@@ -85,10 +93,13 @@ def plan_memory(
         ConfigError: it does not fit.
     """
 
+    each = page_bytes(model, config.block_size, counted=config.moe_capacity == "trained")
+
     def plan(kv: KVPlan) -> MemoryPlan:
         length = min(max_model_len, kv.tokens)
         worst = Activations(model=model, config=config, length=length, dtype=dtype, ranks=ranks)
-        return MemoryPlan(weights=weights, activations=worst.total + WORKSPACE, kv=kv, free=free)
+        step, routing = worst.total + WORKSPACE, kv.num_blocks * each
+        return MemoryPlan(weights=weights, activations=step, kv=kv, routing=routing, free=free)
 
     fixed = config.num_blocks is not None or config.kv_memory_mb is not None
     limit = free if fixed else int(free * SHARE[device])
@@ -102,7 +113,7 @@ def plan_memory(
         kv = replace(kv, num_blocks=max(blocks, 2), limit="free memory")
     found = plan(kv)
     if not found.fits(limit):
-        needs = f"a step {_mib(found.activations)} + cache {_mib(kv.total_bytes)}"
+        needs = f"a step {_mib(found.activations)} + cache {_mib(found.cache)}"
         have = f"{_mib(limit)} of the {_mib(free)} that are free beside the weights"
         smaller = "kv_memory_mb" if config.num_blocks is None else "num_blocks"
         fix = f"lower max_num_batched_tokens, max_num_seqs, max_model_len or {smaller}"

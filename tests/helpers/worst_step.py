@@ -8,6 +8,7 @@ resident pages, above what lay there once weights and cache had been touched.
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import tokenizers
@@ -53,11 +54,12 @@ def main(model: str, config: str, dtype: str) -> None:
     longest, batch = engine.config.max_model_len, engine.config.max_num_seqs
     together = 4 + batch * engine.config.block_size // engine.config.max_num_batched_tokens
     flat = SamplingParams(temperature=1.0, top_p=0.999, logprobs=5, max_tokens=together, ignore_eos=True)
+    told = replace(flat, max_tokens=1, prompt_logprobs=5)
     engine.add_request("warm", [1, 2, 3], flat)
     drain(engine)
     (PROCESS / "clear_refs").write_text("5")  # the peak starts again from here
     before = resident("VmRSS")
-    engine.add_request("long", [1] * (longest - together), flat)
+    engine.add_request("long", [1] * (longest - together), told)
     drain(engine)
     for i in range(batch):  # all at their longest at once: what they share is cached by now
         engine.add_request(str(i), [1] * (longest - together), flat)

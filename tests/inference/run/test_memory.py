@@ -12,10 +12,16 @@ import torch
 
 from turnout import ConfigError
 from turnout.inference.config import EngineConfig
-from turnout.inference.run.activations import Activations
+from turnout.inference.core.request import Request
+from turnout.inference.core.sampling import SamplingParams
+from turnout.inference.core.step import Scheduled
+from turnout.inference.run.activations import SAMPLING, Activations
+from turnout.inference.run.experts import ExpertPages
 from turnout.inference.run.free import free_memory, group_memory
 from turnout.inference.run.kv import MIB
 from turnout.inference.run.memory import SHARE, WORKSPACE, plan_memory
+from turnout.inference.run.sampler import sample
+from turnout.tests.helpers.memory import Memory
 
 LATENT = {"latent": {"rank": 64, "rope_dim": 16, "value_dim": 32}}
 SPARSE = {"width": 512, "expert_width": 512, "num_experts": 128, "top_k": 16, "router": "topk_softmax"}
@@ -78,6 +84,33 @@ def test_M9_the_worst_step_takes_no_more_than_planned(name):
     assert planned - WORKSPACE <= 3 * peak, "a plan that is never needed would waste the machine"
 
 
+@pytest.mark.parametrize("capacity", ["dropless", "trained"])
+def test_the_pages_of_routing_are_in_the_plan(make_model, capacity):
+    moe = {"capacity_tokens": 64, "eval_capacity_factor": 2.0} if capacity == "trained" else {}
+    model = make_model("gshard")
+    cfg = replace(model.cfg, moe=replace(model.cfg.moe, **moe))
+    config = EngineConfig(num_blocks=100, moe_capacity=capacity)
+    found = plan_memory(cfg, config, 256, torch.float32, weights=0, free=1 << 40)
+    pages = ExpertPages(cfg, 100, 16, torch.device("cpu"), counted=capacity == "trained")
+    assert found.routing == sum(kept.nbytes for kept in (pages.ids, pages.taken) if kept is not None)
+
+
+def test_the_sampler_takes_no_more_for_a_logit_than_planned():
+    rows, vocabulary = 8, 20000
+    params = SamplingParams(
+        max_tokens=4, top_k=5000, top_p=0.999, min_p=1e-9, logprobs=5, repetition_penalty=1.2, presence_penalty=0.1,
+        frequency_penalty=0.1, logit_bias={3: 1.0}, min_tokens=2, stop_token_ids=[4],
+    )  # fmt: skip
+    items = [
+        Scheduled(Request(str(row), [1, 2, 3], params), 0, 3, token_ids=[1, 2, 3], block_table=(1,), samples=True)
+        for row in range(rows)
+    ]
+    logits = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0)) * 0.01  # flat: all are sorted
+    with Memory() as measured:
+        sample(logits, items)
+    assert 0.7 * SAMPLING < measured.peak / logits.numel() <= SAMPLING
+
+
 def worst(model, length=256, ranks=1, **config):
     return Activations(model=model.cfg, config=EngineConfig(**config), length=length, dtype=torch.float32, ranks=ranks)
 
@@ -96,20 +129,21 @@ def plan(model, free, length=256, **config):
 def test_a_cache_sized_by_memory_leaves_room_for_the_worst_step(model):
     whole = plan(model, 1 << 40)
     assert whole.kv.limit == "max_num_seqs"
-    tight = int((whole.activations + whole.kv.total_bytes // 2) / SHARE["cpu"])
+    tight = int((whole.activations + whole.cache // 2) / SHARE["cpu"])
     found = plan(model, tight)
     assert found.kv.limit == "free memory"
     limit = int(tight * SHARE["cpu"])
     assert found.fits(limit)
     more = replace(found, kv=replace(found.kv, num_blocks=found.kv.num_blocks + 1))
+    more = replace(more, routing=found.routing * more.kv.num_blocks // found.kv.num_blocks)
     assert more.kv.tokens > 256, "the longest sequence fits, so another block changes the cache alone"
     assert not more.fits(limit)
-    assert found.total == 1000 + found.activations + found.kv.total_bytes
+    assert found.total == 1000 + found.activations + found.kv.total_bytes + found.routing
 
 
 def test_G4_what_would_run_out_after_ready_is_refused_with_numbers_and_fixes(model):
     need = plan(model, 1 << 40, num_blocks=100)
-    size = need.activations + need.kv.total_bytes
+    size = need.activations + need.cache
     assert plan(model, size, num_blocks=100).fits(size)
     numbers = rf"memory \(a step {need.activations / MIB:.0f} MiB \+ cache 1 MiB\) must not exceed {size / MIB:.0f} MiB"
     with pytest.raises(ConfigError, match=f"{numbers}.*: lower max_num_batched_tokens, .* or num_blocks"):
@@ -125,7 +159,7 @@ def test_the_plan_is_printed_and_written_with_all_its_numbers(model):
     assert str(found).startswith(f"memory: weights 0 MiB + a step {found.activations / MIB:.0f} MiB + cache 1 MiB = ")
     assert "free beside the weights 16384 MiB; KV cache: 100 blocks" in str(found)
     written = found.to_dict()
-    assert written["total_bytes"] == sum(written[f"{part}_bytes"] for part in ("weights", "activations", "kv_cache"))
+    assert written["total_bytes"] == sum(written[f"{part}_bytes"] for part in ("weights", "activations", "cache"))
     assert (written["kv_blocks"], written["kv_dtype"], written["kv_set_by"]) == (100, "float32", "num_blocks")
 
 
