@@ -1,6 +1,7 @@
 """The serving engine's settings: batch and pool sizes, precision, queue limits."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 from ..configs.typed import check
@@ -39,6 +40,7 @@ class EngineConfig:
             None = where the model is on a GPU.
         moe_capacity: "dropless", or "trained": experts drop what they drop in the trainer's evaluation, each request
             being a group of its own, whatever runs beside it.
+        graph_buckets: numbers of requests, ascending, in whose shapes decode steps run; none = as they come.
 
     Raises:
         ConfigError: a value out of range.
@@ -61,6 +63,7 @@ class EngineConfig:
     kv_layout: KVLayout = "paged"
     overlap: bool | None = None
     moe_capacity: MoECapacity = "dropless"
+    graph_buckets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "block_size", "max_model_len", "max_waiting", "kv_memory_mb"):
@@ -99,3 +102,10 @@ class EngineConfig:
             value = getattr(self, name)
             check(value in values, name, value, "must be one of those known", f"use {', '.join(values)}")
         check(0 <= self.seed < 2**64, "seed", self.seed, "must fit 64 bits", "use 0 to 2**64 - 1")
+        check(
+            all(low < high for low, high in pairwise((0, *self.graph_buckets))),
+            "graph_buckets",
+            ", ".join(map(str, self.graph_buckets)),
+            "must be positive and ascend",
+            "use numbers of requests such as 1, 2, 4, 8",
+        )

@@ -35,6 +35,7 @@ from .routed import RoutedExperts
 from .run.executor import Executor, StepResult
 from .run.experts import check_routing
 from .run.free import free_memory
+from .run.graphs import GraphBuckets
 from .run.memory import plan_memory
 from .run.runner import ModelRunner
 from .run.sampler import Sampled
@@ -121,6 +122,9 @@ class Engine:
         length = config.max_model_len or longest
         if length > longest:
             raise ConfigError(f"max_model_len ({length}) must not exceed the model's max_seq_len: use {longest}")
+        if config.graph_buckets and model.encoder is not None:
+            sizes = ", ".join(map(str, config.graph_buckets))
+            raise ConfigError(f"graph_buckets ({sizes}) are for models without an encoder: leave it empty")
         weight = model.embed.weight
         held, free = sum(part.nbytes for part in model.parameters()), free_memory(weight.device)
         self.memory_plan = plan_memory(model.cfg, config, length, weight.dtype, held, free, weight.device.type)
@@ -129,7 +133,8 @@ class Engine:
         self.model_config: ModelConfig = model.cfg
         self.tokenizer = tokenizer
         self.chat = chat or ChatTemplate(tokenizer)
-        self.runner = ModelRunner(model, self.kv_plan, config.moe_capacity)
+        buckets = GraphBuckets(config.graph_buckets, -(-length // config.block_size), weight.device)
+        self.runner = ModelRunner(model, self.kv_plan, config.moe_capacity, buckets)
         self.blocks = self._manager(f"{digest(model.cfg)} {weight.dtype} {self.kv_plan.dtype}".encode())
         self.scheduler = Scheduler(self.config, self.blocks, clock)
         overlap = weight.is_cuda if config.overlap is None else config.overlap

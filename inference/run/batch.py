@@ -50,6 +50,7 @@ class Batch:
         logit_rows_R: int64, the last token of each request that samples; a prefill chunk that is not the last has none.
         sampling: the items that sample, in the order of `logit_rows_R`.
         memory: of the encoder; None without one.
+        valid_T: bool, False for the rows that fill up a bucket; None = all are somebody's.
     """
 
     tokens_T: Tensor
@@ -61,6 +62,7 @@ class Batch:
     logit_rows_R: Tensor
     sampling: tuple[Scheduled, ...]
     memory: Memory | None = None
+    valid_T: Tensor | None = None
 
 
 def build_batch(

@@ -34,7 +34,12 @@ class PagedContext:
         self, batch: Batch, cache: KVCache, memory: Tensor | None = None, taken: Mapping[int, Tensor] | None = None
     ) -> None:
         self.route = RouteContext(
-            cu_groups=batch.cu_q_B1, token_ids_T=batch.tokens_T, dropless=taken is None, taken=taken, propagate_nan=True
+            cu_groups=batch.cu_q_B1,
+            valid_T=batch.valid_T,
+            token_ids_T=batch.tokens_T,
+            dropless=taken is None,
+            taken=taken,
+            propagate_nan=True,
         )
         self.logit_rows: Tensor | None = batch.logit_rows_R
         self.memory = memory

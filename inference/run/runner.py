@@ -16,6 +16,7 @@ from .batch import Batch, Memory, build_batch
 from .context import PagedContext
 from .executor import StepResult
 from .experts import ExpertPages
+from .graphs import GraphBuckets, fill_up
 from .kv import KVCache, KVPlan
 from .prompt import PromptLogprobs, asks, prompt_logprobs
 from .sampler import sample
@@ -28,17 +29,25 @@ class ModelRunner:
         model: in evaluation mode, on its device.
         plan: the KV cache to allocate.
         moe_capacity: as `EngineConfig` has it.
+        buckets: the shapes of decode steps; None = as they come.
 
     Attributes:
         pages: where every cached token went.
         routing: what the routers did since start, recomputed tokens included.
     """
 
-    def __init__(self, model: Decoder, plan: KVPlan, moe_capacity: MoECapacity = "dropless") -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        plan: KVPlan,
+        moe_capacity: MoECapacity = "dropless",
+        buckets: GraphBuckets | None = None,
+    ) -> None:
         assert not model.training, "serving runs the model in evaluation mode"
         self.model = model
         self.device = model.embed.weight.device
         self.cache = KVCache(plan, self.device)
+        self._buckets = buckets or GraphBuckets((), 0, self.device)
         experts = model.cfg.moe.num_experts if model.cfg.moe else 0
         self._newest: dict[str, int] = {}
         """The tokens that the last step sampled, by request."""
@@ -68,8 +77,10 @@ class ModelRunner:
         encoder = self.model.encoder is not None
         batch = build_batch(plan, self.cache.plan.block_size, self.device, encoder, self._newest)
         memory_SD = None if batch.memory is None else self.encode(batch.memory)
+        wanted, batch = batch.logit_rows_R.numel(), self._buckets.pad(batch)
         taken_BLE = self.pages.taken_before(plan.scheduled)
-        context = PagedContext(batch, self.cache, memory_SD, self.pages.by_layer(taken_BLE))
+        filled_NLE = fill_up(taken_BLE, batch)
+        context = PagedContext(batch, self.cache, memory_SD, self.pages.by_layer(filled_NLE))
         self._prompts = {}
         if any(asks(item) for item in plan.scheduled):
             x_TD = self.model.hidden(batch.tokens_T, batch.positions_T, context)
@@ -78,8 +89,8 @@ class ModelRunner:
         else:
             logits_RV = self.model(batch.tokens_T, batch.positions_T, context)
         self.pages.store(plan.scheduled, batch.slots_T, context.routings, taken_BLE)
-        self.routing.add(context.routings)
-        return batch, logits_RV.float()
+        self.routing.add(context.routings, batch.valid_T)
+        return batch, logits_RV[:wanted].float()
 
     @torch.inference_mode()
     def encode(self, memory: Memory) -> Tensor:

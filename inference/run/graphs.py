@@ -1,0 +1,107 @@
+"""Decode steps in a few fixed shapes, as a captured graph needs them: G1 of the serving specification.
+
+A step that computes one token of every request runs in the smallest bucket that holds it, filled up with rows that are
+nobody's: token 0 at position 0, written to and read from the null block, not valid, so that they route nowhere and
+count nowhere. Anything else, a prefill or more requests than the largest bucket, runs as it is.
+
+T tokens, B requests, M blocks of the longest table, N rows of a bucket.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ... import ConfigError
+from .batch import Batch
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """The static tensors of one bucket."""
+
+    tokens_N: Tensor
+    positions_N: Tensor
+    slots_N: Tensor
+    tables_NM: Tensor
+    lens_N: Tensor
+    valid_N: Tensor
+    cu_q_N1: Tensor
+    rows_N: Tensor
+
+    @classmethod
+    def of(cls, size: int, width: int, device: torch.device) -> "_Buffers":
+        def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        return cls(
+            *(zeros(torch.int64, size) for _ in range(3)),
+            zeros(torch.int32, size, width),
+            zeros(torch.int32, size),
+            zeros(torch.bool, size),
+            torch.arange(size + 1, dtype=torch.int32, device=device),
+            torch.arange(size, device=device),
+        )
+
+
+class GraphBuckets:
+    """The buckets' input buffers. A padded batch is valid until the next one.
+
+    Args:
+        sizes: rows of each bucket, ascending; none = every step runs as it is.
+        width: blocks of the longest sequence.
+        device: the model's.
+
+    Raises:
+        ConfigError: the device would have to capture a graph, which the forward pass does not allow.
+    """
+
+    def __init__(self, sizes: Sequence[int], width: int, device: torch.device) -> None:
+        if sizes and device.type == "cuda":
+            rule = (
+                "can not be captured on CUDA: a forward pass asks the device how many rows the experts get "
+                "(sort_by_expert) and how long the contexts are (paged_attention)"
+            )
+            raise ConfigError(f"graph_buckets ({', '.join(map(str, sizes))}) {rule}: leave it empty")
+        self._buffers = {size: _Buffers.of(size, width, device) for size in sizes}
+
+    def pad(self, batch: Batch) -> Batch:
+        """The batch in the buffers of its bucket, its rows first; the batch itself where it has none."""
+        count = batch.tokens_T.numel()
+        decodes = 0 < count == batch.context_lens_B.numel() == batch.logit_rows_R.numel()
+        size = next((size for size in self._buffers if size >= count), None)
+        if size is None or not decodes:
+            return batch
+        buffers = self._buffers[size]
+        _fill(buffers.tokens_N, batch.tokens_T)
+        _fill(buffers.positions_N, batch.positions_T)
+        _fill(buffers.slots_N, batch.slots_T)
+        _fill(buffers.tables_NM[:, : batch.block_tables_BM.shape[1]], batch.block_tables_BM)
+        buffers.tables_NM[:, batch.block_tables_BM.shape[1] :] = 0
+        _fill(buffers.lens_N, batch.context_lens_B, rest=1)
+        _fill(buffers.valid_N, buffers.valid_N.new_ones(count))
+        return replace(
+            batch,
+            tokens_T=buffers.tokens_N,
+            positions_T=buffers.positions_N,
+            slots_T=buffers.slots_N,
+            block_tables_BM=buffers.tables_NM,
+            context_lens_B=buffers.lens_N,
+            cu_q_B1=buffers.cu_q_N1,
+            logit_rows_R=buffers.rows_N,
+            valid_T=buffers.valid_N,
+        )
+
+
+def fill_up(rows_BLE: Tensor | None, batch: Batch) -> Tensor | None:
+    """Rows of the batch's requests followed by zeros for those that fill it up."""
+    if rows_BLE is None or batch.valid_T is None:
+        return rows_BLE
+    missing = batch.context_lens_B.numel() - rows_BLE.shape[0]
+    return torch.cat((rows_BLE, rows_BLE.new_zeros(missing, *rows_BLE.shape[1:])))
+
+
+def _fill(buffer: Tensor, values: Tensor, rest: int = 0) -> None:
+    buffer[: len(values)].copy_(values)
+    buffer[len(values) :] = rest
