@@ -36,12 +36,14 @@ class _Buffers:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
         return cls(
-            *(zeros(torch.int64, size) for _ in range(3)),
-            zeros(torch.int32, size, width),
-            zeros(torch.int32, size),
-            zeros(torch.bool, size),
-            torch.arange(size + 1, dtype=torch.int32, device=device),
-            torch.arange(size, device=device),
+            tokens_N=zeros(torch.int64, size),
+            positions_N=zeros(torch.int64, size),
+            slots_N=zeros(torch.int64, size),
+            tables_NM=zeros(torch.int32, size, width),
+            lens_N=zeros(torch.int32, size),
+            valid_N=zeros(torch.bool, size),
+            cu_q_N1=torch.arange(size + 1, dtype=torch.int32, device=device),
+            rows_N=torch.arange(size, device=device),
         )
 
 

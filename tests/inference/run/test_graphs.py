@@ -1,4 +1,5 @@
 """Decode steps in fixed shapes give the tokens and statistics of the shapes they come in, at every bucket's edge."""
+# ruff: noqa: N802 (G1 is the name of a rule)
 
 from dataclasses import dataclass, field, replace
 
