@@ -53,7 +53,7 @@ class Choice:
         if self._logprobs is not None:
             assert logprobs is not None, "the sampler reports every request that asked"
             self._logprobs.append(logprobs)
-        if reason == "stop" and not params.include_stop_str_in_output:
+        if reason == "stop" and token in self.request.stop_ids and not params.include_stop_str_in_output:
             self.finish("stop")  # the stop token is no part of the text
             return
         search = len(self._token_ids) > params.min_tokens
@@ -67,6 +67,7 @@ class Choice:
         if self.finish_reason is None and self._routed is not None:
             self._routed.take(rows)
             self.request.num_reported_tokens = self._routed.count
+
     def score(self, found: PromptLogprobs) -> None:
         """Take log-probabilities of prompt tokens; what a preempted request computes again stays as it was."""
         known = len(self.prompt_logprobs)

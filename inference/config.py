@@ -40,6 +40,7 @@ class EngineConfig:
             None = where the model is on a GPU.
         moe_capacity: "dropless", or "trained": experts drop what they drop in the trainer's evaluation, each request
             being a group of its own, whatever runs beside it.
+        grammar_timeout: seconds that compiling one request's grammar may take.
         graph_buckets: numbers of requests, ascending, in whose shapes decode steps run; none = as they come.
 
     Raises:
@@ -63,6 +64,7 @@ class EngineConfig:
     kv_layout: KVLayout = "paged"
     overlap: bool | None = None
     moe_capacity: MoECapacity = "dropless"
+    grammar_timeout: float = 5.0
     graph_buckets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -96,6 +98,13 @@ class EngineConfig:
             self.batch_window,
             "must be seconds, from 0 to 3600",
             "use a fraction of a second",
+        )
+        check(
+            0 < self.grammar_timeout < 3600,
+            "grammar_timeout",
+            self.grammar_timeout,
+            "must be seconds, above 0 and below 3600",
+            "use a few seconds",
         )
         choices = {"batching": Batching, "kv_layout": KVLayout, "kv_dtype": KVDtype, "moe_capacity": MoECapacity}
         for name, values in ((name, get_args(choice)) for name, choice in choices.items()):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .. import ConfigError, NonFiniteError, PeerError, RequestError, TurnoutError
+from .. import ConfigError, PeerError, RequestError, TurnoutError
 from ..configs.typed import digest
 from ..moe.config import ModelConfig
 from ..moe.models.decoder import Decoder
@@ -22,6 +22,7 @@ from ..moe.models.store import load_model, tokenizer_directory
 from ..moe.routing.stats import RoutingSnapshot
 from .admission import admissible, check_ids
 from .choice import Choice
+from .compiling import Compiling
 from .config import EngineConfig
 from .core.blocks import BlockManager, ContiguousBlocks
 from .core.request import Request
@@ -29,7 +30,7 @@ from .core.sampling import SamplingParams
 from .core.scheduler import Scheduler, SchedulerStats
 from .core.step import StepPlan
 from .errors import QueueTimeoutError, StepError
-from .faults import probe, step_error
+from .faults import no_token, probe, step_error
 from .outputs import RequestOutput
 from .routed import RoutedExperts
 from .run.executor import Executor, StepResult
@@ -40,6 +41,7 @@ from .run.memory import plan_memory
 from .run.runner import ModelRunner
 from .run.sampler import Sampled
 from .text.chat import ChatTemplate
+from .text.grammar import GrammarCompiler
 from .text.tokenizer import TextTokenizer
 
 Prompt = str | Sequence[int]
@@ -141,6 +143,7 @@ class Engine:
         self._executor = Executor(self.runner.execute, overlap=overlap)
         self._plans: deque[StepPlan] = deque()
         """Launched, not committed; the executor has them in the same order."""
+        self._compiling = Compiling(GrammarCompiler(tokenizer, model.cfg.vocab_size, config.grammar_timeout))
         self._clock = clock
         self._eos = frozenset(model.cfg.eos_token_ids)
         self._groups: dict[str, _Group] = {}
@@ -222,7 +225,10 @@ class Engine:
         if name in self._groups:
             raise RequestError(f"request_id ({name!r}) must be new among live requests: choose another", "request_id")
         requests = self._requests(prepared)
-        self.scheduler.add(*requests)
+        wanted = prepared.params.structured_outputs
+        self.scheduler.add(*requests, held=wanted is not None)
+        if wanted is not None:
+            self._compiling.add(name, wanted, requests)
         self._arrivals += 1
         choices = tuple(self._choice(name, request) for request in requests)
         self._groups[name] = _Group(prepared=prepared, choices=choices)
@@ -259,6 +265,7 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Finish one step and return the new state of every request that it changed."""
+        refused = [self._end(name, error) for name, error in self._compiling.take(self.scheduler)]
         if not self._plans:
             self._launch(self.scheduler.schedule())
         if self._executor.overlaps:
@@ -268,14 +275,14 @@ class Engine:
         except PeerError:
             raise
         except Exception as error:  # noqa: BLE001  (whatever computing raises)
-            return self._blame(error)
+            return refused + self._blame(error)
         plan = self._plans.popleft()
         if not plan.num_tokens and self.has_unfinished:
-            time.sleep(min(max(self.scheduler.patience, 0.0), IDLE_SECONDS))
+            self._compiling.rest(min(max(self.scheduler.patience, 0.0), IDLE_SECONDS))
         for request_id, rows in result.routed.items():
             if request_id in self._choices:  # it was not ended after the launch
                 self._choices[request_id].report(rows)
-        return self._commit(plan, result)
+        return refused + self._commit(plan, result)
 
     def _launch(self, plan: StepPlan | None) -> None:
         if plan is not None:
@@ -292,12 +299,13 @@ class Engine:
             if request_id not in self._choices:
                 continue  # it was ended after the launch
             if result.token is None:
-                failed[self._choices[request_id].request_id] = _no_token(result)
+                stuck = self._choices[request_id]
+                failed[stuck.request_id] = no_token(stuck.request, result.excluded)
         for request_id, found in results.prompts.items():
             if (choice := self._choices.get(request_id)) is not None:
                 choice.score(found)
                 if None in found.tokens:
-                    failed[choice.request_id] = _no_token(Sampled(None))
+                    failed[choice.request_id] = no_token(choice.request, excluded=False)
         ended = [self._end(name, error) for name, error in failed.items()]
         tokens = {request_id: result.token for request_id, result in sampled.items() if result.token is not None}
         advanced: dict[str, StepError | None] = {}
@@ -413,6 +421,7 @@ class Engine:
         group = self._groups[request_id]
         finished = all(choice.finish_reason is not None for choice in group.choices)
         if finished:
+            self._compiling.drop(request_id)
             del self._groups[request_id]
             for choice in group.choices:
                 del self._choices[choice.request.id]
@@ -435,11 +444,3 @@ class Engine:
         """The key of a request without a seed: the engine's seed and how many requests came before it."""
         key = f"{self.config.seed}/{self._arrivals}".encode()
         return int.from_bytes(hashlib.sha256(key).digest()[:8], "little")
-
-
-def _no_token(result: Sampled) -> TurnoutError:
-    """Why a request has no next token."""
-    if result.excluded:
-        rule = "have excluded every token at this point: allow more or exclude fewer"
-        return RequestError(f"allowed_token_ids, bad words and min_tokens {rule}", "allowed_token_ids")
-    return NonFiniteError("the logits of this request are not finite: check the model's weights")

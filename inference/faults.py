@@ -1,7 +1,9 @@
-"""When a step has raised: the simplest step there is, which tells a request's own fault from a broken engine's."""
+"""What a request is told that can not go on; and, when a step has raised, the simplest step there is, which tells a
+request's own fault from a broken engine's."""
 
 import logging
 
+from .. import NonFiniteError, RequestError, TurnoutError
 from .core.request import Request
 from .core.sampling import SamplingParams
 from .core.step import Scheduled, StepPlan
@@ -29,6 +31,19 @@ def probe(encoder: bool) -> StepPlan:
         encoded=encoded,
     )
     return StepPlan(scheduled=(item,), num_tokens=item.cost, preempted=(), expired=())
+
+
+def no_token(request: Request, excluded: bool) -> TurnoutError:
+    """Why a request has no next token: it has excluded them all, or its logits are not finite."""
+    if not excluded:
+        return NonFiniteError("the logits of this request are not finite: check the model's weights")
+    wanted, grammar = request.params.structured_outputs, request.grammar
+    if wanted is None or grammar is None:
+        rule = "have excluded every token at this point: allow more or exclude fewer"
+        return RequestError(f"allowed_token_ids, bad words and min_tokens {rule}", "allowed_token_ids")
+    reason = f" ({grammar.error})" if grammar.error else ""
+    rule = f"allows no token after {request.num_output_tokens}{reason}"
+    return wanted.error(f"{rule}: loosen it, or what else excludes tokens")
 
 
 def step_error(cause: Exception) -> StepError:

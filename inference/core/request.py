@@ -10,6 +10,7 @@ from typing import Literal
 
 from ... import RequestError
 from .sampling import SamplingParams
+from .structured import Matcher
 
 FinishReason = Literal["stop", "length", "abort"]
 _NONE: frozenset[int] = frozenset()
@@ -49,6 +50,7 @@ class Request:
         seed: the 64-bit key of its random numbers.
         deadline: on the scheduler's clock; if it has not started until then it expires. None = never.
         parent: the choice of the same prompt that computes it; this one waits for it and then takes over its blocks.
+        grammar: what the text must match, once it is compiled.
     """
 
     id: str
@@ -63,6 +65,7 @@ class Request:
     seed: int = 0
     deadline: float | None = None
     parent: "Request | None" = None
+    grammar: Matcher | None = None
 
     status: Status = field(default=Status.WAITING, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
@@ -143,5 +146,7 @@ class Request:
         self.token_ids.append(token)
         count = self.num_output_tokens
         if token in self.stop_ids and count > self.params.min_tokens:
+            return "stop"
+        if self.grammar is not None and self.grammar.accept(token):
             return "stop"
         return "length" if count >= self.max_tokens else None

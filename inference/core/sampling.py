@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ... import RequestError
+from .structured import StructuredOutputs
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
@@ -46,6 +47,8 @@ class SamplingParams:
         include_stop_str_in_output: keep the stop string in the text.
         skip_special_tokens: leave special tokens out of the text.
         routed_experts: report the experts of every computed token, prompt and completion.
+        structured_outputs: what the text must look like. A token that ends the request may then come only where the
+            text is whole, and a whole text that nothing can follow ends it, also below `min_tokens`.
 
     Raises:
         RequestError: a value out of range or of the wrong type; `param` names it.
@@ -74,6 +77,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     routed_experts: bool = False
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop)
@@ -89,6 +93,10 @@ class SamplingParams:
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "routed_experts"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} ({getattr(self, name)!r}) must be true or false", name)
+        if not isinstance(self.structured_outputs, StructuredOutputs | None):
+            kind = type(self.structured_outputs).__name__
+            rule = "must be StructuredOutputs: wrap it"
+            raise RequestError(f"structured_outputs ({kind}) {rule}", "structured_outputs")
 
     @property
     def penalised(self) -> bool:
@@ -103,7 +111,8 @@ class SamplingParams:
     @property
     def needs_history(self) -> bool:
         """The next token can not be chosen before the last one is known here: no step may be scheduled ahead of it."""
-        return self.penalised or bool(self.bad_words) or any(len(ids) > 1 for ids in self.bad_sequences)
+        listed = bool(self.bad_words) or any(len(ids) > 1 for ids in self.bad_sequences)
+        return self.penalised or listed or self.structured_outputs is not None
 
     @property
     def bad_sequences(self) -> tuple[tuple[int, ...], ...]:

@@ -30,6 +30,10 @@ class Matcher(Protocol):
     def mask(self) -> bytes:
         """The tokens that may come next: bit t & 7 of byte t >> 3. None at all is a dead end, or the end."""
 
+    @property
+    def error(self) -> str:
+        """Why nothing can follow, where there is more to say about it."""
+
     def accept(self, token: int) -> bool:
         """Take a committed token, once; True = the text is whole and nothing can follow it."""
 
@@ -58,20 +62,26 @@ class StructuredOutputs:
     def __post_init__(self) -> None:
         wanted = [name for name in KINDS if getattr(self, name) is not None]
         if len(wanted) != 1:
-            raise self._error(f"({', '.join(wanted) or 'nothing'}) must be one of {', '.join(KINDS)}: set exactly one")
+            raise self.error(f"({', '.join(wanted) or 'nothing'}) must be one of {', '.join(KINDS)}: set exactly one")
         if self.json is not None:
             object.__setattr__(self, "json", self._schema(self.json))
         if self.choice is not None:
             object.__setattr__(self, "choice", self._texts(self.choice))
         text = self.text
         if not isinstance(text, str) or not text:
-            raise self._error(f"({text!r}) must be text of at least one character")
+            raise self.error(f"({text!r}) must be text of at least one character")
         if len(text) > MAX_CHARS:
-            raise self._error(f"({len(text)} characters) must not exceed {MAX_CHARS}: make it smaller")
+            raise self.error(f"({len(text)} characters) must not exceed {MAX_CHARS}: make it smaller")
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise self._error("holds a lone surrogate: send valid Unicode") from error
+            raise self.error("holds a lone surrogate: send valid Unicode") from error
+
+    def error(self, rule: str) -> RequestError:
+        """What is wrong with the constraint, by the name that its caller knows it by."""
+        wanted = [name for name in KINDS if getattr(self, name) is not None]
+        where = f"{self.param}.{wanted[0]}" if len(wanted) == 1 and self.param == "structured_outputs" else self.param
+        return RequestError(f"{where} {rule}", where)
 
     @property
     def kind(self) -> Kind:
@@ -90,26 +100,21 @@ class StructuredOutputs:
             try:
                 schema = json_module.loads(schema)
             except (ValueError, RecursionError) as error:
-                raise self._error(f"is not JSON ({error}): send a JSON Schema") from error
+                raise self.error(f"is not JSON ({error}): send a JSON Schema") from error
         if not isinstance(schema, dict):
-            raise self._error(f"({type(schema).__name__}) must be a JSON Schema: an object")
+            raise self.error(f"({type(schema).__name__}) must be a JSON Schema: an object")
         if _nesting(schema) > MAX_NESTING:
-            raise self._error(f"must not be nested deeper than {MAX_NESTING} levels: flatten it")
+            raise self.error(f"must not be nested deeper than {MAX_NESTING} levels: flatten it")
         try:
             return json_module.dumps(schema, ensure_ascii=False, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise self._error(f"can not be written as JSON ({error}): send a JSON Schema") from error
+            raise self.error(f"can not be written as JSON ({error}): send a JSON Schema") from error
 
     def _texts(self, texts: object) -> tuple[str, ...]:
         whole = isinstance(texts, list | tuple) and len(texts) > 0
         if not whole or not all(isinstance(text, str) and text for text in texts):  # type: ignore[attr-defined]
-            raise self._error("must be a list of texts of at least one character, and not empty")
+            raise self.error("must be a list of texts of at least one character, and not empty")
         return tuple(texts)  # type: ignore[arg-type]
-
-    def _error(self, rule: str) -> RequestError:
-        wanted = [name for name in KINDS if getattr(self, name) is not None]
-        where = f"{self.param}.{wanted[0]}" if len(wanted) == 1 and self.param == "structured_outputs" else self.param
-        return RequestError(f"{where} {rule}", where)
 
 
 def _nesting(schema: dict[str, Any]) -> int:

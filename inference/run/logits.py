@@ -1,7 +1,8 @@
 """What requests do to their logits before anything is drawn: exclusions, biases and penalties, each row by itself.
 
-In vLLM's order: tokens that are not allowed, bad words, what may not come before `min_tokens`, then biases, then
-penalties (repetition, frequency, presence). A token that is excluded stays excluded, whatever its bias.
+In vLLM's order: what a grammar forbids, tokens that are not allowed, bad words, what may not come before `min_tokens`,
+then biases, then penalties (repetition, frequency, presence). A token that is excluded stays excluded, whatever its
+bias.
 
 R rows (one a request), P of the rows, V vocabulary.
 """
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.step import Scheduled
+from .grammar_mask import hold_to_grammars
 
 
 def constrain(logits_RV: Tensor, items: Sequence[Scheduled]) -> Tensor:
@@ -21,7 +23,7 @@ def constrain(logits_RV: Tensor, items: Sequence[Scheduled]) -> Tensor:
         logits_RV: float32, as the model gave them; not changed.
         items: one a row; `item.end` tokens stand before the one to choose.
     """
-    return _penalise(_bias(_exclude(_only_allowed(logits_RV, items), items), items), items)
+    return _penalise(_bias(_exclude(_only_allowed(hold_to_grammars(logits_RV, items), items), items), items), items)
 
 
 def _only_allowed(logits_RV: Tensor, items: Sequence[Scheduled]) -> Tensor:
