@@ -4,10 +4,35 @@ T tokens, D width, E experts, K choices, N rows (kept assignments, sorted by exp
 B sequences, H heads, G key/value heads (G divides H), d head dim, F expert hidden. Every operation takes T = 0.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from . import registry
+from .reference.precision import autocast
+
+
+def linear(x_TD: Tensor, w_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+    """y = x · wᵀ + bias: a dense projection of rows [..., D]. F is the output width; differentiable in all three.
+
+    The operands have one dtype; under autocast they are cast to its dtype.
+    """
+    return registry.call("linear", x_TD, w_FD, bias_F)
+
+
+def head_gemm(x_THK: Tensor, w_HKM: Tensor) -> Tensor:
+    """y[t, h] = x[t, h] @ w[h]: every head its own matrix, of any strides → [T, H, M]. Differentiable in both."""
+    return registry.call("head_gemm", x_THK, w_HKM)
+
+
+def pointwise(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """f(x), where f treats every number alike (`torch.sigmoid`, `F.gelu`) and rounds its result itself.
+
+    A library computes the last few numbers of a tensor by other instructions than the rest, so that a number's last bit
+    depends on where it lies; the batch-invariant form has none of that.
+    """
+    return registry.call("pointwise", f, x)
 
 
 def grouped_gemm(x_NK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
@@ -21,7 +46,7 @@ def grouped_gemm(x_NK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
     Returns:
         y_NM, of the dtype of the operands; differentiable in x and w.
     """
-    x_NK, w_EKM = _autocast(x_NK, w_EKM)
+    x_NK, w_EKM = autocast(x_NK, w_EKM)
     with _exact(x_NK):
         return registry.call("grouped_gemm", x_NK, w_EKM, ends_E)
 
@@ -107,7 +132,7 @@ def varlen_attention(
     Returns:
         o_THd (d of v). Differentiable in q, k, v, sinks and bias. Under autocast the operands are cast to its dtype.
     """
-    q_THd, k_TGd, v_TGd = _autocast(q_THd, k_TGd, v_TGd)
+    q_THd, k_TGd, v_TGd = autocast(q_THd, k_TGd, v_TGd)
     with _exact(q_THd):
         return registry.call(
             "varlen_attention",
@@ -200,15 +225,6 @@ def paged_attention(
             scales_k=scales_k,
             scales_v=scales_v,
         )
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast would do to a matrix product's operands: cast all but float64 ones."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _exact(x: Tensor) -> torch.autocast:

@@ -1,8 +1,12 @@
 """Which form of an operation runs: the table, the probe and the override.
 
-An operation `f` has up to three forms of one signature: `reference` (plain PyTorch, the documentation), `torch` (made
-of library calls) and `triton` (a GPU kernel). A form with limits has a predicate `f_fits` of the same signature beside
-it. Without an override the first form of `DEFAULT` that fits runs.
+An operation `f` has forms of one signature: `reference` (plain PyTorch, the documentation), `torch` (made of library
+calls), `triton` (a GPU kernel), `cpp` (a batch-invariant CPU kernel, compiled at first use) and `rows` (batch-invariant
+in plain PyTorch, slow). A form with limits has a predicate `f_fits` of the same signature beside it. Without an
+override the first form of `DEFAULT` that fits runs.
+
+`invariant` is no form but a promise: a row's result is the same bits whatever other rows there are, and packed rows and
+pages give the same. What has neither a `cpp` nor a `rows` form keeps it as it is.
 """
 
 import contextlib
@@ -12,30 +16,59 @@ from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from .. import ConfigError
 
 DEFAULT = ("torch", "reference")
 PREFERENCES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"reference": ("reference",), "torch": DEFAULT, "triton": ("triton", *DEFAULT)}
+    {
+        "reference": ("reference",),
+        "torch": DEFAULT,
+        "triton": ("triton", *DEFAULT),
+        "cpp": ("cpp", *DEFAULT),
+        "rows": ("rows", *DEFAULT),
+        "invariant": ("cpp", "rows", *DEFAULT),
+    }
 )
 FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
+        "linear": {
+            "reference": "reference.dense",
+            "torch": "torch_ops.linear",
+            "cpp": "cpp.products",
+            "rows": "rows.products",
+        },
+        "head_gemm": {"reference": "reference.dense", "torch": "torch_ops.linear", "rows": "rows.products"},
+        "pointwise": {"reference": "reference.dense", "torch": "torch_ops.linear", "rows": "rows.elements"},
         "grouped_gemm": {
             "reference": "reference.grouped_gemm",
             "torch": "torch_ops.grouped_gemm",
             "triton": "triton.grouped_gemm",
+            "cpp": "cpp.products",
+            "rows": "rows.products",
         },
         "sort_by_expert": {"reference": "reference.routing", "torch": "torch_ops.routing"},
         "permute": {"reference": "reference.routing", "torch": "torch_ops.routing"},
         "combine": {"reference": "reference.routing", "torch": "torch_ops.routing"},
-        "rms_norm": {"reference": "reference.dense"},
-        "rope": {"reference": "reference.dense"},
-        "swiglu": {"reference": "reference.dense"},
+        "rms_norm": {"reference": "reference.dense", "cpp": "cpp.rowwise", "rows": "rows.elements"},
+        "rope": {"reference": "reference.dense", "rows": "rows.elements"},
+        "swiglu": {"reference": "reference.dense", "cpp": "cpp.rowwise", "rows": "rows.elements"},
         "cross_entropy": {"reference": "reference.dense", "torch": "torch_ops.loss"},
-        "varlen_attention": {"reference": "reference.attention", "torch": "torch_ops.attention"},
+        "varlen_attention": {
+            "reference": "reference.attention",
+            "torch": "torch_ops.attention",
+            "cpp": "cpp.attention",
+            "rows": "rows.attention",
+        },
         "store_kv": {"reference": "reference.attention"},
         "copy_blocks": {"reference": "reference.attention"},
-        "paged_attention": {"reference": "reference.attention", "torch": "torch_ops.attention"},
+        "paged_attention": {
+            "reference": "reference.attention",
+            "torch": "torch_ops.attention",
+            "cpp": "cpp.attention",
+            "rows": "rows.attention",
+        },
     }
 )
 _loaded: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., bool] | None]] = {}
@@ -43,18 +76,18 @@ _forced: ContextVar[str | None] = ContextVar("forced", default=None)
 
 
 @contextlib.contextmanager
-def using(form: str) -> Iterator[None]:
-    """Prefer `form` within this block (and this thread): `reference`, `torch` or `triton`.
+def using(form: str | None) -> Iterator[None]:
+    """Prefer `form` within this block (and this thread): a key of `PREFERENCES`; None changes nothing.
 
-    `reference` is strict. `torch` and `triton` fall back, in that order downwards, for operations that have no such
-    form or whose arguments it does not fit; `table` tells which.
+    `reference` is strict. The others fall back for operations that have no such form or whose arguments it does not
+    fit; `table` tells which. Code that torch.compile made keeps the default.
 
     Raises:
         ConfigError: no such form.
     """
-    if form not in PREFERENCES:
+    if form is not None and form not in PREFERENCES:
         raise ConfigError(f"kernels.using ({form!r}) must be a form: use one of {', '.join(PREFERENCES)}")
-    token = _forced.set(form)
+    token = _forced.set(form or _forced.get())
     try:
         yield
     finally:
@@ -70,7 +103,7 @@ def choose(op: str, *args: Any, **kwargs: Any) -> str:
     """The name of the form of `op` that runs for these arguments."""
     if len(FORMS[op]) == 1:
         return "reference"
-    for form in PREFERENCES[_forced.get() or "torch"]:
+    for form in _order():
         if form in FORMS[op]:
             fits = _load(op, form)[1]
             if fits is None or fits(*args, **kwargs):
@@ -80,8 +113,19 @@ def choose(op: str, *args: Any, **kwargs: Any) -> str:
 
 def table() -> dict[str, dict[str, str]]:
     """Operation → the forms it has, in the order in which they are tried now, with the module of each."""
-    order = PREFERENCES[_forced.get() or "torch"]
+    order = _order()
     return {op: {form: forms[form] for form in order if form in forms} for op, forms in FORMS.items()}
+
+
+def invariant() -> bool:
+    """Whether batch-invariant forms are wanted here."""
+    return not torch.compiler.is_compiling() and _forced.get() == "invariant"
+
+
+def _order() -> tuple[str, ...]:
+    if torch.compiler.is_compiling():  # it can not read a context variable
+        return DEFAULT
+    return PREFERENCES[_forced.get() or "torch"]
 
 
 def _load(op: str, form: str) -> tuple[Callable[..., Any], Callable[..., bool] | None]:

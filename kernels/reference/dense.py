@@ -1,7 +1,10 @@
 """The elementwise parts of a transformer block and its loss.
 
-T tokens, D width, H heads, d head dim, h = d / 2, N rows, F hidden width, V vocabulary.
+T tokens, D width, H heads, d head dim, h = d / 2, N rows, F hidden width, V vocabulary, K and M a head's input and
+output widths.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,3 +33,16 @@ def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     logits = wide(logits_TV)
     picked = logits.gather(1, targets_T.clamp_min(0)[:, None])[:, 0]
     return torch.where(targets_T >= 0, logits.logsumexp(dim=1) - picked, 0.0)
+
+
+def linear(x_TD: Tensor, w_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+    y_TF = x_TD @ w_FD.mT
+    return y_TF if bias_F is None else y_TF + bias_F
+
+
+def head_gemm(x_THK: Tensor, w_HKM: Tensor) -> Tensor:
+    return torch.stack([x_TK @ w_KM for x_TK, w_KM in zip(x_THK.unbind(1), w_HKM, strict=True)], 1)
+
+
+def pointwise(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return f(x)

@@ -1,4 +1,4 @@
-"""The dtype in which sums are taken."""
+"""The dtype in which sums are taken, and that of the operands."""
 
 import torch
 from torch import Tensor
@@ -7,3 +7,12 @@ from torch import Tensor
 def wide(x: Tensor) -> Tensor:
     """`x` in float32, or as it is when it is float64."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast would do to a matrix product's operands: cast all but float64 ones."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

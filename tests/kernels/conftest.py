@@ -21,7 +21,7 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["reference", "torch"])
+@pytest.fixture(params=["reference", "torch", "cpp", "rows"])
 def form(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each form in turn; forms that do not fit fall back, as they do for users."""
     with kernels.using(request.param):

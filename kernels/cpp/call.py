@@ -1,0 +1,84 @@
+"""How Python reaches the C++ kernels: structures of pointers and strides, types by number, gradients by a twin."""
+
+import ctypes
+from collections.abc import Callable
+from ctypes import c_float, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .build import library
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Gemm(ctypes.Structure):
+    """`Gemm` of gemm.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "w", "bias", "y")),
+        *((name, c_int64) for name in ("rows", "depth", "columns", "x_row", "w_expert", "w_k", "w_column")),
+    )
+
+
+class Attention(ctypes.Structure):
+    """`Attention` of attention.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "k", "v", "out", "cu_q", "keys", "table", "sinks", "bias")),
+        *((name, c_int64) for name in (
+            "sequences", "heads", "kv_heads", "d", "d_v", "k_row", "v_row", "k_head", "v_head", "table_row", "page",
+            "longest", "causal", "window",
+        )),
+        ("scale", c_float),
+    )  # fmt: skip
+
+
+def fits(*tensors: Tensor | None) -> bool:
+    """On a CPU, of a type that the kernels know, all of one type; and there are kernels."""
+    known = [t for t in tensors if t is not None]
+    alike = all(t.dtype == known[0].dtype and t.device.type == "cpu" for t in known)
+    return alike and known[0].dtype in TYPES and library() is not None
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Run a kernel on as many threads as torch would."""
+    kernels = library()
+    assert kernels is not None, "a form runs only where it fits"
+    getattr(kernels, f"turnout_{name}")(*arguments, torch.get_num_threads())
+
+
+def pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def differentiable(run: Callable[..., Tensor], twin: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    """`run(*tensors)`, with the gradient of `twin`, which computes the same in PyTorch."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _Twin.apply(run, twin, *tensors)
+    return run(*tensors)
+
+
+class _Twin(Function):
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., Tensor], twin: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.twin = twin
+        return run(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[2:]
+        inputs = [
+            None if t is None else t.detach().requires_grad_(need)
+            for t, need in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        with torch.enable_grad():
+            y = ctx.twin(*inputs)
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(y, wanted, grad, allow_unused=True))
+        return None, None, *(next(found) if need else None for need in needed)

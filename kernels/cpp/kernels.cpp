@@ -1,0 +1,67 @@
+// Batch-invariant kernels, called through ctypes: a row's result never depends on its companions nor on the threads.
+#include "attention.h"
+#include "gemm.h"
+
+template <Type type>
+static void rms_norm_rows(const void* x, const float* weight, void* y, int64_t rows, int64_t D, float eps, int threads) {
+#pragma omp parallel for num_threads(rows * D < SMALL ? 1 : threads)
+  for (int64_t t = 0; t < rows; t++) {
+    const void* row = at<type>(x, t * D);
+    V squares{};
+    for (int64_t i = 0; i < D; i += 16) {
+      V a = load<type>(row, i, D - i);
+      squares = fma(a, a, squares);
+    }
+    const float turn = 1.0f / std::sqrt(reduce(squares) / D + eps);
+    for (int64_t i = 0; i < D; i += 16)
+      store<type>((void*)at<type>(y, t * D), i, load<type>(row, i, D - i) * turn * load<FLOAT32>(weight, i, D - i), D - i);
+  }
+}
+
+template <Type type>
+static void swiglu_rows(const void* x, void* y, int64_t rows, int64_t F, int threads) {
+#pragma omp parallel for num_threads(rows * F < SMALL ? 1 : threads)
+  for (int64_t t = 0; t < rows; t++)
+    for (int64_t i = 0; i < F; i += 16) {
+      V gate = load<type>(at<type>(x, 2 * t * F), i, F - i), up = load<type>(at<type>(x, (2 * t + 1) * F), i, F - i);
+      V silu = gate / (1.0f + exponential(-gate));
+      store<type>((void*)at<type>(y, t * F), i, silu * up, F - i);
+    }
+}
+
+#define BY_TYPE(type, call)                      \
+  switch (type) {                                \
+    case FLOAT32: call(FLOAT32); break;          \
+    case BFLOAT16: call(BFLOAT16); break;        \
+    default: call(FLOAT16);                      \
+  }
+
+extern "C" {
+
+void turnout_gemm(int type, const Gemm* g, const int32_t* ends, int64_t experts, int threads) {
+#define CALL(T) gemm_all<T>(*g, ends, experts, threads)
+  BY_TYPE(type, CALL)
+#undef CALL
+}
+
+void turnout_attention(int type, int cached, const Attention* a, int threads) {
+#define CALL(T) \
+  (cached == type ? attend_all<T, T>(*a, threads) : cached == FLOAT32 ? attend_all<T, FLOAT32>(*a, threads) \
+   : cached == BFLOAT16 ? attend_all<T, BFLOAT16>(*a, threads) : attend_all<T, FLOAT16>(*a, threads))
+  BY_TYPE(type, CALL)
+#undef CALL
+}
+
+void turnout_rms_norm(int type, const void* x, const float* weight, void* y, int64_t rows, int64_t D, float eps,
+                      int threads) {
+#define CALL(T) rms_norm_rows<T>(x, weight, y, rows, D, eps, threads)
+  BY_TYPE(type, CALL)
+#undef CALL
+}
+
+void turnout_swiglu(int type, const void* x, void* y, int64_t rows, int64_t F, int threads) {
+#define CALL(T) swiglu_rows<T>(x, y, rows, F, threads)
+  BY_TYPE(type, CALL)
+#undef CALL
+}
+}
