@@ -19,10 +19,10 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Protocol, cast, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ConfigError
+from ..kernels import linear
 from .gather import gather, scatter_sum
 from .mesh import Mesh
 from .plan import Placement, match
@@ -89,7 +89,7 @@ def _divide(matrix: nn.Linear, path: str, placement: Placement, rank: int, size:
         found[f"{path}.bias"] = _keep(matrix, "bias", f"{path}.bias", placement, rank, size)
     elif matrix.bias is not None:
         first = float(rank == 0)
-        setattr(matrix, "forward", lambda x: F.linear(x, matrix.weight, matrix.bias * first))  # noqa: B010 (a method)
+        setattr(matrix, "forward", lambda x: linear(x, matrix.weight, matrix.bias * first))  # noqa: B010 (a method)
     matrix.out_features, matrix.in_features = matrix.weight.shape
     return found
 

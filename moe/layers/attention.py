@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig, check_heads
 from .context import AttentionSpec, Context, Heads
+from .linear import Linear
 from .norm import RMSNorm
 from .relative import RelativeBias
 from .rotary import Rotary
@@ -49,10 +50,10 @@ class Attention(nn.Module):
         self.rotary = Rotary(cfg, d) if rotary and not cross else None
         self.shared = () if relative is None else (relative,)  # in a tuple: not a submodule of this layer
         self.clip = own.clip
-        self.wq = nn.Linear(cfg.width, cfg.heads * d, bias=own.qkv_bias)
-        self.wk = nn.Linear(cfg.width, cfg.kv_heads * d, bias=own.qkv_bias)
-        self.wv = nn.Linear(cfg.width, cfg.kv_heads * d, bias=own.qkv_bias)
-        self.wo = nn.Linear(cfg.heads * d, cfg.width, bias=own.output_bias)
+        self.wq = Linear(cfg.width, cfg.heads * d, bias=own.qkv_bias)
+        self.wk = Linear(cfg.width, cfg.kv_heads * d, bias=own.qkv_bias)
+        self.wv = Linear(cfg.width, cfg.kv_heads * d, bias=own.qkv_bias)
+        self.wo = Linear(cfg.heads * d, cfg.width, bias=own.output_bias)
         sizes = {"none": None, "head": (d, d), "width": (cfg.heads * d, cfg.kv_heads * d)}[own.qk_norm]
         self.q_norm = RMSNorm(sizes[0], cfg.norm_eps) if sizes else None
         self.k_norm = RMSNorm(sizes[1], cfg.norm_eps) if sizes else None

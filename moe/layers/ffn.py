@@ -4,25 +4,27 @@ T tokens, D width, F hidden width.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import swiglu
+from ...kernels import pointwise, swiglu
+from .linear import Linear
 
 
 def swiglu_clamped(gate_up_N2F: Tensor) -> Tensor:
     """(up + 1) · gate · sigmoid(1.702 · gate), gate at most 7 and up within ± 7 (GPT-OSS 2508.10925)."""
     gate, up = gate_up_N2F.chunk(2, dim=-1)
     gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
-    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    return (up + 1) * gate * pointwise(torch.sigmoid, 1.702 * gate)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": swiglu,
     "relu": F.relu,
-    "gelu": F.gelu,
+    "gelu": partial(pointwise, F.gelu),
     "swiglu_clamped": swiglu_clamped,
 }
 
@@ -37,8 +39,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int, activation: str = "swiglu") -> None:
         super().__init__()
-        self.w_in = nn.Linear(width, hidden_rows(activation, hidden), bias=False)
-        self.w_out = nn.Linear(hidden, width, bias=False)
+        self.w_in = Linear(width, hidden_rows(activation, hidden), bias=False)
+        self.w_out = Linear(hidden, width, bias=False)
         self.act = ACTIVATIONS[activation]
 
     def forward(self, x_TD: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ T tokens, D width, H heads, d head size without positions, r rope_dim, c rank of
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels import head_gemm, linear
 from ..config import ModelConfig, check_heads
 from .context import AttentionSpec, Context, Heads, Latent
+from .linear import Linear
 from .norm import RMSNorm
 from .rotary import Rotary
 
@@ -33,13 +34,13 @@ class LatentAttention(nn.Module):
         )  # fmt: skip
         self.rotary = Rotary(cfg, own.rope_dim)
         bias = cfg.attention.qkv_bias
-        self.wq_down = None if own.query_rank is None else nn.Linear(cfg.width, own.query_rank, bias=bias)
+        self.wq_down = None if own.query_rank is None else Linear(cfg.width, own.query_rank, bias=bias)
         self.q_norm = None if own.query_rank is None else RMSNorm(own.query_rank, own.eps)
-        self.wq = nn.Linear(own.query_rank or cfg.width, cfg.heads * size, bias=False)
-        self.wkv_down = nn.Linear(cfg.width, own.rank + own.rope_dim, bias=bias)
+        self.wq = Linear(own.query_rank or cfg.width, cfg.heads * size, bias=False)
+        self.wkv_down = Linear(cfg.width, own.rank + own.rope_dim, bias=bias)
         self.kv_norm = RMSNorm(own.rank, own.eps)
-        self.wkv = nn.Linear(own.rank, cfg.heads * (cfg.head_dim + own.value_dim), bias=False)
-        self.wo = nn.Linear(cfg.heads * own.value_dim, cfg.width, bias=cfg.attention.output_bias)
+        self.wkv = Linear(own.rank, cfg.heads * (cfg.head_dim + own.value_dim), bias=False)
+        self.wo = Linear(cfg.heads * own.value_dim, cfg.width, bias=cfg.attention.output_bias)
 
     def forward(self, x_TD: Tensor, positions_T: Tensor, ctx: Context) -> Tensor:
         own, nope = self.own, self.spec.head_dim - self.own.rope_dim
@@ -68,7 +69,7 @@ def expand(kv: Heads | Latent) -> Heads:
     if isinstance(kv, Heads):
         return kv
     heads = len(kv.w_kv)
-    kv_THx = F.linear(kv.c, kv.w_kv.flatten(0, 1)).unflatten(-1, (heads, -1))
+    kv_THx = linear(kv.c, kv.w_kv.flatten(0, 1)).unflatten(-1, (heads, -1))
     k_THd, v_THv = kv_THx.tensor_split((kv.key_dim,), -1)
     k_THr = kv.k_rope[:, None].expand(-1, heads, -1).to(k_THd.dtype)
     return Heads(torch.cat((k_THd, k_THr), -1), v_THv)
@@ -77,9 +78,9 @@ def expand(kv: Heads | Latent) -> Heads:
 def absorb(q_THd: Tensor, kv: Latent) -> Tensor:
     """Queries [T, H, c + r] that meet the latents themselves: q_nope · W_uk beside q_rope; all heads read one key."""
     q_THn, q_THr = q_THd.tensor_split((kv.key_dim,), -1)
-    return torch.cat((torch.einsum("thd,hdc->thc", q_THn, kv.w_uk), q_THr), -1)
+    return torch.cat((head_gemm(q_THn, kv.w_uk), q_THr), -1)
 
 
 def release(o_THc: Tensor, kv: Latent) -> Tensor:
     """Outputs [T, H, v] from the latents' weighted sums: W_uv after attention instead of before."""
-    return torch.einsum("thc,hvc->thv", o_THc, kv.w_uv)
+    return head_gemm(o_THc, kv.w_uv.mT)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...kernels import pointwise
 from ...parallel.dispatch.local import LocalDispatcher
 from ..config import MoEConfig
 from ..routing.losses import attach_loss, weighted_sum
@@ -19,6 +20,7 @@ from ..routing.registry import build_router
 from .dropout import dropped_units, row_keys
 from .experts import Experts
 from .ffn import FeedForward
+from .linear import Linear
 
 
 class MoE(nn.Module):
@@ -35,7 +37,7 @@ class MoE(nn.Module):
         self.experts = Experts(cfg)
         hidden = cfg.shared_width or cfg.shared_experts * cfg.expert_width
         self.shared = FeedForward(cfg.width, hidden, cfg.activation) if hidden else None
-        self.shared_gate = nn.Linear(cfg.width, 1, bias=False) if cfg.shared_gate else None
+        self.shared_gate = Linear(cfg.width, 1, bias=False) if cfg.shared_gate else None
         self.dispatcher = LocalDispatcher()
 
     def forward(self, x_TD: Tensor, context: RouteContext | None = None) -> tuple[Tensor, Routing]:
@@ -80,7 +82,7 @@ class MoE(nn.Module):
         if self.shared is None:
             return None
         shared_TD = self.shared(x_TD)
-        return shared_TD if self.shared_gate is None else self.shared_gate(x_TD).sigmoid() * shared_TD
+        return shared_TD if self.shared_gate is None else pointwise(torch.sigmoid, self.shared_gate(x_TD)) * shared_TD
 
     def mix(self, routing: Routing, sent: Any, context: RouteContext) -> Tensor:
         """Σ_k w_k · E_{id_k}(x), of the rows that were sent."""

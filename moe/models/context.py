@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ...kernels import varlen_attention
+from ...kernels.registry import invariant
 from ...parallel.context import Piece, gather_keys, pieces
 from ...parallel.spread import Spread
 from ..layers.context import AttentionSpec, Heads, Latent
-from ..layers.latent import expand
+from ..layers.latent import absorb, expand, release
 from ..routing.record import RouteContext, Routing
 
 
@@ -57,6 +58,9 @@ class VarlenContext:
         sinks_H: Tensor | None = None,
         bias_HR: Tensor | None = None,
     ) -> Tensor:
+        if isinstance(kv, Latent) and invariant():  # serving's form, whose bits are wanted
+            latents_T1 = Heads(torch.cat((kv.c, kv.k_rope), -1)[:, None], kv.c[:, None])
+            return release(self.attend(spec, absorb(q_THd, kv), latents_T1, sinks_H, bias_HR), kv)
         kv = expand(kv)
         attend = partial(varlen_attention, scale=spec.scale, window=spec.window, sinks_H=sinks_H, bias_HR=bias_HR)
         if self.spread is None or self.spread.mesh.size("cp") == 1:

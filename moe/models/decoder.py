@@ -3,12 +3,13 @@
 T tokens, D width, V vocabulary, R rows whose logits are wanted, S tokens of the encoder.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels import linear
 from ..config import ModelConfig
 from ..layers.block import Block
 from ..layers.context import Context
+from ..layers.linear import Linear
 from ..layers.norm import RMSNorm
 from ..layers.relative import RelativeBias
 
@@ -38,7 +39,7 @@ class Decoder(nn.Module):
         self.relative = RelativeBias(cfg, causal=True) if cfg.attention.positions == "relative" else None
         self.blocks = nn.ModuleList(Block(cfg, layer, self.relative) for layer in range(cfg.layers))
         self.norm = RMSNorm(cfg.width, cfg.norm_eps)
-        self.head = None if cfg.tie_embeddings else nn.Linear(cfg.width, cfg.vocab_size, bias=False)
+        self.head = None if cfg.tie_embeddings else Linear(cfg.width, cfg.vocab_size, bias=False)
         self.encoder = None if cfg.encoder is None else Encoder(cfg, cfg.encoder.layers)
 
     def forward(
@@ -76,7 +77,7 @@ class Decoder(nn.Module):
         x_RD = self.norm(x_TD if ctx.logit_rows is None else x_TD[ctx.logit_rows])
         if self.cfg.logit_scale != 1:
             x_RD = x_RD * self.cfg.logit_scale
-        return F.linear(x_RD, self.embed.weight if self.head is None else self.head.weight)
+        return linear(x_RD, self.embed.weight if self.head is None else self.head.weight)
 
     @property
     def all_blocks(self) -> list[nn.Module]:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels import pointwise
 from .groups import within_best_groups
 from .record import RouteContext
 from .router import Router, Scores
@@ -32,7 +33,7 @@ class DeepSeekV3Router(Router):
 
     def score(self, x_TD: Tensor, context: RouteContext) -> Scores:
         logits_TE = self.logits(x_TD)
-        gates_TE = logits_TE.sigmoid()
+        gates_TE = pointwise(torch.sigmoid, logits_TE)
         biased_TE = gates_TE.detach() + self.balance_bias.to(x_TD.dtype)
         rank_TE = within_best_groups(biased_TE, self.cfg.expert_groups, self.cfg.top_groups, best=2)
         return Scores(logits=logits_TE, probs=_shares(logits_TE), rank=rank_TE, gates=gates_TE)
@@ -45,4 +46,4 @@ class DeepSeekV3Router(Router):
 
 def _shares(logits: Tensor) -> Tensor:
     """s / Σ s of s = sigmoid(logits): through logarithms, so that scores which round to zero still sum to one."""
-    return F.logsigmoid(logits).softmax(-1)
+    return pointwise(F.logsigmoid, logits).softmax(-1)

@@ -4,9 +4,9 @@ T tokens, D width, E experts, K choices.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels import linear
 from .router import Router, Scores
 
 
@@ -28,7 +28,7 @@ class GptOssRouter(Router):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """x · Wᵀ + b."""
-        return F.linear(x_TD, self.weight.to(x_TD.dtype), self.bias.to(x_TD.dtype))
+        return linear(x_TD, self.weight.to(x_TD.dtype), self.bias.to(x_TD.dtype))
 
     def weigh(self, scores: Scores, ids_TK: Tensor, kept_TK: Tensor) -> Tensor:
         return scores.logits.gather(1, ids_TK).softmax(-1)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import normal
+from ...kernels import linear, normal
 from ...kernels.random import ROUTE_NOISE
 from .record import RouteContext
 from .router import Router, Scores
@@ -41,7 +41,7 @@ class NoisyTopKRouter(Router):
         logits_TE = self.logits(x_TD)
         rank_TE, noise_TE = logits_TE, None
         if self.training:
-            noise_TE = F.softplus(F.linear(x_TD, self.noise_weight.to(x_TD.dtype)))
+            noise_TE = F.softplus(linear(x_TD, self.noise_weight.to(x_TD.dtype)))
             tokens, experts = logits_TE.shape
             draw_TE = self.draw(tokens, context, ROUTE_NOISE, experts, x_TD.device, source=normal)
             rank_TE = logits_TE + draw_TE.to(x_TD.dtype) * noise_TE

@@ -19,11 +19,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import NonFiniteError
-from ...kernels import uniform
+from ...kernels import linear, uniform
 from ...kernels.random import JITTER
 from ...parallel.spread import Spread
 from ..config import MoEConfig
@@ -215,7 +214,7 @@ class Router(nn.Module, ABC):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """x · Wᵀ."""
-        return F.linear(x_TD, self.weight.to(x_TD.dtype))
+        return linear(x_TD, self.weight.to(x_TD.dtype))
 
     def refuse_nan(self, scores: Scores, valid_T: Tensor) -> None:
         """Raise on a NaN of a valid token: it must never become a silent choice.

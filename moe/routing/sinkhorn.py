@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ...kernels import pointwise
 from .record import RouteContext, valid_tokens
 from .router import Router, Scores
 
@@ -40,7 +41,7 @@ class SinkhornRouter(Router):
 
     def score(self, x_TD: Tensor, context: RouteContext) -> Scores:
         scores = super().score(x_TD, context)
-        return replace(scores, gates=scores.logits.sigmoid()) if self.cfg.top_k == 1 else scores
+        return replace(scores, gates=pointwise(torch.sigmoid, scores.logits)) if self.cfg.top_k == 1 else scores
 
     def select(self, scores: Scores, context: RouteContext) -> tuple[Tensor, Tensor]:
         if not self.training:
