@@ -29,6 +29,7 @@ class EngineConfig:
         dtype: precision of weights and KV cache; "auto" = the checkpoint's.
         kv_dtype: "int8" keeps keys and values as int8 with a float32 scale for each head of each token; "auto" = dtype.
         seed: key of the random numbers of requests that bring no seed of their own.
+        deterministic: a request's output is the same bits whatever else the engine does; slower, on a CPU only.
         max_waiting: requests that may queue; more are refused (HTTP 429).
         queue_timeout: seconds that a request may wait for its first step before it expires (HTTP 503); None = for ever.
         kv_memory_mb: size of the KV cache in MiB when `num_blocks` is None; None = the engine's default.
@@ -56,6 +57,7 @@ class EngineConfig:
     dtype: Dtype = "auto"
     kv_dtype: KVDtype = "auto"
     seed: int = 0
+    deterministic: bool = False
     max_waiting: int = 1024
     queue_timeout: float | None = None
     kv_memory_mb: int | None = None

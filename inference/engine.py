@@ -121,6 +121,9 @@ class Engine:
     ) -> None:
         check_routing(model.cfg, config.moe_capacity)
         longest = model.cfg.max_seq_len
+        if config.deterministic and model.embed.weight.device.type != "cpu":
+            rule = f"has kernels for a CPU only, and the model is on {model.embed.weight.device}"
+            raise ConfigError(f"deterministic (true) {rule}: use device=cpu, or deterministic=false")
         length = config.max_model_len or longest
         if length > longest:
             raise ConfigError(f"max_model_len ({length}) must not exceed the model's max_seq_len: use {longest}")
@@ -136,7 +139,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.chat = chat or ChatTemplate(tokenizer)
         buckets = GraphBuckets(config.graph_buckets, -(-length // config.block_size), weight.device)
-        self.runner = ModelRunner(model, self.kv_plan, config.moe_capacity, buckets)
+        self.runner = ModelRunner(model, self.kv_plan, config.moe_capacity, buckets, config.deterministic)
         self.blocks = self._manager(f"{digest(model.cfg)} {weight.dtype} {self.kv_plan.dtype}".encode())
         self.scheduler = Scheduler(self.config, self.blocks, clock)
         overlap = weight.is_cuda if config.overlap is None else config.overlap

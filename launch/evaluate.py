@@ -33,6 +33,7 @@ Of an encoder-decoder the loss is that of the spans that it restores.
   stride=null        new tokens of each further window; null = no overlap
   dtype=auto         float32, bfloat16, float16 or float64; auto = as stored
   device=auto        cpu or cuda; auto = a GPU where there is one
+  deterministic=false  as `turnout serve deterministic=true` computes it, bit for bit; slower, on a CPU only
   json=PATH          write the report there
 
 example: turnout evaluate runs/NAME data=pydocs split=validation baselines=true
@@ -52,6 +53,7 @@ class EvaluateOptions(Options):
     stride: int | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         check(0 <= self.order <= 7, "order", self.order, "must lie in 0 to 7", "use 5")
@@ -77,6 +79,7 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
     """
     import torch
 
+    from ..kernels.registry import using
     from ..moe import load_model
     from ..moe.data.corpus import read_documents
     from ..moe.data.tokenizer import Tokenizer
@@ -90,6 +93,8 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
     has_gpu = torch.cuda.is_available()
     check(options.device != "cuda" or has_gpu, "device", "cuda", "is not on this machine", "use device=cpu")
     device = options.device if options.device != "auto" else "cuda" if has_gpu else "cpu"
+    exact = not options.deterministic or device == "cpu"
+    check(exact, "deterministic", True, "has kernels for a CPU only", "use device=cpu")
     model = load_model(path, options.dtype, device)
     with tokenizer_directory(path) as directory:
         tokenizer = Tokenizer.load(directory)
@@ -101,7 +106,9 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
         measure = partial(evaluate, model, tokenizer, documents, seq_len=seq_len, stride=options.stride)
     else:
         measure = partial(denoise, model, tokenizer, documents, seq_len=seq_len, spans=_spans(path, options))
-    result = measure()
+    form = "invariant" if options.deterministic else None
+    with using(form):
+        result = measure()
     found: dict[str, Any] = {
         "model": str(path),
         "data": options.data,
@@ -115,7 +122,7 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
         "experts": [asdict(layer) for layer in result.experts],
     }
     if moe is not None:
-        with shuffled_experts(model):
+        with shuffled_experts(model), using(form):
             found["shuffled_loss"] = measure().val_loss
     if options.baselines:
         found["markov"] = markov(read_documents(options.data, "train", tuning), documents, options.order)

@@ -6,6 +6,7 @@ R rows whose logits are wanted, V vocabulary, S tokens of an encoder, D width.
 import torch
 from torch import Tensor
 
+from ...kernels.registry import using
 from ...moe.models.context import VarlenContext
 from ...moe.models.decoder import Decoder
 from ...moe.routing.record import RouteContext
@@ -28,7 +29,7 @@ class ModelRunner:
     Args:
         model: in evaluation mode, on its device.
         plan: the KV cache to allocate.
-        moe_capacity: as `EngineConfig` has it.
+        moe_capacity, deterministic: as `EngineConfig` has them.
         buckets: the shapes of decode steps; None = as they come.
 
     Attributes:
@@ -42,6 +43,7 @@ class ModelRunner:
         plan: KVPlan,
         moe_capacity: MoECapacity = "dropless",
         buckets: GraphBuckets | None = None,
+        deterministic: bool = False,
     ) -> None:
         assert not model.training, "serving runs the model in evaluation mode"
         self.model = model
@@ -51,6 +53,7 @@ class ModelRunner:
         experts = model.cfg.moe.num_experts if model.cfg.moe else 0
         self._newest: dict[str, int] = {}
         """The tokens that the last step sampled, by request."""
+        self.form = "invariant" if deterministic else None
         self.dropless = moe_capacity == "dropless"
         self.pages = ExpertPages(model.cfg, plan.num_blocks, plan.block_size, self.device, counted=not self.dropless)
         self._prompts: dict[str, PromptLogprobs] = {}
@@ -59,7 +62,8 @@ class ModelRunner:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute one step: forward, then sample."""
-        batch, logits_RV = self.forward(plan)
+        with using(self.form):
+            batch, logits_RV = self.forward(plan)
         ids = [item.request.id for item in batch.sampling]
         sampled = dict(zip(ids, sample(logits_RV, batch.sampling), strict=True))
         self._newest = {name: result.token or 0 for name, result in sampled.items()}
