@@ -18,7 +18,9 @@ from .. import TurnoutError
 from .core.sampling import SamplingParams
 from .engine import Engine, EngineStats, FailedOutput, Prepared, Prompt
 from .errors import EngineStoppedError
+from .faults import step_error
 from .outputs import RequestOutput
+from .watchdog import Watchdog
 
 
 class _Stream:
@@ -68,7 +70,10 @@ class AsyncEngine:
         self._door = threading.Lock()  # nothing enters the inbox once `_stopped` says why
         self._stopped: str | None = None
         self._stopping = False
+        self._stalled = False
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="turnout-engine", daemon=True)
+        self._watchdog = Watchdog(engine.config.watchdog_seconds, self._stall)
 
     @property
     def healthy(self) -> bool:
@@ -78,9 +83,10 @@ class AsyncEngine:
     def start(self) -> None:
         """Start the thread, once."""
         self._thread.start()
+        self._watchdog.start()
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """Abort what still runs, after the step at hand, and join the thread. Idempotent.
+        """Abort what still runs, after the step at hand, and join the thread, unless it has stalled. Idempotent.
 
         Args:
             timeout: seconds to wait for the thread; None = until it is done.
@@ -88,7 +94,9 @@ class AsyncEngine:
         with contextlib.suppress(EngineStoppedError):
             self._send(self._stop)
         if self._thread.ident is not None:
-            self._thread.join(timeout)
+            self._closed.wait(timeout)
+            if not self._stalled:
+                self._thread.join(timeout)
 
     async def generate(
         self,
@@ -147,12 +155,18 @@ class AsyncEngine:
             while not self._stopping:
                 self._take_commands()
                 if self._engine.has_unfinished:
-                    self._publish(self._engine.step())
+                    self._watchdog.begin()
+                    outputs = self._engine.step()
+                    self._watchdog.end()
+                    if self._stalled:
+                        return  # too late: nobody waits any more
+                    self._publish(outputs)
                 self._stats = self._engine.stats()
         except BaseException as error:
             reason = f"the engine crashed: {type(error).__name__}: {error}"
             raise  # the traceback goes to stderr through threading's hook
         finally:
+            self._watchdog.stop()
             self._close(reason)
             self._engine.close()
 
@@ -171,6 +185,8 @@ class AsyncEngine:
             self._engine.add(prepared)
         except TurnoutError as error:
             self._deliver([(stream, error)])
+        except Exception as error:  # noqa: BLE001  (one request's fault is not the engine's)
+            self._deliver([(stream, step_error(error))])
         else:
             self._streams[prepared.request_id] = stream
 
@@ -202,8 +218,10 @@ class AsyncEngine:
                 loop.call_soon_threadsafe(_put_all, items)
 
     def _close(self, reason: str) -> None:
-        """Refuse new commands, then tell everyone who waits or has just asked."""
+        """Refuse new commands, then tell everyone who waits or has just asked; the first reason stays."""
         with self._door:
+            if self._stopped is not None:
+                return
             self._stopped = f"{reason}: start it again"
         waiting = list(self._streams.values())
         while not self._inbox.empty():
@@ -212,6 +230,15 @@ class AsyncEngine:
                 waiting.append(command.args[1])
         self._deliver([(stream, EngineStoppedError(self._stopped)) for stream in waiting])
         self._streams.clear()
+        self._closed.set()
+
+    def _stall(self) -> None:
+        """What the watchdog does, in its thread: the engine's own is stuck."""
+        self._stalled = True
+        seconds = self.config.watchdog_seconds
+        self._close(
+            f"the engine stalled: a step took longer than watchdog_seconds ({seconds:g} s), see the stacks above"
+        )
 
 
 def _put_all(items: Iterable[tuple[_Stream, RequestOutput | TurnoutError]]) -> None:

@@ -43,6 +43,8 @@ class EngineConfig:
             being a group of its own, whatever runs beside it.
         grammar_timeout: seconds that compiling one request's grammar may take.
         graph_buckets: numbers of requests, ascending, in whose shapes decode steps run; none = as they come.
+        watchdog_seconds: how long a step may take before the engine counts as stalled: all stacks go to stderr and
+            every request fails.
 
     Raises:
         ConfigError: a value out of range.
@@ -68,6 +70,7 @@ class EngineConfig:
     moe_capacity: MoECapacity = "dropless"
     grammar_timeout: float = 5.0
     graph_buckets: tuple[int, ...] = ()
+    watchdog_seconds: float = 120.0
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "block_size", "max_model_len", "max_waiting", "kv_memory_mb"):
@@ -107,6 +110,13 @@ class EngineConfig:
             self.grammar_timeout,
             "must be seconds, above 0 and below 3600",
             "use a few seconds",
+        )
+        check(
+            self.watchdog_seconds > 0,
+            "watchdog_seconds",
+            self.watchdog_seconds,
+            "must be positive",
+            "use seconds, more than the longest step takes",
         )
         choices = {"batching": Batching, "kv_layout": KVLayout, "kv_dtype": KVDtype, "moe_capacity": MoECapacity}
         for name, values in ((name, get_args(choice)) for name, choice in choices.items()):

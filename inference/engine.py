@@ -228,12 +228,12 @@ class Engine:
         if name in self._groups:
             raise RequestError(f"request_id ({name!r}) must be new among live requests: choose another", "request_id")
         requests = self._requests(prepared)
+        choices = tuple(self._choice(name, request) for request in requests)
         wanted = prepared.params.structured_outputs
         self.scheduler.add(*requests, held=wanted is not None)
         if wanted is not None:
             self._compiling.add(name, wanted, requests)
         self._arrivals += 1
-        choices = tuple(self._choice(name, request) for request in requests)
         self._groups[name] = _Group(prepared=prepared, choices=choices)
         self._choices.update((choice.request.id, choice) for choice in choices)
 

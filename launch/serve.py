@@ -2,12 +2,14 @@
 
 import asyncio
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..inference.config import EngineConfig
+from ..inference.errors import EngineStoppedError
 from ..inference.server.config import ServerConfig
 from .cli import Options, parse, write_json
 
@@ -69,7 +71,11 @@ def main(args: list[str]) -> int:
         print(f"ready: {url}", flush=True)
 
     print(f"loading {path} (until it is ready, {url}/health answers 503)", flush=True)
-    asyncio.run(server.run(listener, announce))
+    try:
+        asyncio.run(server.run(listener, announce))
+    except EngineStoppedError as error:
+        print(f"turnout: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # a thread that is stuck in a step is not waited for
     print("stopped", flush=True)
     return 0
 

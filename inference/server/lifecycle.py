@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ABORT_SECONDS = 5.0  # how long aborted requests may take to send their last words
 POLL_SECONDS = 0.05
+BROKEN_SECONDS = 1.0  # how long `/health` says so before the port is closed
 
 
 class _Uvicorn(uvicorn.Server):
@@ -119,6 +120,7 @@ class Server:
             await asyncio.sleep(POLL_SECONDS)
             if not engine.healthy:
                 service.phase = "broken"
+                await asyncio.sleep(BROKEN_SECONDS)
                 await anext(engine.generate([0], SamplingParams()))  # raises the root cause
         service.phase = "shutting down"
         await self._idle(self._config.drain_seconds)
