@@ -6,6 +6,7 @@ T tokens, H query heads, G key/value heads, d head dim, B sequences, M blocks of
 import ctypes
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..reference.attention import dequantised, own_keys
