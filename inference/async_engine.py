@@ -160,8 +160,8 @@ class AsyncEngine:
                     self._watchdog.end()
                     if self._stalled:
                         return  # too late: nobody waits any more
+                    self._stats = self._engine.stats()  # before anybody sees the outputs
                     self._publish(outputs)
-                self._stats = self._engine.stats()
         except BaseException as error:
             reason = f"the engine crashed: {type(error).__name__}: {error}"
             raise  # the traceback goes to stderr through threading's hook

@@ -69,4 +69,5 @@ def test_G3_a_broken_engine_ends_its_calls_its_health_and_its_process(model_dir,
     assert output.splitlines()[-1].startswith(says)
     assert "in forward" in output, "the traceback, or the stacks"
     with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections of ours may linger
         listener.bind(("127.0.0.1", int(url.rpartition(":")[2])))
