@@ -19,7 +19,7 @@ from turnout.inference.core.request import Request
 from turnout.inference.core.sampling import SamplingParams
 from turnout.inference.core.scheduler import Scheduler
 from turnout.inference.core.step import Scheduled, StepPlan
-from turnout.inference.run.experts import ExpertPages, check_routing, id_dtype
+from turnout.inference.run.experts import ExpertPages, check_routing, id_dtype, page_bytes
 from turnout.inference.run.kv import plan_kv
 from turnout.inference.run.runner import ModelRunner
 from turnout.moe import Decoder, MoEConfig, RouteContext, VarlenContext
@@ -234,6 +234,16 @@ def test_a_step_of_no_tokens_stores_nothing(tight):
     empty = Routed(torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1, dtype=torch.bool))
     pages.store([], torch.zeros(0, dtype=torch.int64), dict.fromkeys(pages.layers, empty), taken)
     assert not pages.ids.any()
+
+
+@pytest.mark.parametrize("mode", ["dropless", "trained"])
+@pytest.mark.parametrize("router", ["switch", "gshard", None])
+def test_pages_take_the_bytes_that_the_plan_counts(make_model, router, mode):
+    model = make_model(router) if router else make_model(moe=None)
+    counted = mode == "trained"
+    pages = ExpertPages(model.cfg, 9, BLOCK, torch.device("cpu"), counted=counted)
+    taken = 0 if pages.taken is None else pages.taken.nbytes
+    assert pages.ids.nbytes + taken == 9 * page_bytes(model.cfg, BLOCK, counted=counted)
 
 
 @pytest.mark.parametrize(("experts", "dtype"), [(8, torch.int16), (2**15, torch.int16), (2**15 + 1, torch.int32)])
