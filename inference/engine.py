@@ -24,7 +24,7 @@ from .admission import admissible, check_ids
 from .choice import Choice
 from .compiling import Compiling
 from .config import EngineConfig
-from .core.blocks import BlockManager, ContiguousBlocks
+from .core.gauge import TimeMean
 from .core.request import Request
 from .core.sampling import SamplingParams
 from .core.scheduler import Scheduler, SchedulerStats
@@ -32,6 +32,7 @@ from .core.step import StepPlan
 from .errors import QueueTimeoutError, StepError
 from .faults import no_token, probe, step_error
 from .outputs import RequestOutput
+from .pool import block_manager
 from .routed import RoutedExperts
 from .run.executor import Executor, StepResult
 from .run.experts import check_routing
@@ -61,11 +62,13 @@ class EngineStats(SchedulerStats):
     """The scheduler's gauges and counters, and the engine's own since start.
 
     Args:
+        kv_utilisation_mean: of `kv_utilisation` over the time in which it was not idle.
         steps: steps that computed something.
         computed_tokens: tokens that went through the model, recomputed ones included.
         routing: what the routers did with them.
     """
 
+    kv_utilisation_mean: float
     steps: int
     computed_tokens: int
     routing: RoutingSnapshot
@@ -140,7 +143,8 @@ class Engine:
         self.chat = chat or ChatTemplate(tokenizer)
         buckets = GraphBuckets(config.graph_buckets, -(-length // config.block_size), weight.device)
         self.runner = ModelRunner(model, self.kv_plan, config.moe_capacity, buckets, config.deterministic)
-        self.blocks = self._manager(f"{digest(model.cfg)} {weight.dtype} {self.kv_plan.dtype}".encode())
+        fingerprint = f"{digest(model.cfg)} {weight.dtype} {self.kv_plan.dtype}".encode()
+        self.blocks = block_manager(model.cfg, self.config, fingerprint)
         self.scheduler = Scheduler(self.config, self.blocks, clock)
         overlap = weight.is_cuda if config.overlap is None else config.overlap
         self._executor = Executor(self.runner.execute, overlap=overlap)
@@ -154,6 +158,7 @@ class Engine:
         self._arrivals = 0
         self._steps = 0
         self._computed_tokens = 0
+        self._utilisation = TimeMean()
 
     @classmethod
     def from_path(
@@ -315,6 +320,7 @@ class Engine:
         for request in self.scheduler.commit(plan, tokens):
             name, error = self._advance(request, sampled.get(request.id))
             advanced[name] = advanced.get(name) or error
+        self._utilisation.note(self.scheduler.stats().kv_utilisation, self._clock())
         return ended + [self._end(name, e) if e else self._output(name) for name, e in advanced.items()]
 
     def _expired(self, plan: StepPlan) -> dict[str, TurnoutError]:
@@ -345,26 +351,10 @@ class Engine:
         """Gauges and counters as they stand."""
         return EngineStats(
             **asdict(self.scheduler.stats()),
+            kv_utilisation_mean=self._utilisation.mean,
             steps=self._steps,
             computed_tokens=self._computed_tokens,
             routing=self.runner.routing.snapshot(),
-        )
-
-    def _manager(self, fingerprint: bytes) -> BlockManager:
-        config = self.config
-        assert config.num_blocks is not None, "the KV plan has set it"
-        if config.kv_layout == "contiguous":
-            assert config.max_model_len is not None, "the constructor has set it"
-            run = -(-config.max_model_len // config.block_size)
-            if self.model_config.encoder is not None:
-                raise ConfigError("kv_layout (contiguous) has no place for an encoder's memory: use paged")
-            if config.num_blocks <= run:
-                rule = f"must hold one request of max_model_len ({config.max_model_len} tokens) beside the null block"
-                raise ConfigError(f"num_blocks ({config.num_blocks}) {rule} with kv_layout=contiguous: use {run + 1}")
-            return ContiguousBlocks(config.num_blocks, config.block_size, longest=config.max_model_len)
-        caching = config.enable_prefix_caching
-        return BlockManager(
-            config.num_blocks, config.block_size, enable_prefix_caching=caching, fingerprint=fingerprint
         )
 
     def _requests(self, prepared: Prepared) -> list[Request]:

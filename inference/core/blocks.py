@@ -5,12 +5,20 @@ run out) or referenced (in as many live tables as its count says). Block 0 is th
 Only computed blocks are shared that nobody writes to any more, so a block that is still written to has exactly one
 owner: a choice that takes over its parent's prompt gets a copy of the last, partly filled block (copy on write).
 
+Where every layer looks back over a window only, blocks wholly behind it are given back while their request runs: what
+was published of them stays until it is evicted. A prefix is found whole or not at all.
+
 What cross-attention reads of an encoder has blocks of its own in the same pool, a request's memory. Live requests of
 one encoder input share them: the choices of a request, and whoever sends the same again.
 """
 
+from collections.abc import Iterable
+
 from .prefix import PrefixCache
 from .request import Request
+
+NULL = 0
+"""The null block, the target of padding; it stands in a table where a block was given back."""
 
 
 class BlockManager:
@@ -21,10 +29,17 @@ class BlockManager:
         block_size: tokens in a block.
         enable_prefix_caching: share computed prefixes.
         fingerprint: model version and KV precision; prefixes never match across different ones.
+        window: a token sees its own position and the window - 1 before it; None = all before it.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True, fingerprint: bytes = b""
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        enable_prefix_caching: bool = True,
+        fingerprint: bytes = b"",
+        window: int | None = None,
     ) -> None:
         self.block_size = block_size
         self.num_usable = num_blocks - 1
@@ -34,6 +49,9 @@ class BlockManager:
         self.memories: dict[bytes, tuple[int, ...]] = {}
         """The memory of every encoder input that a live request holds."""
         self._caching = enable_prefix_caching
+        self._window = window
+        self._joint = 0
+        """How many references blocks have beside their first."""
 
     shares = True
     """Whether requests may hold blocks together."""
@@ -46,6 +64,24 @@ class BlockManager:
     def usage(self) -> float:
         """Referenced / usable blocks."""
         return (self.num_usable - self.num_available) / self.num_usable
+
+    def utilisation(self, requests: Iterable[Request]) -> float:
+        """Filled slots / slots of the referenced blocks, 0 when idle.
+
+        Args:
+            requests: all that hold blocks.
+        """
+        reserved = (self.num_usable - self.num_available) * self.block_size
+        if not reserved:
+            return 0.0
+        filled: float = -self._joint * self.block_size  # counted in each of the tables that hold it, there once
+        for request in requests:
+            filled += request.num_computed_tokens - request.num_dropped_blocks * self.block_size
+            if request.memory_table:
+                slots = len(request.memory_table) * self.block_size
+                unused = slots - len(request.encoder_token_ids or ())
+                filled += slots - unused / self.counts[request.memory_table[0]]
+        return filled / reserved
 
     def start(self, request: Request) -> bool:
         """Give a request without blocks all that its tokens need, reusing its parent's or its longest cached prefix.
@@ -80,7 +116,7 @@ class BlockManager:
     def _parent(self, request: Request) -> Request | None:
         """The request whose blocks hold the whole prompt just now, if this one has nothing else yet."""
         parent, prompt = request.parent, len(request.prompt_token_ids)
-        if parent is None or not parent.block_table or request.num_tokens > prompt:
+        if parent is None or not parent.block_table or parent.num_dropped_blocks or request.num_tokens > prompt:
             return None
         return parent if parent.num_computed_tokens >= prompt else None
 
@@ -141,13 +177,27 @@ class BlockManager:
                     self._drop(own)
         request.num_published_blocks = full
 
+    def drop_passed(self, request: Request) -> None:
+        """Give back the blocks that no later token of the request can see; a launched step reads none of them either.
+
+        The last full block stays, because the counters of its experts go on from there.
+        """
+        if self._window is None:
+            return
+        computed, size = request.num_computed_tokens, self.block_size
+        passed = min((computed - self._window + 1) // size, computed // size - 1)
+        for i in reversed(range(request.num_dropped_blocks, passed)):
+            self._drop(request.block_table[i])
+            request.block_table[i] = NULL
+        request.num_dropped_blocks = max(request.num_dropped_blocks, passed)
+
     def release(self, request: Request) -> None:
         """Take all blocks back, tails first, so that a prefix loses its tail before its head."""
         for block in reversed((*request.replaced_blocks, *request.block_table)):
             self._drop(block)
         request.replaced_blocks, request.block_table = [], []
         self._forget(request)
-        request.num_published_blocks = 0
+        request.num_published_blocks = request.num_dropped_blocks = 0
         request.num_computed_tokens = request.num_launched_tokens = 0
         request.copied_block = None
 
@@ -188,6 +238,7 @@ class BlockManager:
         return blocks
 
     def _reference(self, block: int) -> None:
+        self._joint += self.counts[block] > 0
         if self.counts[block] == 0:
             del self.prefix.idle[block]
         self.counts[block] += 1
@@ -198,12 +249,15 @@ class BlockManager:
         return block
 
     def _drop(self, block: int) -> None:
+        if block == NULL:
+            return
         self.counts[block] -= 1
-        if self.counts[block] == 0:
-            if block in self.prefix.hash_of:
-                self.prefix.idle[block] = None
-            else:
-                self.free.append(block)
+        if self.counts[block] > 0:
+            self._joint -= 1
+        elif block in self.prefix.hash_of:
+            self.prefix.idle[block] = None
+        else:
+            self.free.append(block)
 
 
 class ContiguousBlocks(BlockManager):

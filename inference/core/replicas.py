@@ -108,10 +108,10 @@ class Replicas:
         return self.finish(request_id, "abort")
 
     def stats(self) -> SchedulerStats:
-        """Sums over the replicas; `usage` is the mean, for their pools are of one size."""
+        """Sums over the replicas; shares are means, for their pools are of one size."""
         every = [scheduler.stats() for scheduler in self.schedulers]
         sums = {each.name: sum(getattr(stats, each.name) for stats in every) for each in fields(SchedulerStats)}
-        return SchedulerStats(**(sums | {"usage": sums["usage"] / len(every)}))
+        return SchedulerStats(**(sums | {share: sums[share] / len(every) for share in ("usage", "kv_utilisation")}))
 
     def _best(self, request: Request) -> Scheduler:
         """The replica that would be done with the request first, as far as tokens tell; the first of equals."""

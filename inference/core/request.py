@@ -96,6 +96,8 @@ class Request:
     """Hash chain of the full blocks of `token_ids`, as far as it was needed."""
     num_published_blocks: int = field(default=0, init=False)
     """Leading blocks of the table that are in the prefix cache."""
+    num_dropped_blocks: int = field(default=0, init=False)
+    """Leading entries of the table that are the null block: a window has left them, and they were given back."""
     replaced_blocks: list[int] = field(default_factory=list, init=False)
     """Blocks that the table had when a step was launched that still runs, and has no more."""
     copied_block: int | None = field(default=None, init=False)

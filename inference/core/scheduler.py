@@ -37,6 +37,7 @@ class SchedulerStats:
         running: requests with blocks.
         waiting: queued requests, the held and the preempted ones included.
         usage: referenced / usable blocks, 0 when idle.
+        kv_utilisation: filled slots / slots of the referenced blocks, 0 when idle.
         preemptions: how often a request lost its blocks.
         prefix_queries: prompt tokens looked up in the prefix cache, once a request.
         prefix_hits: those of them that were found.
@@ -45,6 +46,7 @@ class SchedulerStats:
     running: int
     waiting: int
     usage: float
+    kv_utilisation: float
     preemptions: int
     prefix_queries: int
     prefix_hits: int
@@ -190,6 +192,7 @@ class Scheduler:
             request.num_computed_tokens += item.count
             request.suspect = request.suspect and not item.samples
             self.blocks.publish(request)
+            self.blocks.drop_passed(request)
             if item.samples:
                 request.num_pending_tokens -= 1
                 reason = request.append(sampled[request.id])
@@ -238,10 +241,16 @@ class Scheduler:
             running=len(self.running),
             waiting=len(self.waiting) + len(self.held),
             usage=self.blocks.usage,
+            kv_utilisation=self.blocks.utilisation(self._holders()),
             preemptions=self._preemptions,
             prefix_queries=self._prefix_queries,
             prefix_hits=self._prefix_hits,
         )
+
+    def _holders(self) -> list[Request]:
+        """Requests with blocks: the running ones, and those that have finished while their step is launched."""
+        launched = {item.request for plan in self._launched for item in plan.scheduled}
+        return [*self.running, *(request for request in launched if request.status is Status.FINISHED)]
 
     def _max_tokens(self, request: Request) -> int:
         """How many tokens the request may generate. The last one is never computed, so it needs no slot."""
