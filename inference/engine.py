@@ -130,9 +130,6 @@ class Engine:
         length = config.max_model_len or longest
         if length > longest:
             raise ConfigError(f"max_model_len ({length}) must not exceed the model's max_seq_len: use {longest}")
-        if config.graph_buckets and model.encoder is not None:
-            sizes = ", ".join(map(str, config.graph_buckets))
-            raise ConfigError(f"graph_buckets ({sizes}) are for models without an encoder: leave it empty")
         weight = model.embed.weight
         held, free = sum(part.nbytes for part in model.parameters()), free_memory(weight.device)
         self.memory_plan = plan_memory(model.cfg, config, length, weight.dtype, held, free, weight.device.type)
@@ -141,7 +138,8 @@ class Engine:
         self.model_config: ModelConfig = model.cfg
         self.tokenizer = tokenizer
         self.chat = chat or ChatTemplate(tokenizer)
-        buckets = GraphBuckets(config.graph_buckets, -(-length // config.block_size), weight.device)
+        width, encoder = -(-length // config.block_size), model.encoder is not None
+        buckets = GraphBuckets(config.graph_buckets, width, weight.device, encoder=encoder)
         self.runner = ModelRunner(model, self.kv_plan, config.moe_capacity, buckets, config.deterministic)
         fingerprint = f"{digest(model.cfg)} {weight.dtype} {self.kv_plan.dtype}".encode()
         self.blocks = block_manager(model.cfg, self.config, fingerprint)

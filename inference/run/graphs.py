@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ... import ConfigError
+from ...configs.typed import check
 from .batch import Batch
 
 
@@ -54,18 +54,21 @@ class GraphBuckets:
         sizes: rows of each bucket, ascending; none = every step runs as it is.
         width: blocks of the longest sequence.
         device: the model's.
+        encoder: the model has one.
 
     Raises:
-        ConfigError: the device would have to capture a graph, which the forward pass does not allow.
+        ConfigError: on CUDA a graph would have to be captured, which the forward pass does not allow; or there is an
+            encoder, whose part of a step has no fixed shape.
     """
 
-    def __init__(self, sizes: Sequence[int], width: int, device: torch.device) -> None:
-        if sizes and device.type == "cuda":
-            rule = (
-                "can not be captured on CUDA: a forward pass asks the device how many rows the experts get "
-                "(sort_by_expert) and how long the contexts are (paged_attention)"
-            )
-            raise ConfigError(f"graph_buckets ({', '.join(map(str, sizes))}) {rule}: leave it empty")
+    def __init__(self, sizes: Sequence[int], width: int, device: torch.device, *, encoder: bool = False) -> None:
+        rule = (
+            "can not be captured on CUDA: a forward pass asks the device how many rows the experts get "
+            "(sort_by_expert) and how long the contexts are (paged_attention)"
+        )
+        named, fix = ", ".join(map(str, sizes)), "leave it empty"
+        check(not sizes or device.type != "cuda", "graph_buckets", named, rule, fix)
+        check(not (sizes and encoder), "graph_buckets", named, "need a model without an encoder", fix)
         self._buffers = {size: _Buffers.of(size, width, device) for size in sizes}
 
     def pad(self, batch: Batch) -> Batch:

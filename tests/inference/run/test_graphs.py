@@ -127,3 +127,14 @@ def test_what_can_not_work_is_refused_with_the_reason(t5, byte_level):
     for sizes in ((0, 1), (2, 1), (4, 4)):
         with pytest.raises(ConfigError, match=r"graph_buckets .* ascend"):
             EngineConfig(graph_buckets=sizes)
+
+
+def test_M1_rows_that_fill_up_a_bucket_take_no_slot_of_a_trained_capacity(make_model, make_engine):
+    moe = {"eval_capacity_factor": 1.0, "capacity_tokens": 8}
+    model = make_model("switch")
+    model = make_model("switch", moe=replace(model.cfg.moe, **moe))
+    eager, bucketed = (make_engine(model, moe_capacity="trained", graph_buckets=buckets) for buckets in ((), (2, 8)))
+    one, two = ([output.outputs[0].token_ids for output in complete(engine, 5, 20)] for engine in (eager, bucketed))
+    assert one == two
+    assert eager.stats().routing.fields()["drop_fraction"] > 0
+    torch.testing.assert_close(eager.stats().routing.sums_LN, bucketed.stats().routing.sums_LN, rtol=1e-6, atol=1e-6)
