@@ -20,6 +20,7 @@ from .engine import Engine, EngineStats, FailedOutput, Prepared, Prompt
 from .errors import EngineStoppedError
 from .faults import step_error
 from .outputs import RequestOutput
+from .ranks import Ranks
 from .watchdog import Watchdog
 
 
@@ -84,6 +85,8 @@ class AsyncEngine:
         """Start the thread, once."""
         self._thread.start()
         self._watchdog.start()
+        if self._engine.ranks is not None:
+            self._engine.ranks.when_lost(partial(self._lose, self._engine.ranks))
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Abort what still runs, after the step at hand, and join the thread, unless it has stalled. Idempotent.
@@ -146,6 +149,11 @@ class AsyncEngine:
             if self._stopped is not None:
                 raise EngineStoppedError(self._stopped)
             self._inbox.put(command)
+
+    def _lose(self, ranks: Ranks) -> None:
+        """A rank is lost, which nobody may be waiting for just now."""
+        with contextlib.suppress(EngineStoppedError):
+            self._send(ranks.check)
 
     # What follows runs in the engine's thread.
 

@@ -6,6 +6,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 from .. import RequestError
+from .core.replicas import Replicas
 from .core.request import Request
 from .core.scheduler import Scheduler
 from .core.structured import StructuredOutputs
@@ -42,7 +43,7 @@ class Compiling:
         """The request has ended; without effect when it does not wait."""
         self._held.pop(request_id, None)
 
-    def take(self, scheduler: Scheduler) -> list[tuple[str, RequestError]]:
+    def take(self, scheduler: Scheduler | Replicas) -> list[tuple[str, RequestError]]:
         """Release the requests whose grammar is there, with a matcher a choice; the others' errors, by request id."""
         refused = []
         for name, held in [(name, held) for name, held in self._held.items() if held.grammar.done()]:

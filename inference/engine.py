@@ -20,11 +20,13 @@ from ..moe.config import ModelConfig
 from ..moe.models.decoder import Decoder
 from ..moe.models.store import load_model, tokenizer_directory
 from ..moe.routing.stats import RoutingSnapshot
+from ..parallel.config import Layout
 from .admission import admissible, check_ids
 from .choice import Choice
 from .compiling import Compiling
 from .config import EngineConfig
 from .core.gauge import TimeMean
+from .core.replicas import Replicas
 from .core.request import Request
 from .core.sampling import SamplingParams
 from .core.scheduler import Scheduler, SchedulerStats
@@ -33,6 +35,7 @@ from .errors import QueueTimeoutError, StepError
 from .faults import no_token, probe, step_error
 from .outputs import RequestOutput
 from .pool import block_manager
+from .ranks import Ranks
 from .routed import RoutedExperts
 from .run.executor import Executor, StepResult
 from .run.experts import check_routing
@@ -104,6 +107,7 @@ class Engine:
         config: limits and sizes; what it leaves open is resolved here.
         chat: the model's chat template; None = a plain transcript.
         clock: seconds, for time in the queue.
+        ranks: those that compute together; `model` is then this one's part. None = this process computes alone.
 
     Attributes:
         config: resolved: `max_model_len` and `num_blocks` are numbers.
@@ -121,6 +125,7 @@ class Engine:
         config: EngineConfig,
         chat: ChatTemplate | None = None,
         clock: Callable[[], float] = time.monotonic,
+        ranks: Ranks | None = None,
     ) -> None:
         check_routing(model.cfg, config.moe_capacity)
         longest = model.cfg.max_seq_len
@@ -131,8 +136,13 @@ class Engine:
         if length > longest:
             raise ConfigError(f"max_model_len ({length}) must not exceed the model's max_seq_len: use {longest}")
         weight = model.embed.weight
-        held, free = sum(part.nbytes for part in model.parameters()), free_memory(weight.device)
-        self.memory_plan = plan_memory(model.cfg, config, length, weight.dtype, held, free, weight.device.type)
+        held = sum(part.nbytes for part in model.parameters())
+        free = free_memory(weight.device) // (1 if ranks is None else ranks.neighbours)
+        layout = Layout(dp=1, ep=1, edp=1) if ranks is None else ranks.mesh.layout
+        plan = plan_memory(
+            model.cfg, config, length, weight.dtype, held, free, weight.device.type, layout.ep, layout.tp
+        )
+        self.memory_plan = plan if ranks is None else ranks.agree(plan)
         self.kv_plan = self.memory_plan.kv
         self.config = replace(config, max_model_len=length, num_blocks=self.kv_plan.num_blocks)
         self.model_config: ModelConfig = model.cfg
@@ -140,12 +150,17 @@ class Engine:
         self.chat = chat or ChatTemplate(tokenizer)
         width, encoder = -(-length // config.block_size), model.encoder is not None
         buckets = GraphBuckets(config.graph_buckets, width, weight.device, encoder=encoder)
-        self.runner = ModelRunner(model, self.kv_plan, config.moe_capacity, buckets, config.deterministic)
+        runner = ModelRunner if ranks is None else ranks.runner
+        self.runner = runner(model, self.kv_plan, config.moe_capacity, buckets, config.deterministic)
         fingerprint = f"{digest(model.cfg)} {weight.dtype} {self.kv_plan.dtype}".encode()
-        self.blocks = block_manager(model.cfg, self.config, fingerprint)
-        self.scheduler = Scheduler(self.config, self.blocks, clock)
+        pools = [block_manager(model.cfg, self.config, fingerprint) for _ in range(layout.dp)]
+        self.blocks = pools[0]
+        replicas = [Scheduler(self.config, blocks, clock) for blocks in pools]
+        self.scheduler: Scheduler | Replicas = replicas[0] if ranks is None else Replicas(replicas)
         overlap = weight.is_cuda if config.overlap is None else config.overlap
-        self._executor = Executor(self.runner.execute, overlap=overlap)
+        executor = Executor if ranks is None else ranks.executor
+        self._executor = executor(self.runner.execute, overlap=overlap)
+        self.ranks = ranks
         self._plans: deque[StepPlan] = deque()
         """Launched, not committed; the executor has them in the same order."""
         self._compiling = Compiling(GrammarCompiler(tokenizer, model.cfg.vocab_size, config.grammar_timeout))
@@ -160,14 +175,19 @@ class Engine:
 
     @classmethod
     def from_path(
-        cls, path: str | Path, config: EngineConfig | None = None, device: str | torch.device | None = None
+        cls,
+        path: str | Path,
+        config: EngineConfig | None = None,
+        device: str | torch.device | None = None,
+        ranks: Ranks | None = None,
     ) -> "Engine":
         """Load a model.
 
         Args:
             path: as `load_model` has it.
             config: the engine's settings.
-            device: None = the GPU if there is one.
+            device: None = the GPU if there is one; with `ranks` it is theirs.
+            ranks: those that compute together.
 
         Raises:
             CheckpointError, DataError: files are missing or broken. ConfigError: settings do not fit.
@@ -176,6 +196,8 @@ class Engine:
         with tokenizer_directory(path) as directory:
             tokenizer = TextTokenizer.from_dir(directory)
             chat = ChatTemplate.from_dir(directory, tokenizer)
+        if ranks is not None:
+            return cls(ranks.load(path, config.dtype), tokenizer, config, chat, ranks=ranks)
         model = load_model(path, config.dtype, device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(model, tokenizer, config, chat)
 
@@ -209,6 +231,8 @@ class Engine:
         if params.routed_experts and not self.runner.pages.layers:
             rule = "needs a decoder with experts, which this model does not have: leave it out"
             raise RequestError(f"routed_experts (True) {rule}", "routed_experts")
+        if self.ranks is not None:
+            self.ranks.admit(params)
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         return Prepared(
@@ -352,7 +376,7 @@ class Engine:
             kv_utilisation_mean=self._utilisation.mean,
             steps=self._steps,
             computed_tokens=self._computed_tokens,
-            routing=self.runner.routing.snapshot(),
+            routing=self.runner.totals(idle=not self.has_unfinished),
         )
 
     def _requests(self, prepared: Prepared) -> list[Request]:

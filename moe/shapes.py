@@ -122,10 +122,12 @@ class KVForm:
     shared: bool = False
 
     @classmethod
-    def of(cls, model: ModelConfig) -> "KVForm":
+    def of(cls, model: ModelConfig, tp: int = 1) -> "KVForm":
+        """On each of `tp` ranks that divide the heads; several may read one head, which each of them then keeps."""
         latent = model.attention.latent
         if latent is None:
-            return cls(layers=model.layers, heads=model.kv_heads, key_dim=model.head_dim, value_dim=model.head_dim)
+            heads = max(model.kv_heads // tp, 1)
+            return cls(layers=model.layers, heads=heads, key_dim=model.head_dim, value_dim=model.head_dim)
         key = latent.rank + latent.rope_dim
         return cls(layers=model.layers, heads=1, key_dim=key, value_dim=latent.rank, shared=True)
 

@@ -114,7 +114,12 @@ class Replicas:
         return SchedulerStats(**(sums | {share: sums[share] / len(every) for share in ("usage", "kv_utilisation")}))
 
     def _best(self, request: Request) -> Scheduler:
-        """The replica that would be done with the request first, as far as tokens tell; the first of equals."""
+        """The replica that would be done with the request first, as far as tokens tell; the first of equals.
+
+        What a request asks for besides tokens is told by the rank that computes it, so that goes to rank 0's.
+        """
+        if request.params.routed_experts or request.params.prompt_logprobs is not None:
+            return self.schedulers[0]
 
         def left(scheduler: Scheduler) -> int:
             if request.id in scheduler.requests:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...kernels.ops import paged_attention, store_kv
 from ...moe.layers.context import AttentionSpec, Heads, Latent
 from ...moe.layers.latent import absorb, release
-from ...moe.routing.record import RouteContext, Routing
+from ...moe.routing.record import Decision, RouteContext, Routing
 from .batch import Batch
 from .kv import KVCache
 
@@ -27,6 +27,7 @@ class PagedContext:
         taken: layer id → slots [B, E] that each request's earlier tokens have taken; None = dropless.
 
     Attributes:
+        tokens_T: int64 ids of the tokens that this rank has between the layers.
         routings: layer id → Routing of this step.
     """
 
@@ -41,6 +42,7 @@ class PagedContext:
             taken=taken,
             propagate_nan=True,
         )
+        self.tokens_T = batch.tokens_T
         self.logit_rows: Tensor | None = batch.logit_rows_R
         self.memory = memory
         self.routings: dict[int, Routing] = {}
@@ -89,3 +91,7 @@ class PagedContext:
 
     def observe(self, layer: int, routing: Routing) -> None:
         self.routings[layer] = routing
+
+    def decisions(self) -> Mapping[int, Routing | Decision]:
+        """Layer id → where every token of the batch went."""
+        return self.routings

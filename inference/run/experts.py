@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...configs.typed import check
 from ...moe.config import ModelConfig
-from ...moe.routing.record import Routing
+from ...moe.routing.record import Decision, Routing
 from ...moe.routing.registry import ROUTERS
 from ..core.step import Scheduled
 
@@ -148,7 +148,11 @@ class ExpertPages:
         return None if taken_BLE is None else dict(zip(self.layers, taken_BLE.unbind(1), strict=True))
 
     def store(
-        self, items: Sequence[Scheduled], slots_T: Tensor, routings: Mapping[int, Routing], taken_BLE: Tensor | None
+        self,
+        items: Sequence[Scheduled],
+        slots_T: Tensor,
+        routings: Mapping[int, Routing | Decision],
+        taken_BLE: Tensor | None,
     ) -> None:
         """Write where a step's tokens went.
 

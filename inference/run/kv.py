@@ -58,7 +58,7 @@ class KVPlan:
 
 
 def plan_kv(
-    model: ModelConfig, config: EngineConfig, max_model_len: int, dtype: torch.dtype, free_bytes: int
+    model: ModelConfig, config: EngineConfig, max_model_len: int, dtype: torch.dtype, free_bytes: int, tp: int = 1
 ) -> KVPlan:
     """Size the KV cache.
 
@@ -69,6 +69,7 @@ def plan_kv(
         max_model_len: the longest sequence, in tokens; with an encoder also its longest input.
         dtype: of keys and values, if `config.kv_dtype` does not say otherwise.
         free_bytes: what the cache may take.
+        tp: ranks that divide the heads.
 
     Raises:
         ConfigError: not even one usable block beside the null block fits, or latents should be kept as int8.
@@ -79,7 +80,7 @@ def plan_kv(
             raise ConfigError(f"kv_dtype (int8) must be auto for latent attention: {rule}")
         dtype = torch.int8
     size = config.block_size
-    form = KVForm.of(model)
+    form = KVForm.of(model, tp)
     each = size * bytes_per_token(form, dtype)
     tables = 1 if model.encoder is None else 2
     wanted = 1 + config.max_num_seqs * tables * -(-max_model_len // size)

@@ -75,7 +75,7 @@ class MemoryPlan:
 
 def plan_memory(
     model: ModelConfig, config: EngineConfig, max_model_len: int, dtype: torch.dtype, weights: int, free: int,
-    device: str = "cpu", ranks: int = 1,
+    device: str = "cpu", ranks: int = 1, tp: int = 1,
 ) -> MemoryPlan:  # fmt: skip
     """Size everything.
 
@@ -88,6 +88,7 @@ def plan_memory(
         free: bytes that are left on the device beside them.
         device: the kind of device.
         ranks: expert-parallel ranks.
+        tp: ranks that divide the heads.
 
     Raises:
         ConfigError: it does not fit.
@@ -103,7 +104,7 @@ def plan_memory(
 
     fixed = config.num_blocks is not None or config.kv_memory_mb is not None
     limit = free if fixed else int(free * SHARE[device])
-    kv = plan_kv(model, config, max_model_len, dtype, limit)
+    kv = plan_kv(model, config, max_model_len, dtype, limit, tp)
     if not fixed and not plan(kv).fits(limit):
 
         def too_many(blocks: int) -> bool:

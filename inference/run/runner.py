@@ -3,6 +3,8 @@
 R rows whose logits are wanted, V vocabulary, S tokens of an encoder, D width.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from ...kernels.registry import using
 from ...moe.models.context import VarlenContext
 from ...moe.models.decoder import Decoder
 from ...moe.routing.record import RouteContext
-from ...moe.routing.stats import RoutingStats
+from ...moe.routing.stats import RoutingSnapshot, RoutingStats
 from ..config import MoECapacity
 from ..core.step import StepPlan
 from .batch import Batch, Memory, build_batch
@@ -81,20 +83,24 @@ class ModelRunner:
         encoder = self.model.encoder is not None
         batch = build_batch(plan, self.cache.plan.block_size, self.device, encoder, self._newest)
         memory_SD = None if batch.memory is None else self.encode(batch.memory)
-        wanted, batch = batch.logit_rows_R.numel(), self._buckets.pad(batch)
+        wanted, batch = batch.logit_rows_R.numel(), self._fill(batch)
         taken_BLE = self.pages.taken_before(plan.scheduled)
         filled_NLE = fill_up(taken_BLE, batch)
-        context = PagedContext(batch, self.cache, memory_SD, self.pages.by_layer(filled_NLE))
+        context = self._surround(batch, memory_SD, self.pages.by_layer(filled_NLE))
         self._prompts = {}
         if any(asks(item) for item in plan.scheduled):
-            x_TD = self.model.hidden(batch.tokens_T, batch.positions_T, context)
+            x_TD = self.model.hidden(context.tokens_T, batch.positions_T, context)
             self._prompts = prompt_logprobs(self.model, x_TD, context, plan.scheduled)
             logits_RV = self.model.logits(x_TD, context)
         else:
-            logits_RV = self.model(batch.tokens_T, batch.positions_T, context)
-        self.pages.store(plan.scheduled, batch.slots_T, context.routings, taken_BLE)
-        self.routing.add(context.routings, batch.valid_T)
+            logits_RV = self.model(context.tokens_T, batch.positions_T, context)
+        self.pages.store(plan.scheduled, batch.slots_T, context.decisions(), taken_BLE)
+        self.routing.add(context.routings, context.route.valid_T)
         return batch, logits_RV[:wanted].float()
+
+    def totals(self, *, idle: bool) -> RoutingSnapshot:
+        """What the routers did on all ranks; `idle`: no request is left, so that there is time to ask."""
+        return self.routing.snapshot()
 
     @torch.inference_mode()
     def encode(self, memory: Memory) -> Tensor:
@@ -108,3 +114,11 @@ class ModelRunner:
         memory_SD = self.model.encode(memory.tokens_S, memory.positions_S, context)
         self.routing.add(context.routings)
         return memory_SD
+
+    def _fill(self, batch: Batch) -> Batch:
+        """The batch with as many rows as the step is to have."""
+        return self._buckets.pad(batch)
+
+    def _surround(self, batch: Batch, memory_SD: Tensor | None, taken: Mapping[int, Tensor] | None) -> PagedContext:
+        """What the model asks."""
+        return PagedContext(batch, self.cache, memory_SD, taken)
