@@ -50,6 +50,7 @@ class Roll:
         self._store: dist.Store | None = None
         self._world = 0
         self._stopped = threading.Event()
+        self._threads: list[threading.Thread] = []
 
     def start(self, name: str, timeout: timedelta) -> None:
         """Begin to beat under `name`, in the store that torchrun's environment says; it has `timeout` to be found."""
@@ -58,13 +59,20 @@ class Roll:
         store.set_timeout(ANSWER)
         self._store, self._world = dist.PrefixStore(f"{name}/hearts", store), dist.get_world_size()
         self._stopped = threading.Event()
-        arguments = (self._store, dist.get_rank(), self._stopped)
-        threading.Thread(target=_beat, args=arguments, name="heart", daemon=True).start()
+        self._run("heart", _beat, self._store, dist.get_rank(), self._stopped)
 
     def stop(self) -> None:
-        """Stop beating."""
+        """Stop beating and watching."""
         self._stopped.set()
+        for thread in self._threads:  # one that is in the store when the interpreter ends takes it down with SIGABRT
+            if thread is not threading.current_thread():
+                thread.join(ANSWER.total_seconds())
+        self._threads.clear()
         self._store = None
+
+    def _run(self, name: str, target: Callable[..., None], *arguments: object) -> None:
+        self._threads.append(threading.Thread(target=target, args=arguments, name=name, daemon=True))
+        self._threads[-1].start()
 
     def say(self, words: str) -> None:
         """Leave last words; whoever misses us reads them."""
@@ -75,8 +83,7 @@ class Roll:
     def watch(self, lost: Callable[[Sequence[Silent]], None]) -> None:
         """Call `lost` once, in a thread of its own, when ranks are gone (within two looks, on this machine) or do not
         beat for `HANGS` looks; with no ranks when the store is gone. `stop` ends it."""
-        arguments = (lost, self._stopped, dist.get_rank())
-        threading.Thread(target=self._guard, args=arguments, name="watch", daemon=True).start()
+        self._run("watch", self._guard, lost, self._stopped, dist.get_rank())
 
     def silent(self) -> list[Silent] | None:
         """The ranks that do not beat while we watch for `SILENCE` seconds; None when that can not be known."""
