@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 
 from ..inference.config import EngineConfig
 from ..inference.core.sampling import SamplingParams
+from . import main as cli
+from . import ranks
 from .cli import Options, parse, write_json
+from .ranks import Several
 
 SUMMARY = "complete a prompt and stream the text"
 HELP = """\
@@ -24,6 +27,7 @@ CKPT is a run, a model directory or a GGUF file. The text streams to stdout, a l
   stop            null    a string that ends the text
   ignore_eos      false   go on after the end-of-sequence token
   engine.*                the engine's settings, such as engine.dtype=bfloat16
+  nproc, parallel.* 1     ranks that compute together, and what they divide: nproc=2 parallel.tp=2
   json            null    write text, tokens, finish reason and timing there
 
 example: turnout generate runs/x prompt="The import statement" max_tokens=64 temperature=0
@@ -31,7 +35,7 @@ example: turnout generate runs/x prompt="The import statement" max_tokens=64 tem
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(Options):
+class GenerateOptions(Options, Several):
     """What `turnout generate` takes; see HELP."""
 
     prompt: str
@@ -62,11 +66,22 @@ class GenerateOptions(Options):
 
 def main(args: list[str]) -> int:
     (path,), options = parse(GenerateOptions, args, words=("ckpt",))
-    params = options.sampling()  # refuse bad values before torch is loaded
+    options.sampling()  # refuse bad values before torch is loaded
+    if ranks.is_rank():
+        return ranks.play(lambda: generate(path, options), lambda: ranks.follow(path, options.engine, options))
+    if options.nproc > 1:
+        return ranks.run(f"{__package__}.generate", args, options.nproc, options.parallel.timeout)
+    return generate(path, options)
 
+
+def generate(path: str, options: GenerateOptions) -> int:
+    """Complete the prompt in this process, which may be rank 0 of several."""
     from ..inference.engine import Engine, FailedOutput
+    from ..inference.ranks import Ranks
 
-    engine = Engine.from_path(path, options.engine)
+    params = options.sampling()
+    several = Ranks.join(options.parallel, options.engine)
+    engine = Engine.from_path(path, options.engine, ranks=several)
     start = time.perf_counter()
     asked = engine.chat.encode([{"role": "user", "content": options.prompt}]) if options.chat else options.prompt
     engine.add_request("generate", asked, params)
@@ -79,6 +94,8 @@ def main(args: list[str]) -> int:
             print(text[shown:], end="", flush=True)
             shown = len(text)
     print()
+    if several is not None:
+        several.end()
     if isinstance(output, FailedOutput) and output.error is not None:
         raise output.error
     seconds, completion = time.perf_counter() - start, output.outputs[0]
@@ -97,3 +114,7 @@ def main(args: list[str]) -> int:
     }
     write_json(options.json, result)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, sys.argv[1:]))

@@ -23,12 +23,13 @@ from .. import (
 VERBS = ("quickstart", "plan", "train", "generate", "serve", "evaluate", "convert")
 
 PREEMPTED = 143
+LOST = 5  # a peer
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (ConfigError, 2),
     (RequestError, 2),
     (DataError, 3),
     (NonFiniteError, 4),
-    (PeerError, 5),
+    (PeerError, LOST),
     (CheckpointError, 6),
     (OSError, 6),
 )

@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Any
 from ..inference.config import EngineConfig
 from ..inference.errors import EngineStoppedError
 from ..inference.server.config import ServerConfig
+from . import main as cli
+from . import ranks
 from .cli import Options, parse, write_json
+from .ranks import Several
 
 if TYPE_CHECKING:
     from ..inference.async_engine import AsyncEngine
+    from ..inference.ranks import Ranks
 
 SUMMARY = "serve a model over an OpenAI-compatible HTTP API"
 HELP = """\
@@ -33,6 +37,9 @@ usage: turnout serve CKPT [key=value ...]
   kv_memory_mb=N               size of the KV cache
   moe_capacity=dropless        trained: experts drop what they drop in the trainer's evaluation
   dtype=auto                   float32, bfloat16, ...
+  nproc=1                      processes that compute together, each on a GPU of its own if there are as many
+  parallel.ep=2                ranks over which the experts are spread
+  parallel.tp=2                ranks that divide heads and hidden units; what is left of nproc are replicas
   json=PATH                    write the URL and the load times there once it is ready
 
 endpoints: /v1/completions /v1/chat/completions /v1/models /health /ready /metrics
@@ -44,19 +51,29 @@ example: turnout serve runs/first port=8000
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(Options, EngineConfig, ServerConfig):
+class ServeOptions(Options, Several, EngineConfig, ServerConfig):
     """What `turnout serve` takes: the engine's settings and the server's."""
 
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)
         ServerConfig.__post_init__(self)
+        Several.__post_init__(self)
 
 
 def main(args: list[str]) -> int:
     """Serve until SIGTERM or SIGINT; 0 after a clean end."""
+    (path,), options = parse(ServeOptions, args, words=["ckpt"])
+    if ranks.is_rank():
+        return ranks.play(lambda: serve(path, options), lambda: ranks.follow(path, options, options))
+    if options.nproc > 1:
+        return ranks.run(f"{__package__}.serve", args, options.nproc, options.parallel.timeout)
+    return serve(path, options)
+
+
+def serve(path: str, options: ServeOptions) -> int:
+    """Serve from this process, which may be rank 0 of several."""
     from ..inference.server.lifecycle import Server, bind
 
-    (path,), options = parse(ServeOptions, args, words=["ckpt"])
     name = options.served_model_name or model_name(Path(path))
     listener, url = bind(options)
     loader = _Loader(path, options)
@@ -74,8 +91,12 @@ def main(args: list[str]) -> int:
     try:
         asyncio.run(server.run(listener, announce))
     except EngineStoppedError as error:
+        if loader.ranks is not None:
+            loader.ranks.check()
         print(f"turnout: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # a thread that is stuck in a step is not waited for
+    if loader.ranks is not None:
+        loader.ranks.end()
     print("stopped", flush=True)
     return 0
 
@@ -93,31 +114,39 @@ class _Loader:
 
     Args:
         path: as `load_model` has it.
-        config: the engine's settings.
+        options: the engine's settings.
 
     Attributes:
+        ranks: those that compute together, if there are several.
         seconds: what → how long it took.
         memory: the plan of the memory in words.
         plan: the same in numbers.
     """
 
-    def __init__(self, path: str, config: EngineConfig) -> None:
+    def __init__(self, path: str, options: ServeOptions) -> None:
+        self.ranks: Ranks | None = None
         self.seconds: dict[str, float] = {}
         self.memory = ""
         self.plan: dict[str, Any] = {}
         self._path = path
-        self._config = config
+        self._options = options
 
     def load(self) -> "AsyncEngine":
         """The started engine; this is where torch is first imported."""
         start = time.perf_counter()
         from ..inference.async_engine import AsyncEngine
         from ..inference.engine import Engine
+        from ..inference.ranks import Ranks
 
         imported = time.perf_counter()
-        engine = Engine.from_path(self._path, self._config)
+        self.ranks = Ranks.join(self._options.parallel, self._options)
+        engine = Engine.from_path(self._path, self._options, ranks=self.ranks)
         self.seconds = {"import": imported - start, "weights": time.perf_counter() - imported}
         self.memory, self.plan = str(engine.memory_plan), engine.memory_plan.to_dict()
         started = AsyncEngine(engine)
         started.start()
         return started
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, sys.argv[1:]))

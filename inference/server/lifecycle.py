@@ -118,15 +118,20 @@ class Server:
         on_ready()
         while not self._stopping.is_set():
             await asyncio.sleep(POLL_SECONDS)
-            if not engine.healthy:
-                service.phase = "broken"
-                await asyncio.sleep(BROKEN_SECONDS)
-                await anext(engine.generate([0], SamplingParams()))  # raises the root cause
+            await self._check(engine)
         service.phase = "shutting down"
         await self._idle(self._config.drain_seconds)
         for call in service.calls:
             call.abort()
         await self._idle(ABORT_SECONDS)
+        await self._check(engine)
+
+    async def _check(self, engine: "AsyncEngine") -> None:
+        """Raise the root cause if the engine has crashed."""
+        if not engine.healthy:
+            self.service.phase = "broken"
+            await asyncio.sleep(BROKEN_SECONDS)
+            await anext(engine.generate([0], SamplingParams()))
 
     async def _idle(self, patience: float) -> None:
         """Return when no call is in flight, or after `patience` seconds."""
