@@ -95,6 +95,22 @@ def test_A2_mid_chunk(make_engine, unchanged):
     unchanged(engine, seen)
 
 
+@pytest.mark.parametrize("at", [0, 3], ids=["prefill", "decode"])
+def test_A3_in_the_launched_step(make_engine, unchanged, at):
+    """Its blocks stay its own until the step is over, and the step's token reaches nobody."""
+    engine = make_engine(overlap=True, max_num_batched_tokens=16, max_num_seqs=4)
+    seen = started(engine, {"victim": (VICTIM, GREEDY)} | OTHERS)
+    (victim,) = parts(engine, "victim")
+    step_until(engine, seen, lambda: victim.in_flight > 0 and victim.num_output_tokens == at)
+    table = list(victim.block_table)
+    aborted(engine.abort("victim"), [at])
+    assert all(engine.blocks.counts[block] for block in table)
+    step_until(engine, seen, lambda: not victim.in_flight)
+    assert not victim.block_table
+    assert victim.num_output_tokens == at
+    unchanged(engine, seen)
+
+
 def test_A4_in_decode(make_engine, unchanged):
     engine = make_engine()
     seen = started(engine, OTHERS | {"victim": (VICTIM, GREEDY)})

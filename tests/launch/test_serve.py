@@ -1,4 +1,5 @@
 """`turnout serve` as a process: where it listens, what it prints, how signals end it."""
+# ruff: noqa: N802 (G3 is the name of a rule)
 
 import contextlib
 import json
@@ -64,7 +65,7 @@ def ready_url(output: IO[str]) -> str:
     return next(line for line in output if line.startswith("ready: ")).split()[1]
 
 
-def test_sigterm_lets_a_stream_finish_and_the_exit_code_is_0(start, checkpoint, tmp_path):
+def test_G3_sigterm_lets_a_stream_finish_and_the_exit_code_is_0(start, checkpoint, tmp_path):
     process, output = start(f"json={tmp_path / 'ready.json'}", "max_num_seqs=8")
     assert output.readline().startswith(f"loading {checkpoint} ")
     assert output.readline().startswith("loaded first (import ")
@@ -92,7 +93,7 @@ def test_sigterm_lets_a_stream_finish_and_the_exit_code_is_0(start, checkpoint, 
         httpx.get(f"{url}/health")
 
 
-def test_a_second_signal_ends_it_at_once(start):
+def test_G3_a_second_signal_ends_it_at_once(start):
     process, output = start()
     url = ready_url(output)
     body = {"model": "first", "prompt": ["a"] * 32, "n": 2, "max_tokens": 1000, "stream": True, "ignore_eos": True}
@@ -108,7 +109,7 @@ def test_a_second_signal_ends_it_at_once(start):
             list(lines)
 
 
-def test_a_signal_while_it_loads_ends_it_cleanly(start):
+def test_G3_a_signal_while_it_loads_ends_it_cleanly(start):
     process, output = start()
     health = re.search(r"http://\S+/health", output.readline())[0]
     while True:
@@ -119,7 +120,7 @@ def test_a_signal_while_it_loads_ends_it_cleanly(start):
     assert process.wait(60) == 0
 
 
-def test_a_taken_port_and_a_public_address_are_refused_before_anything_is_loaded(checkpoint, capsys):
+def test_G4_a_taken_port_and_a_public_address_are_refused_before_anything_is_loaded(checkpoint, capsys):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()

@@ -190,6 +190,17 @@ def test_G4_a_taken_port_is_a_clear_error_and_two_free_ones_differ():
         second.close()
 
 
+def test_G4_two_servers_on_one_host_are_two(serve):
+    one, other = serve(), serve()
+    body = {"prompt": "The list", "max_tokens": 9, "temperature": 0}
+    assert one.url != other.url
+    assert one.post(**body).json()["choices"] == other.post(**body).json()["choices"]
+    one.stop()
+    assert one.ended.result(30) is None
+    assert other.post(**body).status_code == 200
+    assert other.metrics()["requests_total{outcome=ok}"] == 2
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

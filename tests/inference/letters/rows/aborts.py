@@ -42,8 +42,8 @@ ROWS = [
         (f"{TESTS}::test_A5_preempted",),
         Mutant(
             SCHEDULER,
-            "            self.running.remove(request)\n        else:\n",
-            "            self.running.remove(request)\n        elif request.status is Status.WAITING:\n",
+            "            del self.held[request.id]\n        else:\n",
+            "            del self.held[request.id]\n        elif request.status is Status.WAITING:\n",
         ),
     ),
     Row(

@@ -55,7 +55,7 @@ ROWS = [
             f"{TESTS}::test_I6_a_hit_makes_a_prefix_recent",
             f"{TESTS}::test_I6_a_prefix_computed_twice_is_kept_once",
         ),
-        Mutant(BLOCKS, "for block in reversed(request.block_table):", "for block in request.block_table:"),
+        Mutant(BLOCKS, "in reversed((*request.replaced_blocks, *request.block_table)):", "in request.block_table:"),
     ),
     Row(
         "I7",

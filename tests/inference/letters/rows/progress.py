@@ -4,6 +4,7 @@ from ..row import Mutant, Row
 
 TESTS = "tests/inference/core/test_scheduler.py"
 SCHEDULER = "inference/core/scheduler.py"
+STEP = "inference/core/step.py"
 
 ROWS = [
     Row(
@@ -12,9 +13,7 @@ ROWS = [
             f"{TESTS}::test_P1_a_prompt_longer_than_the_budget_starts_at_once",
             f"{TESTS}::test_P1_an_idle_scheduler_plans_and_commits_nothing",
         ),
-        Mutant(
-            SCHEDULER, "count = min(missing, self.budget - encoded)", "count = min(missing, self.budget - encoded - 1)"
-        ),
+        Mutant(STEP, "count = min(missing, self.budget - encoded)", "count = min(missing, self.budget - encoded - 1)"),
     ),
     Row(
         "P2",
@@ -50,12 +49,16 @@ ROWS = [
             f"{TESTS}::test_P5_a_new_request_may_take_the_id_of_one_aborted_in_flight",
             f"{TESTS}::test_P5_a_request_that_failed_needs_no_token",
         ),
-        Mutant(SCHEDULER, "if request.status is Status.FINISHED:\n", "if not item.count:\n"),
+        Mutant(
+            SCHEDULER,
+            "if request.status is Status.FINISHED:\n                if",
+            "if not item.count:\n                if",
+        ),
     ),
     Row(
         "P6",
         (f"{TESTS}::test_P6_only_the_last_chunk_samples",),
-        Mutant(SCHEDULER, "request.block_table, count == missing,", "request.block_table, True,"),
+        Mutant(STEP, "samples=count == missing", "samples=True"),
     ),
     Row(
         "P7",
@@ -91,8 +94,8 @@ ROWS = [
         ),
         Mutant(
             SCHEDULER,
-            "            insort(self.waiting, request, key=_rank)\n",
-            "            self.waiting.insert(0, request)\n",
+            "                insort(self.waiting, request, key=_rank)\n",
+            "                self.waiting.insert(0, request)\n",
         ),
     ),
 ]
