@@ -222,7 +222,7 @@ def test_a_request_waits_for_its_grammar_while_others_run(make_model, make_engin
 
 
 @pytest.mark.parametrize("how", ["abort", "abort_all", "deadline", "twice"])
-def test_abort_while_waiting_for_a_grammar_leaves_nothing(make_model, make_engine, how):
+def test_A6_abort_while_waiting_for_a_grammar_leaves_nothing(make_model, make_engine, how):
     engine = make_engine(make_model(), grammar_timeout=10.0, max_waiting=2)
     deadline = 1.0 if how == "deadline" else None
     prepared = engine.prepare("x", [1, 2], params(0, {"json": ENDLESS}, n=2), deadline=deadline)

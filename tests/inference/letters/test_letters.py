@@ -82,4 +82,6 @@ def test_every_mutant_turns_its_test_red(judge, row):
 def test_a_change_without_effect_kills_nobody(judge):
     (row,) = (row for row in ROWS if row.letter == QUICK[0])
     same = Row(row.letter, row.tests, type(row.mutant)(row.mutant.file, '"""The block', '"""A block'))
-    assert judge(same)["failures"] == []
+    found = judge(same)
+    assert found["failures"] == []
+    assert " passed" in found["log"]

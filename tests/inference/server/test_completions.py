@@ -1,4 +1,5 @@
 """`/v1/completions` gives what the engine gives, through the official client, streamed or not."""
+# ruff: noqa: N802 (O1 is the name of a rule)
 
 import asyncio
 import itertools
@@ -29,7 +30,7 @@ def alone(model, byte_level):
     return complete
 
 
-def test_a_completion_is_the_engines_with_exact_usage(served: Running, alone):
+def test_O7_a_completion_is_the_engines_with_exact_usage(served: Running, alone):
     expected = alone(PROMPT, temperature=0, max_tokens=24)
     answer = served.client().completions.create(model=NAME, prompt=PROMPT, temperature=0, max_tokens=24)
     assert answer.object == "text_completion"
@@ -78,7 +79,7 @@ MIXES = {
 
 
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES.keys())
-def test_a_stream_joined_is_the_answer_in_one_piece(served: Running, mix):
+def test_O1_a_stream_joined_is_the_answer_in_one_piece(served: Running, mix):
     body = {"prompt": PROMPT, "max_tokens": 30} | mix
     whole = served.post(**body).json()
     *chunks, usage, done = served.stream(**body, stream_options={"include_usage": True})
@@ -138,7 +139,7 @@ def test_twelve_concurrent_streams_equal_their_texts_in_one_piece(served: Runnin
     assert len(set(whole)) == 12
 
 
-def test_logprobs_hold_every_sampled_token_and_where_it_begins(served: Running, alone):
+def test_O5_logprobs_hold_every_sampled_token_and_where_it_begins(served: Running, alone):
     params = {"temperature": 0, "max_tokens": 30, "logprobs": 2, "skip_special_tokens": False}
     expected = alone(PROMPT, **params).outputs[0]
     choice = served.post(prompt=PROMPT, **params).json()["choices"][0]
@@ -155,7 +156,7 @@ def test_logprobs_hold_every_sampled_token_and_where_it_begins(served: Running, 
             assert choice["text"][offset:].startswith(token)
 
 
-def test_a_repeated_prompt_reports_its_cached_tokens(served: Running):
+def test_O7_a_repeated_prompt_reports_its_cached_tokens(served: Running):
     prompt = list(range(40, 90))
     served.post(prompt=prompt, max_tokens=1)
     usage = served.client().completions.create(model=NAME, prompt=prompt, max_tokens=1).usage

@@ -33,6 +33,15 @@ ROWS = [
         ),
     ),
     Row(
+        "A3",
+        (f"{TESTS}::test_A3_in_the_launched_step",),
+        Mutant(
+            SCHEDULER,
+            "            if request.status is Status.FINISHED:\n                if not request.in_flight:\n",
+            "            if request.status is Status.FINISHED:\n                if request.num_output_tokens > 99:\n",
+        ),
+    ),
+    Row(
         "A4",
         (f"{TESTS}::test_A4_in_decode",),
         Mutant(ENGINE, "            self.scheduler.abort(choice.request.id)\n", ""),
@@ -45,6 +54,11 @@ ROWS = [
             "            del self.held[request.id]\n        else:\n",
             "            del self.held[request.id]\n        elif request.status is Status.WAITING:\n",
         ),
+    ),
+    Row(
+        "A6",
+        ("tests/inference/test_structured.py::test_A6_abort_while_waiting_for_a_grammar_leaves_nothing",),
+        Mutant(ENGINE, "            self._compiling.drop(request_id)\n", ""),
     ),
     Row(
         "A7",
@@ -78,9 +92,9 @@ ROWS = [
         (f"{TESTS}::test_A10_id_twice",),
         Mutant(
             ENGINE,
-            "        if finished:\n            del self._groups[request_id]\n",
+            "        if finished:\n            self._compiling.drop(request_id)\n",
             "        if finished and error is None and any(c.finish_reason != 'abort' for c in group.choices):\n"
-            "            del self._groups[request_id]\n",
+            "            self._compiling.drop(request_id)\n",
         ),
     ),
     Row(

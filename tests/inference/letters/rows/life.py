@@ -3,17 +3,29 @@
 from ..row import Mutant, Row
 
 LIFE = "tests/inference/server/test_lifecycle.py"
+PROCESS = "tests/launch/test_serve.py"
+BROKEN = "tests/inference/server/test_process.py"
 STREAM = "tests/inference/server/test_stream.py"
 METRICS = "tests/inference/server/test_metrics.py"
 SOURCE = "inference/server/lifecycle.py"
 
+GRAPHS = "tests/inference/run/test_graphs.py"
+
 ROWS = [
+    Row(
+        "G1",
+        (f"{GRAPHS}::test_G1_below_at_above_a_bucket_and_above_all_of_them_are_eager_steps_results",),
+        Mutant("inference/run/graphs.py", "        _fill(buffers.positions_N, batch.positions_T)\n", ""),
+    ),
     Row(
         "G3",
         (
             f"{LIFE}::test_G3_stopping_finishes_what_runs_and_refuses_what_comes",
             f"{LIFE}::test_G3_what_outlasts_the_drain_ends_as_abort",
             f"{LIFE}::test_G3_a_crash_fails_what_runs_and_ends_the_server_with_its_cause",
+            f"{PROCESS}::test_G3_sigterm_lets_a_stream_finish_and_the_exit_code_is_0",
+            f"{PROCESS}::test_G3_a_second_signal_ends_it_at_once",
+            f"{PROCESS}::test_G3_a_signal_while_it_loads_ends_it_cleanly",
         ),
         Mutant(SOURCE, "        await self._idle(self._config.drain_seconds)\n", ""),
     ),
@@ -23,10 +35,17 @@ ROWS = [
         Mutant(SOURCE, "            call.abort()\n", "            pass\n"),
     ),
     Row(
+        "G3",
+        (f"{BROKEN}::test_G3_a_broken_engine_ends_its_calls_its_health_and_its_process",),
+        Mutant(SOURCE, '                service.phase = "broken"\n', ""),
+    ),
+    Row(
         "G4",
         (
             f"{LIFE}::test_G4_while_it_loads_the_port_answers_503",
             f"{LIFE}::test_G4_a_taken_port_is_a_clear_error_and_two_free_ones_differ",
+            f"{LIFE}::test_G4_two_servers_on_one_host_are_two",
+            f"{PROCESS}::test_G4_a_taken_port_and_a_public_address_are_refused_before_anything_is_loaded",
         ),
         Mutant("inference/server/app.py", 'in ("ready", "shutting down")', 'in ("ready", "shutting down", "loading")'),
     ),
