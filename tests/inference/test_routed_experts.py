@@ -179,12 +179,57 @@ def test_M7_trained_capacity_generates_what_the_trainer_s_evaluation_predicts(ti
     assert texts["trained"] != texts["dropless"]
 
 
+WAYS = {
+    "chunked": {"max_num_batched_tokens": 5, "max_num_seqs": 5},
+    "preempted": {"num_blocks": 16},
+    "uncached": {"enable_prefix_caching": False},
+    "in buckets": {"graph_buckets": (2, 4, 8)},
+    "a step ahead": {"overlap": True},
+    "static": {"batching": "static", "max_num_seqs": 3},
+}
+
+
+def exactly(output: RequestOutput) -> list[tuple[list[int], list[dict[int, float]], bytes]]:
+    return [(choice.token_ids, choice.logprobs, choice.routed_experts.tobytes()) for choice in output.outputs]
+
+
+@pytest.mark.parametrize(
+    "router", [pytest.param(name, marks=() if name == "gshard" else pytest.mark.full) for name in ROUTERS]
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_M2_deterministic_results_are_the_same_bits_in_every_way_of_serving(tight, make_engine, router, mode):
+    """Tokens, log-probabilities and experts, each request alone and then all of them in each way."""
+    settings = {"moe_capacity": mode, "block_size": 4, "deterministic": True}
+    shared = prompt_of(14, seed=0)
+    work = {}
+    for i in range(4):
+        params = asking(logprobs=3, n=1 + i % 2, temperature=i % 2, seed=i)
+        work[str(i)] = shared[: 6 * i] + prompt_of(17 - 5 * i, seed=i), params
+    alone = {}
+    for name, request in work.items():
+        engine = make_engine(tight[router], **settings)
+        engine.add_request(name, *request)
+        alone[name] = exactly(run(engine)[name][-1])
+    seen = dict.fromkeys(("preemptions", "prefix_hits"), 0)
+    for way, changes in WAYS.items():
+        engine = make_engine(tight[router], **(settings | changes))
+        for name, request in work.items():
+            engine.add_request(name, *request)
+        found = run(engine)
+        for name in work:
+            assert exactly(found[name][-1]) == alone[name], way
+        seen = {name: count + getattr(engine.stats(), name) for name, count in seen.items()}
+    assert all(seen.values()), seen
+
+
+@pytest.mark.parametrize("buckets", [(), (3, 8)])
 @pytest.mark.parametrize("router", ["switch", "topk_softmax"])
-def test_M10_counters_are_the_reported_rows_exactly(tight, make_engine, router):
+def test_M10_counters_are_the_reported_rows_exactly(tight, make_engine, router, buckets):
+    """Rows that fill a bucket up count nowhere."""
     model = tight[router]
-    engine = make_engine(model, enable_prefix_caching=False)
+    engine = make_engine(model, enable_prefix_caching=False, graph_buckets=buckets)
     for i in range(5):
-        engine.add_request(str(i), prompt_of(7 * i + 1, seed=i), asking(max_tokens=3 * i + 1))
+        engine.add_request(str(i), prompt_of(7 * i + 1, seed=i), asking(max_tokens=3 * i + 1, ignore_eos=True))
     rows = np.concatenate([outputs[-1].outputs[0].routed_experts for outputs in run(engine).values()])
     stats = engine.stats()
     assert len(rows) == stats.computed_tokens
