@@ -26,14 +26,23 @@ class Generation:
         params: for all of them.
         call_id: the call's id; prompt i has `{call_id}-{i}` in the engine.
         metrics: where they are counted.
+        priority, cache_salt: as `Engine.prepare` has them.
     """
 
     def __init__(
-        self, engine: "AsyncEngine", prompts: Sequence[Prompt], params: SamplingParams, call_id: str, metrics: Metrics
+        self,
+        engine: "AsyncEngine",
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        call_id: str,
+        metrics: Metrics,
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> None:
         self.params = params
         self.outputs: list[RequestOutput | None] = [None] * len(prompts)
         self._engine = engine
+        self._priority, self._salt = priority, cache_salt
         self._ids = [f"{call_id}-{i}" for i in range(len(prompts))]
         self._fresh: dict[int, RequestOutput] = {}
         self._news = asyncio.Event()
@@ -56,8 +65,8 @@ class Generation:
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """(prompt, its newest output), until all are finished; raises the first error of any."""
-        running = self._running
-        while running:
+        running = len(self._tasks)
+        while running:  # also when all have ended before the first look: their last outputs are news
             await self._news.wait()
             self._news.clear()
             running = self._running
@@ -94,7 +103,9 @@ class Generation:
         return task
 
     async def _follow(self, index: int, prompt: Prompt, watch: Watch) -> None:
-        async for output in self._engine.generate(prompt, self.params, request_id=self._ids[index]):
+        name = self._ids[index]
+        outputs = self._engine.generate(prompt, self.params, name, self._priority, cache_salt=self._salt)
+        async for output in outputs:
             watch.observe(output)
             self.outputs[index] = self._fresh[index] = output
             self._news.set()
