@@ -2,82 +2,16 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from dataclasses import replace
-from typing import Any
 
-from ..outputs import CompletionOutput
-from ..text.detokenizer import Detokenizer
+from ..outputs import CompletionOutput, RequestOutput
 from ..text.tokenizer import TextTokenizer
+from .echo import Echo
 from .errors import to_json
 from .generation import Generation
-
-SMALLEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON can not carry
-
-Json = dict[str, Any]
-
-
-class Logprobs:
-    """Log-probabilities of one choice in OpenAI's two forms; it remembers where in the text the next token starts."""
-
-    def __init__(self, tokenizer: TextTokenizer, top: int, skip_special_tokens: bool, opens: bool) -> None:
-        self._tokenizer = tokenizer
-        self._top = top
-        self._detokenizer = Detokenizer(tokenizer, (), skip_special_tokens, opens)
-        self._offset = 0
-
-    def completion(self, part: CompletionOutput) -> Json:
-        """The form of `/v1/completions`; text_offset counts characters of the choice's text."""
-        rows = list(self._rows(part))
-        return {
-            "tokens": [self._name(token) for token, _, _ in rows],
-            "token_logprobs": [logprob for _, logprob, _ in rows],
-            "top_logprobs": [self._by_name([*top, (token, logprob)]) for token, logprob, top in rows],
-            "text_offset": [self._advance(token) for token, _, _ in rows],
-        }
-
-    def chat(self, part: CompletionOutput) -> Json:
-        """The form of `/v1/chat/completions`."""
-        return {
-            "content": [
-                self._entry(token, logprob) | {"top_logprobs": [self._entry(*pair) for pair in top]}
-                for token, logprob, top in self._rows(part)
-            ],
-            "refusal": None,
-        }
-
-    def _rows(self, part: CompletionOutput) -> Iterator[tuple[int, float, list[tuple[int, float]]]]:
-        """(token, its log-probability, the most probable ones in order) of each new token."""
-        for token, found in zip(part.token_ids, part.logprobs or (), strict=True):
-            best = sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))[: self._top]
-            yield token, _finite(found[token]), [(other, _finite(logprob)) for other, logprob in best]
-
-    def _by_name(self, top: list[tuple[int, float]]) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for token, logprob in top:
-            found.setdefault(self._name(token), logprob)
-        return found
-
-    def _entry(self, token: int, logprob: float) -> Json:
-        return {"token": self._name(token), "logprob": logprob, "bytes": list(self._tokenizer.token_bytes(token))}
-
-    def _name(self, token: int) -> str:
-        """The token's text, or OpenAI's spelling of bytes that are no text."""
-        data = self._tokenizer.token_bytes(token)
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-    def _advance(self, token: int) -> int:
-        """Where the token's text begins; it may also bring the last byte of a character before it."""
-        piece, name, start = self._detokenizer.push(token), self._name(token), self._offset
-        self._offset += len(piece)
-        return self._offset - len(name) if piece.endswith(name) else start
-
-
-def _finite(logprob: float) -> float:
-    return max(logprob, SMALLEST_LOGPROB)
+from .logprobs import Json, Logprobs, prompt_logprobs
+from .protocol import GenerationRequest
 
 
 class Cursor:
@@ -109,21 +43,24 @@ class Answer:
     """The answer to one call of `/v1/completions`; `ChatAnswer` overrides what chats spell differently.
 
     Args:
-        model: the name to report.
+        asked: the request.
         tokenizer: spells tokens of log-probabilities.
-        include_usage: end a stream with a chunk that has the usage.
         opens: a completion begins a text instead of going on with the prompt's (encoder-decoders).
+        echo: every choice begins with its prompt.
     """
 
     prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
 
-    def __init__(self, model: str, tokenizer: TextTokenizer, include_usage: bool, opens: bool) -> None:
+    def __init__(self, asked: GenerationRequest, tokenizer: TextTokenizer, opens: bool, *, echo: bool = False) -> None:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
-        self._head = {"id": self.id, "created": int(time.time()), "model": model}
+        self._head = {"id": self.id, "created": int(time.time()), "model": asked.model}
+        self._asked = asked
         self._tokenizer = tokenizer
-        self._include_usage = include_usage
-        self._opens = opens
+        self._include_usage = asked.include_usage
+        self._opens = opens or echo
+        self._echo = echo
+        self._echoes: dict[int, Echo] = {}
 
     def whole(self, generation: Generation) -> bytes:
         """The answer of a finished generation."""
@@ -131,10 +68,12 @@ class Answer:
         choices = []
         for prompt, output in enumerate(generation.outputs):
             for choice in output.outputs if output is not None else ():
+                assert output is not None
                 index = prompt * generation.params.n + choice.index
-                choices.append(self._choice(choice, cursors[index].logprobs) | {"index": index})
+                shown = self._shown(prompt, output, choice, cursors[index])
+                choices.append(self._choice(shown, cursors[index].logprobs) | {"index": index} | self._scored(output))
         body = {"object": self.whole_object, "choices": choices, "usage": generation.usage()}
-        return to_json(self._head | body)
+        return to_json(self._head | body | self._scores(generation))
 
     async def chunks(self, generation: Generation) -> AsyncGenerator[bytes, None]:
         """The answer as it comes, one choice a chunk; the usage, where asked for, is a last chunk without choices."""
@@ -144,12 +83,33 @@ class Answer:
                 yield self._chunk(opening | {"index": index})
         async for prompt, output in generation:
             for choice in output.outputs:
-                index = prompt * generation.params.n + choice.index
-                if (part := cursors[index].advance(choice)) is not None:
-                    yield self._chunk(self._delta(part, cursors[index].logprobs) | {"index": index})
+                cursor = cursors[index := prompt * generation.params.n + choice.index]
+                if (part := cursor.advance(self._shown(prompt, output, choice, cursor))) is not None:
+                    yield self._chunk(self._delta(part, cursor.logprobs) | {"index": index})
         if self._include_usage:
             body = {"object": self.chunk_object, "choices": [], "usage": generation.usage()}
             yield to_json(self._head | body)
+
+    def _shown(self, prompt: int, output: RequestOutput, choice: CompletionOutput, cursor: Cursor) -> CompletionOutput:
+        """The choice as its caller sees it: with `echo` behind the prompt."""
+        if not self._echo:
+            return choice
+        if prompt not in self._echoes:
+            self._echoes[prompt] = Echo(self._tokenizer, output, self._asked.skip_special_tokens)
+        echo = self._echoes[prompt]
+        if cursor.logprobs is not None:
+            cursor.logprobs.echo = echo
+        return echo.before(choice, output)
+
+    def _scored(self, output: RequestOutput) -> Json:
+        """The prompt's log-probabilities where vLLM has them in every choice."""
+        if self._asked.prompt_logprobs is None:
+            return {}
+        return {"prompt_logprobs": prompt_logprobs(self._tokenizer, output)}
+
+    def _scores(self, generation: Generation) -> Json:
+        """The same where it has them once."""
+        return {}
 
     def _opening(self) -> list[Json]:
         return []
@@ -186,6 +146,13 @@ class ChatAnswer(Answer):
     def _opening(self) -> list[Json]:
         delta = {"role": "assistant", "content": ""}
         return [{"delta": delta, "logprobs": None, "finish_reason": None}]
+
+    def _scored(self, output: RequestOutput) -> Json:
+        return {}
+
+    def _scores(self, generation: Generation) -> Json:
+        (output,) = generation.outputs
+        return {} if output is None else super()._scored(output)
 
     def _choice(self, output: CompletionOutput, logprobs: Logprobs | None) -> Json:
         message = {"role": "assistant", "content": output.text, "refusal": None}

@@ -55,9 +55,12 @@ class Api:
         """`POST /v1/completions`."""
         asked = await self._read(request, CompletionRequest)
         engine = self._service.ready_engine()
-        params = asked.sampling_params(asked.max_tokens, asked.logprobs)
+        params = asked.sampling_params(asked.max_tokens, asked.logprobs, asked.score)
         opens = engine.model_config.encoder is not None
-        answer = Answer(asked.model, engine.tokenizer, asked.include_usage, opens)
+        if asked.echo and opens:
+            rule = "can not be true: the model is an encoder-decoder, whose completions do not go on with the prompt"
+            raise ApiError(400, f"echo {rule}", param="echo", code="invalid_value")
+        answer = Answer(asked, engine.tokenizer, opens, echo=asked.echo)
         return await self._generate(request, asked, asked.prompt, params, answer)
 
     async def chat(self, request: Request) -> Response:
@@ -70,7 +73,7 @@ class Api:
             raise ApiError(400, f"model ({asked.model}) {rule}", param="model", code="no_chat_template")
         params = asked.sampling_params(asked.limit, (asked.top_logprobs or 0) if asked.logprobs else None)
         prompt = await asyncio.to_thread(engine.chat.encode, asked.chat)
-        answer = ChatAnswer(asked.model, engine.tokenizer, asked.include_usage, opens)
+        answer = ChatAnswer(asked, engine.tokenizer, opens)
         return await self._generate(request, asked, [prompt], params, answer)
 
     async def models(self, request: Request) -> Response:
@@ -111,7 +114,7 @@ class Api:
         """Run the prompts and answer, in one piece or as a stream. An error before the first output has its status."""
         config = self._service.config
         with ExitStack() as cleanup:
-            generation = self._service.start(prompts, params, answer.id)
+            generation = self._service.start(prompts, params, answer.id, asked.priority, asked.cache_salt or "")
             cleanup.callback(self._service.end, generation)
             if not asked.stream:
                 await unless_gone(request.receive, generation.finished())

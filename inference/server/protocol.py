@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..core.sampling import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
+from ..core.sampling import MAX_BIAS, MAX_CHOICES, MAX_LOGPROBS, PENALTIES, SamplingParams
 from .errors import ApiError
 
 INT32 = 2**31 - 1
@@ -20,8 +20,12 @@ MAX_PROMPTS = 1024
 MAX_MESSAGES = 4096
 MAX_STOPS = 4
 MAX_STOP_CHARS = 1000
+MAX_BAD_WORDS = 256
+MAX_BIASES = 1024
+MAX_ALLOWED = 8192
 
 Prompt = str | list[int]
+TokenId = Annotated[int, Field(ge=0, le=INT32)]
 
 
 class Anything(tuple[object, ...]):
@@ -38,16 +42,11 @@ LABELS: dict[str, Sequence[object]] = dict.fromkeys(
 NEUTRAL: dict[str, Sequence[object]] = LABELS | {
     "store": (False,),
     "service_tier": ("auto", "default"),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "min_p": (0,),
-    "logit_bias": ({},),
     "best_of": (1,),
     "use_beam_search": (False,),
 }
-NEUTRAL_COMPLETION: dict[str, Sequence[object]] = NEUTRAL | {"echo": (False,), "suffix": ("",)}
+NEUTRAL_COMPLETION: dict[str, Sequence[object]] = NEUTRAL | {"suffix": ("",)}
 NEUTRAL_CHAT: dict[str, Sequence[object]] = NEUTRAL | {
     "audio": (),
     "function_call": ("none",),
@@ -117,6 +116,18 @@ def _stops(value: object) -> list[str]:
     return stops
 
 
+def _biases(value: object) -> dict[int, float]:
+    """JSON has texts for keys only, so OpenAI's token ids are texts here."""
+    if not isinstance(value, dict) or len(value) > MAX_BIASES:
+        raise _bad(f"must map at most {MAX_BIASES} token ids to numbers")
+    for token, bias in value.items():
+        if not (isinstance(token, str) and token.isascii() and token.isdigit() and len(token) <= len(str(INT32))):
+            raise _bad("each key must be a token id")
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise _bad(f"each bias must be a number from {-MAX_BIAS:g} to {MAX_BIAS:g}")
+    return {int(token): float(bias) for token, bias in value.items()}
+
+
 def _prompts(value: object) -> list[Prompt]:
     prompts = [value] if isinstance(value, str) or _is_ids(value) else value
     if not isinstance(prompts, list) or not prompts:
@@ -160,15 +171,27 @@ class GenerationRequest(Strict):
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: Annotated[list[str], PlainValidator(_stops)] = []
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, le=INT32)]], Field(max_length=256)] = []
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] = []
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1, le=INT32)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(ge=PENALTIES[0], le=PENALTIES[1])] = 1.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    logit_bias: Annotated[dict[int, float], PlainValidator(_biases)] = {}
+    bad_words: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]], Field(max_length=MAX_BAD_WORDS)
+    ] = []
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     seed: Annotated[int, Field(ge=0, le=UINT64)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=INT32)] = 0
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    priority: Annotated[int, Field(ge=-INT32, le=INT32)] = 0
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1000)] | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
@@ -176,13 +199,24 @@ class GenerationRequest(Strict):
             raise ApiError(400, "stream_options needs stream: true", param="stream_options", code="invalid_value")
         return self
 
+    @model_validator(mode="after")
+    def _check_prompt_logprobs(self) -> Self:
+        if self.prompt_logprobs is not None and self.stream:
+            message = "prompt_logprobs come with stream: false only; echo with logprobs streams them"
+            raise ApiError(400, message, param="prompt_logprobs", code="invalid_value")
+        return self
+
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk that has the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling_params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def sampling_params(
+        self, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None
+    ) -> SamplingParams:
         """The engine's parameters; `max_tokens` None = what is left of the context.
+
+        `prompt_logprobs` are what the endpoint wants of them, beside what the request asks for.
 
         Raises:
             RequestError: a combination that can not be served (`min_tokens` above `max_tokens`).
@@ -192,6 +226,13 @@ class GenerationRequest(Strict):
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias,
+            bad_words=self.bad_words,
+            allowed_token_ids=self.allowed_token_ids,
             max_tokens=max_tokens,
             min_tokens=self.min_tokens,
             stop=tuple(self.stop),
@@ -199,6 +240,7 @@ class GenerationRequest(Strict):
             ignore_eos=self.ignore_eos,
             seed=self.seed,
             logprobs=logprobs,
+            prompt_logprobs=max((k for k in (prompt_logprobs, self.prompt_logprobs) if k is not None), default=None),
             include_stop_str_in_output=self.include_stop_str_in_output,
             skip_special_tokens=self.skip_special_tokens,
         )
@@ -210,8 +252,22 @@ class CompletionRequest(GenerationRequest):
     neutral: ClassVar[Mapping[str, Sequence[object]]] = NEUTRAL_COMPLETION
 
     prompt: Annotated[list[Prompt], PlainValidator(_prompts)]
-    max_tokens: Annotated[int, Field(ge=1, le=INT32)] = 16
+    max_tokens: Annotated[int, Field(ge=0, le=INT32)] = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool = False
+
+    @model_validator(mode="after")
+    def _check_scoring(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError(400, "max_tokens (0) needs echo: true", param="max_tokens", code="invalid_value")
+        return self
+
+    @property
+    def score(self) -> int | None:
+        """The prompt's log-probabilities that echo needs."""
+        if self.echo and self.logprobs is not None:
+            return self.logprobs
+        return 0 if self.max_tokens == 0 else None
 
 
 class Message(Strict):

@@ -46,13 +46,16 @@ class Service:
             raise ApiError(503, message, code="unavailable", headers={"Retry-After": "5"})
         return self.engine
 
-    def start(self, prompts: Sequence[Prompt], params: SamplingParams, call_id: str) -> Generation:
+    def start(
+        self, prompts: Sequence[Prompt], params: SamplingParams, call_id: str, priority: int = 0, cache_salt: str = ""
+    ) -> Generation:
         """Start a call; `end` must follow, whatever happens.
 
         Raises:
             ApiError: 503 unless the server is ready.
         """
-        generation = Generation(self.ready_engine(), prompts, params, call_id, self.metrics)
+        engine = self.ready_engine()
+        generation = Generation(engine, prompts, params, call_id, self.metrics, priority, cache_salt)
         self.calls.add(generation)
         return generation
 

@@ -5,12 +5,14 @@ from turnout.inference.server.protocol import NEUTRAL_CHAT, NEUTRAL_COMPLETION, 
 
 SHARED = {
     "model", "n", "stream", "stream_options", "stop", "stop_token_ids", "temperature", "top_p", "top_k", "seed",
+    "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "bad_words",
+    "allowed_token_ids", "prompt_logprobs", "priority", "cache_salt",
     "min_tokens", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "max_tokens", "logprobs",
 }  # fmt: skip
 
 
 def test_the_served_fields_are_these():
-    assert set(CompletionRequest.model_fields) == SHARED | {"prompt"}
+    assert set(CompletionRequest.model_fields) == SHARED | {"prompt", "echo"}
     assert set(ChatRequest.model_fields) == SHARED | {"messages", "max_completion_tokens", "top_logprobs"}
 
 
@@ -22,7 +24,7 @@ def test_no_field_is_both_served_and_neutral():
 def test_every_whole_number_has_its_bounds():
     for model in (CompletionRequest, ChatRequest):
         properties = model.model_json_schema()["properties"]
-        for name in ("n", "top_k", "seed", "min_tokens", "max_tokens"):
+        for name in ("n", "top_k", "seed", "min_tokens", "max_tokens", "prompt_logprobs", "priority"):
             options = properties[name].get("anyOf", [properties[name]])
             numbers = [option for option in options if option.get("type") == "integer"]
             assert numbers, name
