@@ -71,7 +71,8 @@ class Answer:
                 assert output is not None
                 index = prompt * generation.params.n + choice.index
                 shown = self._shown(prompt, output, choice, cursors[index])
-                choices.append(self._choice(shown, cursors[index].logprobs) | {"index": index} | self._scored(output))
+                spelled = self._choice(shown, cursors[index].logprobs) | {"index": index}
+                choices.append(spelled | self._scored(output) | _routed(choice))
         body = {"object": self.whole_object, "choices": choices, "usage": generation.usage()}
         return to_json(self._head | body | self._scores(generation))
 
@@ -85,7 +86,7 @@ class Answer:
             for choice in output.outputs:
                 cursor = cursors[index := prompt * generation.params.n + choice.index]
                 if (part := cursor.advance(self._shown(prompt, output, choice, cursor))) is not None:
-                    yield self._chunk(self._delta(part, cursor.logprobs) | {"index": index})
+                    yield self._chunk(self._delta(part, cursor.logprobs) | {"index": index} | _routed(part))
         if self._include_usage:
             body = {"object": self.chunk_object, "choices": [], "usage": generation.usage()}
             yield to_json(self._head | body)
@@ -163,3 +164,10 @@ class ChatAnswer(Answer):
         delta = {"content": part.text} if part.text else {}
         found = logprobs.chat(part) if logprobs else None
         return {"delta": delta, "logprobs": found, "finish_reason": part.finish_reason}
+
+
+def _routed(choice: CompletionOutput) -> Json:
+    """Where the choice's tokens went, if it was asked for, once the choice has ended."""
+    if choice.routed_experts is None or choice.finish_reason is None:
+        return {}
+    return {"routed_experts": choice.routed_experts.tolist()}

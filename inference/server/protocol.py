@@ -190,6 +190,7 @@ class GenerationRequest(Strict):
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    routed_experts: bool = False
     priority: Annotated[int, Field(ge=-INT32, le=INT32)] = 0
     cache_salt: Annotated[str, Field(min_length=1, max_length=1000)] | None = None
 
@@ -243,6 +244,7 @@ class GenerationRequest(Strict):
             prompt_logprobs=max((k for k in (prompt_logprobs, self.prompt_logprobs) if k is not None), default=None),
             include_stop_str_in_output=self.include_stop_str_in_output,
             skip_special_tokens=self.skip_special_tokens,
+            routed_experts=self.routed_experts,
         )
 
 

@@ -8,6 +8,7 @@ SHARED = {
     "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "bad_words",
     "allowed_token_ids", "prompt_logprobs", "priority", "cache_salt",
     "min_tokens", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "max_tokens", "logprobs",
+    "routed_experts",
 }  # fmt: skip
 
 
