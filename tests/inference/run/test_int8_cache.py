@@ -49,6 +49,15 @@ def test_chunked_is_whole(make_model, budget, form):
         torch.testing.assert_close(found[at], row, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("form", [pytest.param("rows", marks=pytest.mark.full), "invariant"])
+def test_chunked_is_whole_bit_by_bit_with_invariant_kernels(make_model, form):
+    """In float32: equal sums leave nothing that could tip an int8."""
+    model, text = make_model("gshard"), text_of(33 + DECODED, seed=2)
+    with kernels.using(form):
+        ((expected, _),), ((found, _),) = Int8Server(model, 64).run([text]), Int8Server(model, 7).run([text])
+    assert all(torch.equal(found[at], row) for at, row in expected.items())
+
+
 def test_I4_blocks_of_one_precision_are_not_found_under_another(make_engine):
     request = Request(id="x", prompt_token_ids=[1, 2, 3], params=GREEDY)
     roots = set()
