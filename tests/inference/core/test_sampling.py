@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from turnout import RequestError, SamplingParams
+from turnout.inference.core.request import Request
 
 
 def test_defaults_and_names_are_those_that_users_of_vllm_know():
@@ -127,3 +128,15 @@ def test_allowed_and_bad_tokens_must_leave_one():
     with pytest.raises(RequestError, match=r"allowed_token_ids \(\[4, 5\]\).*bad_token_ids"):
         SamplingParams(allowed_token_ids=[4, 5], bad_token_ids=[5, 4])
     SamplingParams(allowed_token_ids=[4, 5], bad_token_ids=[4, [5, 5]])
+
+
+def test_O6_no_step_is_planned_ahead_of_a_token_whose_value_matters(bench):  # noqa: N802
+    asks = [{}, {"min_p": 0.5, "logit_bias": {1: 2}, "bad_token_ids": [4]}, {"bad_token_ids": [[4, 5]]}]
+    asks += [{"repetition_penalty": 1.1}, {"presence_penalty": 1}, {"frequency_penalty": -1}, {"bad_words": ["a"]}]
+    ahead = []
+    for params in asks:
+        scheduler = bench().scheduler
+        scheduler.add(Request("x", [1, 2, 3], SamplingParams(**params)))
+        scheduler.schedule()
+        ahead.append(scheduler.schedule_ahead() is not None)
+    assert ahead == [True] * 2 + [False] * 5
