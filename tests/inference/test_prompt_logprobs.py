@@ -27,6 +27,7 @@ def forward(model):
 
 
 def check(found, ids: list[int], logprobs_TV: torch.Tensor, top: int) -> None:
+    assert found is not None, "the whole prompt is scored"
     assert len(found) == len(ids)
     assert found[0] is None
     for position, row in enumerate(found[1:], 1):
