@@ -8,6 +8,7 @@ R rows (one a request), P of the rows, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -79,9 +80,12 @@ def _penalise(logits_RV: Tensor, items: Sequence[Scheduled]) -> Tensor:
 
 def _counts(sequences: Sequence[Sequence[int]], like_RV: Tensor) -> Tensor:
     """How often each token is in each sequence, float32 [P, V]."""
-    index = _index([(i, token) for i, ids in enumerate(sequences) for token in ids], like_RV.device)
+    device = like_RV.device
+    ids = torch.tensor(list(chain.from_iterable(sequences)), dtype=torch.int64, device=device)
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
+    rows = torch.arange(len(sequences), device=device).repeat_interleave(lengths, output_size=len(ids))
     counts_PV = like_RV.new_zeros(len(sequences), like_RV.shape[1])
-    return counts_PV.index_put_(index, like_RV.new_ones(()), accumulate=True)
+    return counts_PV.index_put_((rows, ids), like_RV.new_ones(()), accumulate=True)
 
 
 def _index(pairs: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
