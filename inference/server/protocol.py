@@ -12,7 +12,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from pydantic_core import PydanticCustomError
 
 from ..core.sampling import MAX_BIAS, MAX_CHOICES, MAX_LOGPROBS, PENALTIES, SamplingParams
+from ..core.structured import StructuredOutputs
 from .errors import ApiError
+from .structured import read_response_format, read_structured_outputs
 
 INT32 = 2**31 - 1
 UINT64 = 2**64 - 1
@@ -55,7 +57,6 @@ NEUTRAL_CHAT: dict[str, Sequence[object]] = NEUTRAL | {
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "verbosity": ("medium",),
@@ -193,6 +194,7 @@ class GenerationRequest(Strict):
     routed_experts: bool = False
     priority: Annotated[int, Field(ge=-INT32, le=INT32)] = 0
     cache_salt: Annotated[str, Field(min_length=1, max_length=1000)] | None = None
+    structured_outputs: Annotated[StructuredOutputs, PlainValidator(read_structured_outputs)] | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
@@ -211,6 +213,11 @@ class GenerationRequest(Strict):
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk that has the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def shape(self) -> StructuredOutputs | None:
+        """What the text must look like."""
+        return self.structured_outputs
 
     def sampling_params(
         self, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None
@@ -245,6 +252,7 @@ class GenerationRequest(Strict):
             include_stop_str_in_output=self.include_stop_str_in_output,
             skip_special_tokens=self.skip_special_tokens,
             routed_experts=self.routed_experts,
+            structured_outputs=self.shape,
         )
 
 
@@ -291,12 +299,24 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    response_format: Annotated[StructuredOutputs | None, PlainValidator(read_response_format)] = None
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> Self:
+        if self.response_format is not None and self.structured_outputs is not None:
+            message = "response_format and structured_outputs exclude each other: set one"
+            raise ApiError(400, message, param="response_format", code="invalid_value")
+        return self
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
         return self
+
+    @property
+    def shape(self) -> StructuredOutputs | None:
+        return self.response_format or self.structured_outputs
 
     @property
     def chat(self) -> list[dict[str, str]]:

@@ -96,7 +96,6 @@ def test_an_answer_can_be_sent_back_as_the_client_holds_it(served: Running):
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"prompt": "x"}, "prompt"),
     ],
     ids=str,

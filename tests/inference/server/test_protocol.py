@@ -9,12 +9,18 @@ SHARED = {
     "allowed_token_ids", "prompt_logprobs", "priority", "cache_salt",
     "min_tokens", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "max_tokens", "logprobs",
     "routed_experts",
+    "structured_outputs",
 }  # fmt: skip
 
 
 def test_the_served_fields_are_these():
     assert set(CompletionRequest.model_fields) == SHARED | {"prompt", "echo"}
-    assert set(ChatRequest.model_fields) == SHARED | {"messages", "max_completion_tokens", "top_logprobs"}
+    assert set(ChatRequest.model_fields) == SHARED | {
+        "messages",
+        "max_completion_tokens",
+        "top_logprobs",
+        "response_format",
+    }
 
 
 def test_no_field_is_both_served_and_neutral():
