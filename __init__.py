@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .inference.core.sampling import SamplingParams
+    from .inference.core.structured import StructuredOutputs
     from .inference.llm import LLM
 
 __version__ = "0.1.0"
@@ -60,7 +61,11 @@ class RequestError(TurnoutError, ValueError):
         self.param = param
 
 
-_LAZY = {"LLM": ".inference.llm", "SamplingParams": ".inference.core.sampling"}
+_LAZY = {
+    "LLM": ".inference.llm",
+    "SamplingParams": ".inference.core.sampling",
+    "StructuredOutputs": ".inference.core.structured",
+}
 
 __all__ = [
     "LLM",
@@ -71,6 +76,7 @@ __all__ = [
     "PeerError",
     "RequestError",
     "SamplingParams",
+    "StructuredOutputs",
     "TurnoutError",
 ]
 

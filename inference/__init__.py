@@ -11,6 +11,7 @@ _LAZY = {
     "CompletionOutput": ".outputs",
     "RequestOutput": ".outputs",
     "SamplingParams": ".core.sampling",
+    "StructuredOutputs": ".core.structured",
 }
 
 __all__ = sorted(_LAZY)
