@@ -18,8 +18,8 @@ from turnout.parallel.dispatch.traffic import Traffic
 from turnout.parallel.mesh import build_mesh
 from turnout.tests.helpers.ranks import run_ranks
 
-WIDTH, EXPERTS, TOKENS = 32, 6, 13
-SHARES = {"uneven": (0, 4, TOKENS), "one rank has nothing": (0, 0, TOKENS), "three": (0, 5, 6, TOKENS)}
+WIDTH, EXPERTS, TOKENS = 128, 6, 13
+SHARES = {"uneven": (0, 1, TOKENS), "one rank has nothing": (0, 0, TOKENS), "three": (0, 5, 6, TOKENS)}
 
 
 def layer_and_tokens(dtype: torch.dtype) -> tuple[MoE, torch.Tensor]:
