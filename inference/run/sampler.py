@@ -123,12 +123,18 @@ def _border(probs_PV: Tensor, limit_P1: Tensor, mass_P1: Tensor, size: int) -> t
     best_PC = probs_PV.topk(size).values if size < probs_PV.shape[1] else probs_PV.sort(dim=-1, descending=True).values
     within_PC = torch.arange(size, device=probs_PV.device) < limit_P1
     chosen_PC = best_PC.double().masked_fill(~within_PC, 0.0)
-    total_P1 = torch.where(limit_P1 <= size, chosen_PC.sum(-1, True), probs_PV.sum(-1, True, dtype=torch.float64))
-    before_PC = chosen_PC.cumsum(-1) - chosen_PC
+    reached_PC = chosen_PC.cumsum(-1)
+    total_P1 = torch.where(limit_P1 <= size, reached_PC[:, -1:], row_sums(probs_PV))
+    before_PC = reached_PC - chosen_PC
     inside_PC = within_PC & (before_PC < mass_P1 * total_P1)
     count_P1 = inside_PC.sum(-1, keepdim=True).clamp(min=1)  # at least one token stays
     enough_P = (limit_P1 <= size)[:, 0] | ~inside_PC[:, -1]
     return count_P1, best_PC.gather(1, count_P1 - 1), enough_P
+
+
+def row_sums(x_RV: Tensor) -> Tensor:
+    """float64 [R, 1], each row's bits its own: PyTorch would divide the sum of one row alone over threads."""
+    return x_RV[:, None].expand(-1, 2, -1).sum(-1, dtype=torch.float64)[:, :1]
 
 
 def _draw(probs_RV: Tensor, items: Sequence[Scheduled]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from turnout.inference.core.request import Request
 from turnout.inference.core.sampling import SamplingParams
 from turnout.inference.core.step import Scheduled
-from turnout.inference.run.sampler import Sampled, sample
+from turnout.inference.run.sampler import Sampled, row_sums, sample
 
 V = 50
 
@@ -152,3 +152,36 @@ def test_tokens_at_minus_infinity_never_come(logits):
     logits[: V - 1] = -torch.inf
     assert one(logits).token == V - 1
     assert one(torch.full((V,), -torch.inf)) == Sampled(None)
+
+
+WIDE = 60_000  # numbers that PyTorch divides over threads
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_S0_a_row_of_a_large_vocabulary_is_the_same_in_any_company(two_threads):  # noqa: N802 (S0 is a rule's name)
+    logits = torch.randn(24, WIDE) * torch.rand(24, 1) * 4
+    kinds = [
+        {"temperature": 0.7, "top_p": 0.9}, {"top_k": 2000, "top_p": 0.95, "logprobs": 20},
+        {"temperature": 2.5, "top_p": 0.999}, {"min_p": 0.01, "logprobs": 3},
+    ]  # fmt: skip
+    requests = [request(position=5 + row, **kinds[row % len(kinds)]) for row in range(24)]
+    together = choose(logits, requests, range(24))
+    for size in (1, 3):
+        for row in range(0, 24, size):
+            part = slice(row, row + size)
+            assert choose(logits[part].clone(), requests[part], range(row, row + size)) == together[part]
+
+
+def test_S0_row_sums_do_not_depend_on_company(two_threads):  # noqa: N802 (S0 is a rule's name)
+    probs = (torch.randn(48, WIDE) * torch.rand(48, 1) * 4).softmax(-1)
+    sums = row_sums(probs)
+    torch.testing.assert_close(sums, probs.double().sum(-1, keepdim=True))
+    for row in range(48):
+        assert torch.equal(row_sums(probs[row : row + 1]), sums[row : row + 1])
