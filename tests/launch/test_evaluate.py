@@ -58,6 +58,16 @@ def test_the_report_is_the_evaluation_of_the_held_out_documents(sparse, tokenize
     assert sum(found["experts"][0]["expert_load"]) == pytest.approx(1)
 
 
+def test_deterministic_evaluation_runs_our_kernels(sparse):
+    from turnout.kernels.registry import using
+
+    fast, slow = (report(sparse, EvaluateOptions(max_bytes=LIMIT, deterministic=own)) for own in (False, True))
+    with using("invariant"):
+        ours = report(sparse, EvaluateOptions(max_bytes=LIMIT))
+    assert (slow["loss"], slow["shuffled_loss"]) == (ours["loss"], ours["shuffled_loss"])
+    assert slow["loss"] == pytest.approx(fast["loss"], rel=1e-6)
+
+
 def test_the_loss_with_shuffled_experts_is_another_one(sparse):
     found = report(sparse, EvaluateOptions(max_bytes=LIMIT))
     assert abs(found["shuffled_loss"] - found["loss"]) > 1e-4

@@ -51,7 +51,7 @@ ROWS = [
     Row(
         "A6",
         (
-            f"{ENGINE}::test_A6_waiting_for_a_grammar",
+            f"{ENGINE}::test_A6_abort_while_waiting_for_a_grammar_leaves_nothing",
             f"{HTTP}::test_A6_a_client_that_leaves_while_its_grammar_compiles_leaves_nothing",
         ),
         Mutant("inference/engine.py", "self._compiling.drop(request_id)", "pass"),
