@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ...kernels.cpp.build import library
 from ...kernels.registry import using
 from ...moe.models.context import VarlenContext
 from ...moe.models.decoder import Decoder
@@ -56,6 +57,8 @@ class ModelRunner:
         self._newest: dict[str, int] = {}
         """The tokens that the last step sampled, by request."""
         self.form = "invariant" if deterministic else None
+        if deterministic:
+            library()  # compiled while nobody waits for a token
         self.dropless = moe_capacity == "dropless"
         self.pages = ExpertPages(model.cfg, plan.num_blocks, plan.block_size, self.device, counted=not self.dropless)
         self._prompts: dict[str, PromptLogprobs] = {}

@@ -177,6 +177,14 @@ def test_fast_and_deterministic_engines_agree_within_rounding(make_engine):
             assert all(math.isclose(a[token], b[token], abs_tol=1e-4) for token in a)
 
 
+def test_kernels_are_compiled_before_the_engine_is_ready(make_engine):
+    build.library.cache_clear()
+    make_engine()
+    assert build.library.cache_info().currsize == 0
+    make_engine(deterministic=True)
+    assert build.library.cache_info().currsize == 1
+
+
 def test_a_model_that_is_not_on_a_cpu_is_refused(model, byte_level):
     with pytest.raises(ConfigError, match=r"deterministic \(true\).*meta.*device=cpu"):
         Engine(build_model().to("meta"), byte_level, EngineConfig(deterministic=True))
