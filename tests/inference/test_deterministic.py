@@ -43,6 +43,10 @@ MODELS = {
     **{name: (lambda name=name: make(name, torch.float32)) for name in FORMS if "sinks, biases" not in name},
 }
 QUICK = ("dense", "top 2", "DeepSeek", "windows and sinks")
+TIGHT = MoEConfig(
+    width=32, expert_width=32, num_experts=4, top_k=2, router="topk_softmax", init_scale=3.0, eval_capacity_factor=0.35,
+    min_capacity=1, capacity_tokens=24,
+)  # fmt: skip
 models = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.full) for n in MODELS]
 )
@@ -105,13 +109,13 @@ def exact(output) -> list:
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)], ids=str)
 @pytest.mark.parametrize("kv_dtype", ["auto", pytest.param("int8", marks=pytest.mark.full)])
 def test_S0_sampled_requests_do_not_feel_preemption_prefixes_or_aborted_mates(make_engine, name, dtype, kv_dtype):
-    model, work = MODELS[name]().to(dtype), mixed(temperature=1.0)[:20]
+    model, work = MODELS[name]().to(dtype), mixed(temperature=1.0)[:14] + mixed(temperature=1.0, n=2)[14:20]
     if kv_dtype == "int8" and model.cfg.attention.latent is not None:
         with pytest.raises(ConfigError):
             make_engine(model, kv_dtype=kv_dtype, deterministic=True)
         return
     own = {"deterministic": True, "kv_dtype": kv_dtype}
-    together = make_engine(model, num_blocks=18, max_num_seqs=8, max_num_batched_tokens=24, **own)
+    together = make_engine(model, num_blocks=18, max_num_seqs=8, max_num_batched_tokens=24, overlap=True, **own)
     alone = make_engine(model, enable_prefix_caching=False, **own)
     for i, request in enumerate(work):
         together.add_request(str(i), *request)
@@ -131,6 +135,15 @@ def test_S0_sampled_requests_do_not_feel_preemption_prefixes_or_aborted_mates(ma
         (expected,) = complete(alone, [request])
         assert exact(outputs[str(i)]) == exact(expected), i
     assert len({tuple(tokens(outputs[str(i)])[0]) for i in range(len(work))}) > 10
+
+
+def test_S0_requests_that_drop_what_the_trainer_drops_do_not_feel_their_mates(make_engine):
+    model, work = build_model(moe=TIGHT), mixed(temperature=1.0)[:10]
+    own = {"deterministic": True, "moe_capacity": "trained"}
+    together = make_engine(model, num_blocks=18, max_num_batched_tokens=24, **own)
+    alone = make_engine(model, enable_prefix_caching=False, **own)
+    for request, output in zip(work, complete(together, work), strict=True):
+        assert exact(output) == exact(complete(alone, [request])[0])
 
 
 def test_S0_prompt_logprobs_are_the_same_bits_in_chunks(make_engine):
