@@ -22,15 +22,15 @@ def check_blocks(scheduler: Scheduler, late: Collection[Request], taken: Collect
     owners = [*scheduler.running, *late]
     tables = Counter(taken)
     for request in owners:
-        tables.update((*request.block_table, *request.replaced_blocks, *request.memory_table))
+        tables.update((*kept(request), *request.replaced_blocks, *request.memory_table))
     assert tables == +Counter(dict(enumerate(blocks.counts))), "I1 a count is the number of tables that hold the block"
     for request in (*scheduler.waiting, *scheduler.held.values()):
         assert not request.block_table, "I2 a waiting request holds nothing"
         assert not request.memory_table, "I2 a waiting request has no memory"
     for request in owners:
-        table = request.block_table
+        table = kept(request)
         assert len(set(table)) == len(table), "I8 no block twice in a table"
-        for block in table[request.num_computed_tokens // blocks.block_size :]:
+        for block in request.block_table[request.num_computed_tokens // blocks.block_size :]:
             assert blocks.counts[block] == 1, "I8 a writable block has one owner"
         assert blocks.shares or table == list(range(table[0], table[0] + len(table))), "contiguous tables are runs"
         memory = request.memory_table
@@ -41,8 +41,17 @@ def check_blocks(scheduler: Scheduler, late: Collection[Request], taken: Collect
     assert scheduler.stats().usage == len(referenced) / blocks.num_usable, "I10 usage = referenced / usable"
 
 
+def kept(request: Request) -> list[int]:
+    """The table without what a window has left."""
+    assert not any(request.block_table[: request.num_dropped_blocks]), "the null block stands for what was given back"
+    return request.block_table[request.num_dropped_blocks :]
+
+
 class PrefixWatch:
     """What was ever published: a name stands for one content for ever, and that content stays while it is published."""
+
+    chained = True
+    """A published block's parent is published; behind a window it may be evicted first."""
 
     def __init__(self) -> None:
         self.value_of: dict[bytes, int] = {}
@@ -62,6 +71,8 @@ class PrefixWatch:
             first[block], last[value] = cells[0].previous, block
             assert self.value_of.setdefault(name, value) == value, "I4 one content for one name"
             assert self.name_of.setdefault(value, name) == name, "I4 one name for one content"
+        if not self.chained:
+            return
         age = {block: i for i, block in enumerate(prefix.idle)}
         for block, previous in first.items():
             assert previous in last or previous in roots, "I6 a published block's parent is published"

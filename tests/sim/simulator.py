@@ -324,8 +324,8 @@ class Simulation:
             if item.request in fresh:
                 reads, parent = item.request.params.reads_prefix, item.request.parent
                 hit = self.watch.longest_hit(self.scheduler, item.request) if reads else 0
-                prompt = len(item.request.prompt_token_ids)
-                if parent and parent.block_table and parent.num_computed_tokens >= prompt == item.request.num_tokens:
+                prompt, known = len(item.request.prompt_token_ids), item.request.num_tokens
+                if parent and any(parent.block_table[:1]) and parent.num_computed_tokens >= prompt == known:
                     hit = prompt - 1
                     self.seen["forked"] += 1
                     self.seen["copied"] += item.copied is not None
