@@ -56,11 +56,6 @@ ROWS = [
         ),
     ),
     Row(
-        "A6",
-        ("tests/inference/test_structured.py::test_A6_abort_while_waiting_for_a_grammar_leaves_nothing",),
-        Mutant(ENGINE, "            self._compiling.drop(request_id)\n", ""),
-    ),
-    Row(
         "A7",
         (f"{TESTS}::test_A7_last_token_already_sampled",),
         Mutant(
