@@ -50,6 +50,14 @@ def test_they_are_those_of_the_training_forward_in_chunks_of_any_size(make_engin
     assert tokens(scored) == tokens(other)
 
 
+def test_chunks_of_any_size_give_the_same_bits_when_deterministic(make_engine):
+    found = [
+        complete(make_engine(deterministic=True, max_num_batched_tokens=chunk, max_num_seqs=1), [(PROMPT, SCORE)])
+        for chunk in (5, 512)
+    ]
+    assert found[0][0].prompt_logprobs == found[1][0].prompt_logprobs
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_O11_a_cached_prefix_changes_nothing(make_engine, forward, overlap):  # noqa: N802
     engine = make_engine(overlap=overlap)

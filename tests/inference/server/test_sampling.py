@@ -211,3 +211,22 @@ def test_a_request_that_excludes_every_token_is_told_so(served: Running):
     refused = served.post(prompt=PROMPT, max_tokens=4, min_tokens=2, allowed_token_ids=[7], stop_token_ids=[7])
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "allowed_token_ids")
     assert "excluded every token" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("last", "text"), [(2, "a日b"), (0, "ab")], ids=["completed", "left alone"])
+def test_O1_a_character_that_begins_in_the_prompt_is_echoed_whole_or_not_at_all(served, byte_level, last, text):  # noqa: N802
+    """The completion is the character's last byte and a letter, or only a letter."""
+    (a,), cut, (b,) = byte_level.encode("a"), byte_level.encode("日"), byte_level.encode("b")
+    assert len(cut) == 3
+    then = [*cut[last:], b] if last else [b]
+    body = {"prompt": [a, *cut[:2]], "max_tokens": len(then), "echo": True, "logprobs": 0, "temperature": 0}
+    bias = {str(then[0]): 100, str(b): 99.5}
+    body |= {"allowed_token_ids": then, "logit_bias": bias, "repetition_penalty": 2.0 if last else 1.0}
+    choice = served.post(**body).json()["choices"][0]
+    assert choice["text"] == text
+    assert choice["logprobs"]["text_offset"][0] == 0
+    assert choice["logprobs"]["text_offset"][-1] == len(text) - 1
+    parts = [chunk["choices"][0] for chunk in served.stream(**body)[:-1]]
+    assert "".join(part["text"] for part in parts) == text
+    offsets = [part["logprobs"]["text_offset"] for part in parts]
+    assert list(itertools.chain.from_iterable(offsets)) == choice["logprobs"]["text_offset"]
