@@ -32,8 +32,8 @@ def test_completions_read_the_prompt_and_count_it(running: Running, byte_level):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"echo": True}, "echo is not served by this server"),
-        ({"prompt_logprobs": 1}, "prompt_logprobs is not a parameter of this endpoint"),
+        ({"echo": True}, "echo can not be true: the model is an encoder-decoder"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs (1) can not be given: an encoder reads the prompt"),
         ({"prompt": [1] * 64}, "must not exceed 63 (max_num_batched_tokens - 1: the encoder reads it in one step)"),
         ({"max_tokens": 256}, "start token (1) + max_tokens (256) must not exceed max_model_len (256)"),
         ({"prompt": ""}, "prompt"),
