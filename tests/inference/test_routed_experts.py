@@ -98,6 +98,29 @@ def test_M6_rows_are_right_through_chunks_hits_and_preemption(tight, make_engine
         assert_rows(model, mode, prompt, seen[name][-1].outputs[0])
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_M6_blocks_that_a_window_gives_back_take_no_row_and_no_counter_with_them(
+    make_model, make_engine, mode, overlap
+):
+    moe = MoEConfig(width=32, expert_width=32, num_experts=4, router="gshard", **TIGHT)
+    model = make_model(moe=moe, attention=AttentionConfig(window=6))
+    engine = make_engine(
+        model, moe_capacity=mode, block_size=4, num_blocks=16, max_num_batched_tokens=9, overlap=overlap
+    )
+    prompts = {str(i): prompt_of(20 + 3 * i, seed=i % 2) for i in range(4)}
+    for name, prompt in prompts.items():
+        engine.add_request(name, prompt, asking(max_tokens=30, ignore_eos=True))
+    given_back, seen = 0, {}
+    while engine.has_unfinished:
+        for output in engine.step():
+            seen[output.request_id] = output.outputs[0]
+        given_back += sum(request.num_dropped_blocks for request in engine.scheduler.running)
+    assert given_back > 0
+    for name, prompt in prompts.items():
+        assert_rows(model, mode, prompt, seen[name])
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_M6_a_reported_row_is_not_reported_again_nor_changed(tight, make_engine, mode):
     engine = make_engine(tight["gshard"], moe_capacity=mode, num_blocks=16, block_size=4)
