@@ -1,7 +1,7 @@
 // softmax(scale · q kᵀ + bias) v for packed rows and for pages: one function of a query row and its keys in order.
 //
 // Of one row: each score is sixteen lanes over d and one tree; the sum of the exponentials has lanes counted from the
-// row's first key; the values are added key after key. Rows that share keys are computed together, sums never divided.
+// row's first key; values are added key after key. Rows that share keys are computed together, sums never divided.
 #pragma once
 #include <vector>
 
@@ -59,7 +59,10 @@ static inline void add_values(const Row* rows, const float* s, int64_t s_row, in
                               int64_t count, int64_t column, int64_t d, float* out) {
   V sum[n * columns] = {};
   int64_t shared = 0, border = count;
-  for (int r = 0; r < n; r++) shared = std::max(shared, rows[r].first - from), border = std::min(border, rows[r].last - from);
+  for (int r = 0; r < n; r++) {
+    shared = std::max(shared, rows[r].first - from);
+    border = std::min(border, rows[r].last - from);
+  }
   for (int64_t j = 0; j < count; j++) {
     const bool everyone = j >= shared && j < border;
     V b[columns];

@@ -11,8 +11,8 @@
 constexpr int64_t ROWS = 128, COLUMNS = 16 * TILE;  // of a task
 constexpr int64_t FEW = 8;  // rows up to which a two-byte matrix is widened on the fly
 
-struct Gemm {
-  const void *x, *w;  // x is wide when `run` sees it
+struct Gemm {  // for `run` x is wide already
+  const void *x, *w;
   const float* bias;
   void* y;
   int64_t rows, depth, columns, x_row, w_expert, w_k, w_column;
@@ -128,7 +128,8 @@ static void gemm_all(Gemm g, const int32_t* ends, int64_t experts, int threads) 
     std::vector<float> room;
     if (type != FLOAT32) {
 #pragma omp for
-      for (int64_t n = 0; n < g.rows; n++) widen_row<type>(at<type>(narrow_x, n * g.depth), wide.data() + n * g.depth, g.depth);
+      for (int64_t i = 0; i < g.rows * g.depth; i += g.depth)
+        widen_row<type>(at<type>(narrow_x, i), wide.data() + i, g.depth);
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < (int64_t)tasks.size(); i++) run<type>(g, tasks[i], room);

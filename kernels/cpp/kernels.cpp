@@ -3,7 +3,8 @@
 #include "gemm.h"
 
 template <Type type>
-static void rms_norm_rows(const void* x, const float* weight, void* y, int64_t rows, int64_t D, float eps, int threads) {
+static void rms_norm_rows(const void* x, const float* weight, void* y, int64_t rows, int64_t D, float eps,
+                          int threads) {
 #pragma omp parallel for num_threads(rows * D < SMALL ? 1 : threads)
   for (int64_t t = 0; t < rows; t++) {
     const void* row = at<type>(x, t * D);
@@ -13,8 +14,10 @@ static void rms_norm_rows(const void* x, const float* weight, void* y, int64_t r
       squares = fma(a, a, squares);
     }
     const float turn = 1.0f / std::sqrt(reduce(squares) / D + eps);
-    for (int64_t i = 0; i < D; i += 16)
-      store<type>((void*)at<type>(y, t * D), i, load<type>(row, i, D - i) * turn * load<FLOAT32>(weight, i, D - i), D - i);
+    for (int64_t i = 0; i < D; i += 16) {
+      V a = load<type>(row, i, D - i) * turn * load<FLOAT32>(weight, i, D - i);
+      store<type>((void*)at<type>(y, t * D), i, a, D - i);
+    }
   }
 }
 

@@ -1,7 +1,7 @@
 // Sixteen floats, and what every kernel does with them in the same order on every CPU.
 //
-// Without -ffp-contract nothing is fused but where `fma` says so, so the same bits come from AVX-512 and from AVX2; a CPU
-// without FMA rounds twice, always.
+// With -ffp-contract=off nothing is fused but where `fma` says so: AVX-512 and AVX2 give the same bits. A CPU without
+// FMA rounds twice, always.
 #pragma once
 #include <immintrin.h>
 
@@ -64,9 +64,9 @@ static inline void reduce_all(const V* a, float* out) {
     }
     __m512 s = _mm512_add_ps(_mm512_shuffle_ps(four[0], four[1], 0x44), _mm512_shuffle_ps(four[0], four[1], 0xEE));
     __m512 t = _mm512_add_ps(_mm512_shuffle_ps(four[2], four[3], 0x44), _mm512_shuffle_ps(four[2], four[3], 0xEE));
-    __m512 all = _mm512_add_ps(_mm512_shuffle_ps(s, t, 0x88), _mm512_shuffle_ps(s, t, 0xDD));
+    __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(s, t, 0x88), _mm512_shuffle_ps(s, t, 0xDD));
     const __m512i turn = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-    _mm512_storeu_ps(out, _mm512_permutexvar_ps(turn, all));
+    _mm512_storeu_ps(out, _mm512_permutexvar_ps(turn, sums));
     return;
   }
 #endif

@@ -102,15 +102,17 @@ def test_the_flags_are_the_best_that_the_cpu_has(has, flag):
 
 
 @pytest.mark.full
-def test_every_cpu_with_fma_gives_the_same_bits(monkeypatch):
+def test_every_cpu_with_fma_gives_the_same_bits_and_others_nearly(monkeypatch):
     if not build.INSTRUCTIONS[0][0] <= build._cpu():
         return
     x, w, k = torch.randn(37, 100), torch.randn(70, 100), torch.randn(37, 2, 24)
     found = []
-    for _, flags in build.INSTRUCTIONS[:2]:
+    for _, flags in build.INSTRUCTIONS:
         library = build.load(flags)
         monkeypatch.setattr("turnout.kernels.cpp.call.library", lambda library=library: library)
         with kernels.using("cpp"):
             attended = kernels.varlen_attention(k.repeat(1, 2, 1), k, k, torch.tensor([0, 30, 37]), scale=0.2)
             found.append((kernels.linear(x, w), kernels.swiglu(x), attended))
-    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    for wide, narrow, plain in zip(*found, strict=True):
+        assert torch.equal(wide, narrow)
+        torch.testing.assert_close(plain, wide, rtol=1e-5, atol=1e-5)
