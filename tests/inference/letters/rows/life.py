@@ -27,7 +27,7 @@ ROWS = [
             f"{PROCESS}::test_G3_a_second_signal_ends_it_at_once",
             f"{PROCESS}::test_G3_a_signal_while_it_loads_ends_it_cleanly",
         ),
-        Mutant(SOURCE, "        await self._idle(self._config.drain_seconds)\n", ""),
+        Mutant(SOURCE, "self._idle(self._config.drain_seconds)", "self._idle(0.0)"),
     ),
     Row(
         "G3",

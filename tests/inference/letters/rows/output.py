@@ -12,6 +12,7 @@ HTTP = "tests/inference/server/test_completions.py"
 SAMPLING = "tests/inference/test_sampling.py"
 PROMPT = "tests/inference/test_prompt_logprobs.py"
 SHAPES = "tests/inference/test_structured.py"
+MASK = "tests/inference/run/test_grammar_mask.py"
 
 ROWS = [
     Row(
@@ -60,14 +61,15 @@ ROWS = [
     Row(
         "O10",
         (
+            f"{MASK}::test_O10_rows_keep_what_their_grammar_allows_and_the_end_where_it_accepts",
             f"{SHAPES}::test_O10_the_end_comes_only_where_the_text_is_whole",
             f"{SHAPES}::test_O10_a_dead_end_ends_only_its_request",
             f"{SHAPES}::test_O10_survives_preemption_chunks_neighbours_and_n",
         ),
         Mutant(
-            "inference/text/grammar.py",
-            "self.accepts = self._state.is_accepting() and not self._state.is_error()",
-            "self.accepts = True",
+            "inference/run/grammar_mask.py",
+            "allowed_PV[at, tokens] = accepts.bool()",
+            "allowed_PV[at, tokens] = True",
         ),
     ),
     Row(
