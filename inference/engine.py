@@ -140,7 +140,7 @@ class Engine:
         free = free_memory(weight.device) // (1 if ranks is None else ranks.neighbours)
         layout = Layout(dp=1, ep=1, edp=1) if ranks is None else ranks.mesh.layout
         plan = plan_memory(
-            model.cfg, config, length, weight.dtype, held, free, weight.device.type, layout.ep, layout.tp
+            model.cfg, config, length, weight.dtype, held, free, weight.device.type, layout.ep, layout.tp, layout.dp
         )
         self.memory_plan = plan if ranks is None else ranks.agree(plan)
         self.kv_plan = self.memory_plan.kv

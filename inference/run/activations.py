@@ -36,7 +36,9 @@ class Activations:
         config: T and B.
         length: L, in tokens.
         dtype: of the weights.
-        ranks: expert-parallel ranks. Any number of them may send all of a step's tokens to the experts of one.
+        ranks: that divide the experts. All of them may send all of their tokens to the experts of one.
+        tp: ranks that divide a step's tokens between the layers.
+        replicas: each with a step of its own; rank 0 samples for all of them.
     """
 
     model: ModelConfig
@@ -44,6 +46,8 @@ class Activations:
     length: int
     dtype: torch.dtype
     ranks: int = 1
+    tp: int = 1
+    replicas: int = 1
 
     @property
     def total(self) -> int:
@@ -114,8 +118,11 @@ class Activations:
 
     @property
     def rows(self) -> int:
-        """Rows that one rank computes when all tokens go to its experts."""
-        return 0 if self.model.moe is None else self.tokens * self.model.moe.top_k
+        """Rows that one rank computes when all tokens of all ranks go to its experts."""
+        moe = self.model.moe
+        if moe is None:
+            return 0
+        return -(-self.tokens // self.tp) * self.ranks * min(moe.top_k, -(-moe.num_experts // self.ranks))
 
     @property
     def experts(self) -> int:
@@ -138,6 +145,6 @@ class Activations:
     @property
     def logits(self) -> int:
         """Of every request, with what the sampler makes of them; before that a slice of a prompt's."""
-        rows = min(self.config.max_num_seqs, self.tokens)
+        rows = min(self.config.max_num_seqs, self.tokens) * self.replicas
         prompts = max(LOGITS, self.model.vocab_size) * (self.w + 3 * self.wide)
         return max(rows * self.model.vocab_size * (self.w + self.wide + SAMPLING), prompts)

@@ -75,7 +75,7 @@ class MemoryPlan:
 
 def plan_memory(
     model: ModelConfig, config: EngineConfig, max_model_len: int, dtype: torch.dtype, weights: int, free: int,
-    device: str = "cpu", ranks: int = 1, tp: int = 1,
+    device: str = "cpu", ranks: int = 1, tp: int = 1, replicas: int = 1,
 ) -> MemoryPlan:  # fmt: skip
     """Size everything.
 
@@ -89,6 +89,7 @@ def plan_memory(
         device: the kind of device.
         ranks: expert-parallel ranks.
         tp: ranks that divide the heads.
+        replicas: that rank 0 samples for.
 
     Raises:
         ConfigError: it does not fit.
@@ -98,7 +99,9 @@ def plan_memory(
 
     def plan(kv: KVPlan) -> MemoryPlan:
         length = min(max_model_len, kv.tokens)
-        worst = Activations(model=model, config=config, length=length, dtype=dtype, ranks=ranks)
+        worst = Activations(
+            model=model, config=config, length=length, dtype=dtype, ranks=ranks, tp=tp, replicas=replicas
+        )
         step, routing = worst.total + WORKSPACE, kv.num_blocks * each
         return MemoryPlan(weights=weights, activations=step, kv=kv, routing=routing, free=free)
 

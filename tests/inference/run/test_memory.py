@@ -111,15 +111,21 @@ def test_the_sampler_takes_no_more_for_a_logit_than_planned():
     assert 0.7 * SAMPLING < measured.peak / logits.numel() <= SAMPLING
 
 
-def worst(model, length=256, ranks=1, **config):
-    return Activations(model=model.cfg, config=EngineConfig(**config), length=length, dtype=torch.float32, ranks=ranks)
+def worst(cfg, **layout):
+    return Activations(model=cfg, config=EngineConfig(), length=256, dtype=torch.float32, **layout)
 
 
 def test_M9_every_token_of_all_ranks_may_go_to_the_experts_of_one(make_model):
-    model = make_model("gshard")
-    alone, four = worst(model, ranks=1), worst(model, ranks=4)
-    assert alone.rows == four.rows == 512 * 2, "budget · k, whatever the number of ranks"
-    assert four.experts - alone.experts == 512 * 2 * 4 * 32 * 4, "rows travel to the expert and back"
+    """512 tokens a replica, 2 of 4 experts each."""
+    cfg = make_model("gshard").cfg
+    alone, two, four = worst(cfg), worst(cfg, ranks=2), worst(cfg, ranks=4)
+    assert (alone.rows, two.rows) == (512 * 2, 2 * 512 * 2), "every choice of both ranks' tokens"
+    assert four.rows == 4 * 512 * 1, "a rank has one expert, and no token asks for it twice"
+    assert worst(cfg, ranks=2, tp=2).rows == 512 * 2, "two ranks divide one replica's tokens"
+    travelled = two.rows * 4 * 32 * 4  # to the expert and back, as they set out and as they arrive
+    assert two.experts - alone.experts >= travelled + 512 * 2 * 32 * 4
+    large = replace(cfg, vocab_size=100_000)
+    assert worst(large, replicas=2).logits == 2 * worst(large).logits, "rank 0 samples for both"
 
 
 def plan(model, free, length=256, **config):

@@ -27,8 +27,8 @@ ROWS = [
         ),
         Mutant(
             "inference/run/activations.py",
-            "self.tokens * self.model.moe.top_k",
-            "self.tokens * self.model.moe.top_k // self.ranks",
+            "// self.tp) * self.ranks * min",
+            "// self.tp) * min",
         ),
     ),
     Row(
