@@ -31,6 +31,12 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
+def start_peak() -> int:
+    """Let VmHWM start again from what is resident now, which is returned."""
+    (PROCESS / "clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
 def byte_tokenizer() -> tokenizers.Tokenizer:
     """A token a byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -57,8 +63,7 @@ def main(model: str, config: str, dtype: str) -> None:
     told = replace(flat, max_tokens=1, prompt_logprobs=5)
     engine.add_request("warm", [1, 2, 3], flat)
     drain(engine)
-    (PROCESS / "clear_refs").write_text("5")  # the peak starts again from here
-    before = resident("VmRSS")
+    before = start_peak()
     engine.add_request("long", [1] * (longest - together), told)
     drain(engine)
     for i in range(batch):  # all at their longest at once: what they share is cached by now

@@ -6,22 +6,30 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from turnout import ConfigError
+from turnout.configs.typed import build
 from turnout.inference.config import EngineConfig
 from turnout.inference.core.request import Request
 from turnout.inference.core.sampling import SamplingParams
 from turnout.inference.core.step import Scheduled
+from turnout.inference.engine import Engine
+from turnout.inference.ranks import Ranks
 from turnout.inference.run.activations import SAMPLING, Activations
 from turnout.inference.run.experts import ExpertPages
 from turnout.inference.run.free import free_memory, group_memory
 from turnout.inference.run.kv import MIB
 from turnout.inference.run.memory import SHARE, WORKSPACE, plan_memory
 from turnout.inference.run.sampler import sample
+from turnout.moe import Decoder, ModelConfig, save_model
+from turnout.parallel import ParallelConfig, build_mesh
 from turnout.tests.helpers.memory import Memory
+from turnout.tests.helpers.ranks import run_ranks
+from turnout.tests.helpers.worst_step import drain, resident, start_peak
 
 LATENT = {"latent": {"rank": 64, "rope_dim": 16, "value_dim": 32}}
 SPARSE = {"width": 512, "expert_width": 512, "num_experts": 128, "top_k": 16, "router": "topk_softmax"}
@@ -82,6 +90,41 @@ def test_M9_the_worst_step_takes_no_more_than_planned(name):
     peak, planned = measured(name)
     assert peak <= planned
     assert planned - WORKSPACE <= 3 * peak, "a plan that is never needed would waste the machine"
+
+
+def flood(path: str, config: dict[str, Any]) -> tuple[int, int, int] | None:
+    """On every rank: two steps full of tokens, one a replica. Rank 0's (peak, plan, plan for its own tokens alone)."""
+    ranks = Ranks(build_mesh(ParallelConfig(ep=2)), EngineConfig(**config))
+    engine = Engine.from_path(path, EngineConfig(**config), ranks=ranks)
+    if not ranks.leads:
+        ranks.follow()
+        return None
+    one = SamplingParams(max_tokens=1, temperature=0)
+    for tokens in (8, config["max_num_batched_tokens"]):  # the first to warm up
+        before = start_peak()
+        for replica in range(2):
+            engine.add_request(str(replica), [1 + replica] * tokens, one)
+        drain(engine)
+    peak = resident("VmHWM") - before
+    ranks.end()
+    cfg, length = engine.model_config, engine.config.max_model_len
+    own = Activations(model=cfg, config=engine.config, length=length, dtype=torch.float32)
+    return peak, engine.memory_plan.activations, own.total
+
+
+@pytest.mark.full
+def test_M9_two_ranks_send_all_their_tokens_to_the_experts_of_one(tmp_path, byte_level):
+    """Routers of zeros: ties go to the lowest experts, which rank 0 has."""
+    moe = SPARSE | {"num_experts": 16, "top_k": 8}
+    cfg = build(ModelConfig, PLAIN | {"width": 512, "layers": 2, "heads": 4, "kv_heads": 4, "head_dim": 16, "moe": moe})
+    weights = Decoder(cfg).state_dict()
+    zeros = {name: torch.zeros_like(weight) for name, weight in weights.items() if name.endswith("router.weight")}
+    byte_level._tokenizer.save(str(tmp_path / "tokenizer.json"))
+    path = save_model(tmp_path / "model", cfg, weights | zeros, tmp_path)
+    config = {"max_num_batched_tokens": 1000, "max_num_seqs": 4, "num_blocks": 300, "enable_prefix_caching": False}
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    (peak, planned, own), _ = run_ranks(flood, 2, str(path), config, fresh=True, env=allocator)
+    assert own < peak <= planned
 
 
 @pytest.mark.parametrize("capacity", ["dropless", "trained"])
