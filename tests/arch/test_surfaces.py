@@ -10,6 +10,7 @@ import json
 import pytest
 
 from turnout.launch import compose, main
+from turnout.launch.bench import BenchOptions
 from turnout.launch.cli import Options
 from turnout.launch.convert import ConvertOptions
 from turnout.launch.evaluate import EvaluateOptions
@@ -25,6 +26,7 @@ OPTIONS = {
     "serve": ServeOptions,
     "evaluate": EvaluateOptions,
     "convert": ConvertOptions,
+    "bench": BenchOptions,
 }
 
 

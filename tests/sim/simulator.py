@@ -11,15 +11,15 @@ from collections import Counter, deque
 from collections.abc import Callable
 
 from turnout import RequestError
-from turnout.inference.config import EngineConfig
 from turnout.inference.core.blocks import BlockManager, ContiguousBlocks
-from turnout.inference.core.request import QueueFullError, Request, Status
+from turnout.inference.core.request import Request, Status
 from turnout.inference.core.sampling import SamplingParams
 from turnout.inference.core.scheduler import Scheduler
 from turnout.inference.core.step import Scheduled, StepPlan
 
 from .doubles import EOS, MODEL, CanaryCache, FakeClock
 from .invariants import PrefixWatch, check_blocks, check_drained, check_memories, check_plan
+from .settings import draw_config, refusal
 
 SALTS = ("", "tenant")
 START = 0
@@ -43,7 +43,7 @@ class Simulation:
     ) -> None:
         self.encoder = encoder
         self.random = random.Random(seed)
-        self.config = self._config()
+        self.config = draw_config(self.random, encoder)
         self.clock = FakeClock()
         size, pool = self.config.block_size, self.config.num_blocks or 2
         if self.config.kv_layout == "contiguous":
@@ -198,36 +198,6 @@ class Simulation:
         assert not self.scheduler.running
         self.launched.clear()
 
-    def _config(self) -> EngineConfig:
-        draw = self.random
-        size = draw.choice((1, 2, 3, 4, 8))
-        seats = draw.choice((1, 2, 3, 8))
-        contiguous = not self.encoder and draw.random() < 0.1
-        if contiguous:
-            return EngineConfig(
-                max_num_seqs=seats,
-                max_num_batched_tokens=seats + draw.choice((0, 1, size, 64)),
-                block_size=size,
-                num_blocks=1 + draw.choice((4, 5, 9, 24)),
-                max_model_len=4 * size - draw.choice((0, 1)),
-                kv_layout="contiguous",
-                max_waiting=draw.choice((2, 20, 100)),
-            )
-        return EngineConfig(
-            max_num_seqs=seats,
-            max_num_batched_tokens=seats
-            + draw.choice((0, 1, size - 1, size, size + 1, 64))
-            + (draw.choice((0, 3 * size)) if self.encoder else 0),
-            block_size=size,
-            num_blocks=1 + draw.choice((1, 2, 3, 5, 7, 10, 24)),
-            max_model_len=draw.choice((None, None, 4 * size, 40)),
-            enable_prefix_caching=draw.random() < 0.85,
-            max_waiting=draw.choice((2, 20, 100)),
-            batching=draw.choice(("continuous", "continuous", "continuous", "continuous", "static", "dynamic")),
-            batch_window=draw.choice((0.0, 3.0)),
-            queue_timeout=draw.choice((None, None, 30.0)),
-        )
-
     def _length(self) -> int:
         """A length at, just below or just above a block boundary, mostly so that two of them fit the pool."""
         most = min(((self.config.num_blocks or 2) + self.random.choice((0, 0, 0, 1))) // 2, 6)
@@ -268,14 +238,14 @@ class Simulation:
             request.deadline, request.parent = deadline, parent
             group.append(request)
         held = self.random.random() < 0.1
-        refusal = self._refusal(group)
+        expected = refusal(self.scheduler, group)
         before = dict(self.scheduler.requests)
         outcome: type[RequestError] | None = None
         try:
             self.scheduler.add(*group, held=held)
         except RequestError as error:
             outcome = type(error)
-        assert outcome is refusal, f"P8 expected {refusal}, got {outcome}"
+        assert outcome is expected, f"P8 expected {expected}, got {outcome}"
         if outcome is None:
             self.requests.extend(group)
             self.delayed.update(request for request in group if request.status is Status.HELD)
@@ -283,25 +253,6 @@ class Simulation:
         else:
             assert self.scheduler.requests == before, "I2 a refused request leaves nothing"
             self.seen[f"refused {outcome.__name__}"] += 1
-
-    def _refusal(self, group: list[Request]) -> type[RequestError] | None:
-        """The error that the request must meet, from its sizes alone."""
-        config, total = self.config, len(group[0].prompt_token_ids) + (group[0].params.max_tokens or 0)
-        usable, size = self.scheduler.blocks.num_usable, config.block_size
-        source = len(group[0].encoder_token_ids or ())
-        if source:
-            usable -= -(-source // size)
-            if usable < 1 or source >= config.max_num_batched_tokens or source > (config.max_model_len or source):
-                return RequestError
-        slots = usable * size
-        if total - (group[0].params.max_tokens != 0) > slots or (
-            config.max_model_len is not None and total > config.max_model_len
-        ):
-            return RequestError
-        if any(request.id in self.scheduler.requests for request in group):
-            return RequestError
-        queued = len(self.scheduler.waiting) + len(self.scheduler.held)
-        return QueueFullError if queued + len(group) > config.max_waiting else None
 
     def _abort_some(self, situation: str) -> list[Request]:
         """Abort any live request, twice, and an unknown one; returns the aborted."""

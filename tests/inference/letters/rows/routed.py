@@ -56,8 +56,8 @@ ROWS = [
         (f"{ROUTED}::test_M10_counters_are_the_reported_rows_exactly",),
         Mutant(
             "inference/run/runner.py",
-            "self.routing.add(context.routings, batch.valid_T)",
-            "[self.routing.add(context.routings, batch.valid_T) for _ in range(2)]",
+            "self.routing.add(context.routings, context.route.valid_T)",
+            "[self.routing.add(context.routings, context.route.valid_T) for _ in range(2)]",
         ),
     ),
 ]
