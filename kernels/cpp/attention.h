@@ -149,9 +149,10 @@ static void attend_all(const Attention& a, int threads) {
         rows[r] = {start + query, head, piece.keys - queries + query, 0, 0};
         look(a, rows[r], piece.keys);
       }
-      if (n == R) attend<R, type, cached>(a, piece.b, piece.kv_head, rows, room);
-      else
-        for (int r = 0; r < n; r++) attend<1, type, cached>(a, piece.b, piece.kv_head, rows + r, room);
+      int r = 0;
+      if (n == R) attend<R, type, cached>(a, piece.b, piece.kv_head, rows, room), r = R;
+      if (n - r >= 2) attend<2, type, cached>(a, piece.b, piece.kv_head, rows + r, room), r += 2;
+      if (n - r >= 1) attend<1, type, cached>(a, piece.b, piece.kv_head, rows + r, room);
     }
   }
 }

@@ -103,7 +103,8 @@ def _folder() -> Path:
     try:
         folder = Path.home() / ".cache" / "turnout" / "kernels"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
+        found = folder.stat()
+        if os.access(folder, os.W_OK) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
             return folder
     except (OSError, RuntimeError):
         LOG.debug("no cache in the home directory", exc_info=True)

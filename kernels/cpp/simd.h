@@ -105,6 +105,13 @@ static inline Half narrow(V x) {
   }
 #if defined(__AVX512F__)
   return (Half)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  __m256 f[2];
+  Half out;
+  std::memcpy(f, &x, 64);
+  __m128i h[2] = {_mm256_cvtps_ph(f[0], _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph(f[1], _MM_FROUND_TO_NEAREST_INT)};
+  std::memcpy(&out, h, 32);
+  return out;
 #else
   _Float16 f[16];
   Half out;
