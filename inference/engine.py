@@ -8,13 +8,14 @@ uses it (`AsyncEngine` gives it one of its own).
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from .. import ConfigError, PeerError, RequestError, TurnoutError
+from .. import ConfigError, RequestError, TurnoutError
 from ..configs.typed import digest
 from ..moe.config import ModelConfig
 from ..moe.models.decoder import Decoder
@@ -49,6 +50,7 @@ from .text.grammar import GrammarCompiler
 from .text.tokenizer import TextTokenizer
 
 Prompt = str | Sequence[int]
+T = TypeVar("T")
 IDLE_SECONDS = 0.01
 """The longest pause between two looks at whether anything can be scheduled."""
 
@@ -302,16 +304,13 @@ class Engine:
             self._launch(self.scheduler.schedule_ahead())
         try:
             result = self._executor.collect()
-        except PeerError:
-            raise
-        except Exception as error:  # noqa: BLE001  (whatever computing raises)
+        except Exception as error:
+            if self.ranks is not None:
+                raise  # the others may wait in an exchange of this step
             return refused + self._blame(error)
         plan = self._plans.popleft()
         if not plan.num_tokens and self.has_unfinished:
             self._compiling.rest(min(max(self.scheduler.patience, 0.0), IDLE_SECONDS))
-        for request_id, rows in result.routed.items():
-            if request_id in self._choices:  # it was not ended after the launch
-                self._choices[request_id].report(rows)
         return refused + self._commit(plan, result)
 
     def _launch(self, plan: StepPlan | None) -> None:
@@ -324,7 +323,8 @@ class Engine:
     def _commit(self, plan: StepPlan, results: StepResult) -> list[RequestOutput]:
         """Apply a step's results."""
         sampled = results.sampled
-        failed = self._expired(plan)
+        failed = self._expired(plan) | self._hand(results.routed, Choice.report)
+        failed |= self._hand(results.prompts, Choice.score)
         for request_id, result in sampled.items():
             if request_id not in self._choices:
                 continue  # it was ended after the launch
@@ -332,10 +332,9 @@ class Engine:
                 stuck = self._choices[request_id]
                 failed[stuck.request_id] = no_token(stuck.request, result.excluded)
         for request_id, found in results.prompts.items():
-            if (choice := self._choices.get(request_id)) is not None:
-                choice.score(found)
-                if None in found.tokens:
-                    failed[choice.request_id] = no_token(choice.request, excluded=False)
+            choice = self._choices.get(request_id)
+            if choice is not None and None in found.tokens:
+                failed[choice.request_id] = no_token(choice.request, excluded=False)
         ended = [self._end(name, error) for name, error in failed.items()]
         tokens = {request_id: result.token for request_id, result in sampled.items() if result.token is not None}
         advanced: dict[str, StepError | None] = {}
@@ -344,6 +343,18 @@ class Engine:
             advanced[name] = advanced.get(name) or error
         self._utilisation.note(self.scheduler.stats().kv_utilisation, self._clock())
         return ended + [self._end(name, e) if e else self._output(name) for name, e in advanced.items()]
+
+    def _hand(self, results: Mapping[str, T], give: Callable[[Choice, T], None]) -> dict[str, TurnoutError]:
+        """Give live choices what a step has for them; what that raises fails their requests alone."""
+        failed: dict[str, TurnoutError] = {}
+        for request_id, result in results.items():
+            choice = self._choices.get(request_id)
+            if choice is not None:
+                try:
+                    give(choice, result)
+                except Exception as cause:  # noqa: BLE001  (the others' results are not its affair)
+                    failed[choice.request_id] = step_error(cause)
+        return failed
 
     def _expired(self, plan: StepPlan) -> dict[str, TurnoutError]:
         rule = "the request was not started before its deadline or queue_timeout: try again later"

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
+from turnout.inference.choice import Choice
 from turnout.inference.core.sampling import SamplingParams
 from turnout.inference.core.step import Scheduled, StepPlan
 from turnout.inference.engine import Engine, FailedOutput
@@ -146,6 +147,20 @@ def test_a_text_that_breaks_fails_alone(make_engine, unharmed, part):
     found = finish(engine)
     failed(found["bad"], "UnicodeError: no such character")
     unharmed(engine, found)
+
+
+def test_a_report_that_breaks_fails_alone(make_engine, unharmed):
+    def broken(*_):
+        raise ValueError("no such row")
+
+    for asked, part in (({"prompt_logprobs": 1}, "score"), ({"routed_experts": True}, "report")):
+        engine = make_engine()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Choice, part, broken)
+            add(engine, bad=SamplingParams(max_tokens=5, **asked))
+            found = finish(engine)
+        failed(found["bad"], "ValueError: no such row")
+        unharmed(engine, found)
 
 
 def test_when_nothing_can_be_computed_the_engine_says_so(make_engine):

@@ -18,9 +18,6 @@ LATER = {
 }
 """Letters of what the engine does not do yet, so that nothing can break them."""
 
-PENDING = {"M3", "M4"}
-"""Letters whose rows are being written; to be emptied."""
-
 
 def _rows() -> list[Row]:
     files = sorted((Path(__file__).parent / "rows").glob("*.py"))

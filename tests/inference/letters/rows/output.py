@@ -8,79 +8,8 @@ CHARACTERS = "tests/inference/text/test_detokenizer.py"
 BAD = "tests/inference/server/test_bad_input.py"
 MEMORY = "tests/inference/core/test_encoder.py"
 
-HTTP = "tests/inference/server/test_completions.py"
-SAMPLING = "tests/inference/test_sampling.py"
-PROMPT = "tests/inference/test_prompt_logprobs.py"
-SHAPES = "tests/inference/test_structured.py"
-MASK = "tests/inference/run/test_grammar_mask.py"
 
 ROWS = [
-    Row(
-        "O1",
-        (f"{HTTP}::test_O1_a_stream_joined_is_the_answer_in_one_piece",),
-        Mutant(
-            "inference/server/answers.py",
-            "self._chars, self._tokens = len(output.text), ",
-            "self._chars, self._tokens = len(output.text.rstrip()), ",
-        ),
-    ),
-    Row(
-        "O5",
-        (f"{HTTP}::test_O5_logprobs_hold_every_sampled_token_and_where_it_begins",),
-        Mutant("inference/server/answers.py", "return self._offset - len(name) if piece", "return start if piece"),
-    ),
-    Row(
-        "O5",
-        (f"{PROMPT}::test_O5_logits_that_are_not_finite_are_no_score",),
-        Mutant("inference/run/prompt.py", "[logprobs if good else None for", "[logprobs for"),
-    ),
-    Row(
-        "O6",
-        (
-            f"{SAMPLING}::test_O6_choices_are_distinct_and_repeat",
-            f"{SAMPLING}::test_O6_P3_wishes_hold_in_a_full_batch_with_preemption_as_alone",
-            f"{SAMPLING}::test_O6_greedy_ignores_the_seed_and_neutral_values_change_nothing",
-        ),
-        Mutant("inference/run/sampler.py", "[item.request.choice for item in items]", "[0 for item in items]"),
-    ),
-    Row(
-        "O7",
-        (
-            f"{HTTP}::test_O7_a_completion_is_the_engines_with_exact_usage",
-            f"{HTTP}::test_O7_a_repeated_prompt_reports_its_cached_tokens",
-        ),
-        Mutant(
-            "inference/server/generation.py", "len(output.prompt_token_ids) for", "len(output.prompt_token_ids) + 1 for"
-        ),
-    ),
-    Row(
-        "O8",
-        (f"{SAMPLING}::test_O8_every_end_of_sequence_token_ends_and_min_tokens_and_ignore_eos_hold_them_off",),
-        Mutant("inference/core/request.py", "stops if self.params.ignore_eos else stops |", "stops |"),
-    ),
-    Row(
-        "O10",
-        (
-            f"{MASK}::test_O10_rows_keep_what_their_grammar_allows_and_the_end_where_it_accepts",
-            f"{SHAPES}::test_O10_the_end_comes_only_where_the_text_is_whole",
-            f"{SHAPES}::test_O10_a_dead_end_ends_only_its_request",
-            f"{SHAPES}::test_O10_survives_preemption_chunks_neighbours_and_n",
-        ),
-        Mutant(
-            "inference/run/grammar_mask.py",
-            "allowed_PV[at, tokens] = accepts.bool()",
-            "allowed_PV[at, tokens] = True",
-        ),
-    ),
-    Row(
-        "O11",
-        (f"{PROMPT}::test_O11_a_cached_prefix_changes_nothing",),
-        Mutant(
-            "inference/core/blocks.py",
-            "if not self._caching or not request.params.reads_prefix:",
-            "if not self._caching:",
-        ),
-    ),
     Row(
         "O2",
         (f"{ENGINE}::test_O2_P3_streamed_outputs_only_grow_and_end_once",),

@@ -14,7 +14,7 @@ ROWS = [
             "tests/parallel/test_dispatch.py::test_M3_experts_that_the_ranks_do_not_divide_give_what_one_rank_gives",
             f"{RANKS}::test_M3_ep_2_serves_what_one_rank_serves",
         ),
-        Mutant("parallel/apply.py", "x", "y"),
+        Mutant("parallel/dispatch/parts.py", "+ (rank < num_experts % ranks) for", "for"),
     ),
     Row(
         "M4",

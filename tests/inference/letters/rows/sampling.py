@@ -21,7 +21,7 @@ ROWS = [
             f"{SERVER}::test_O5_minus_infinity_is_a_number_and_nan_is_500",
             f"{SERVER}::test_O1_O5_O7_a_stream_joined_is_the_answer_in_one_piece",
         ),
-        Mutant("inference/engine.py", "if None in found.tokens:", "if not found.tokens:"),
+        Mutant("inference/engine.py", "and None in found.tokens:", "and not found.tokens:"),
     ),
     Row(
         "O6",
