@@ -35,6 +35,7 @@ usage: turnout serve CKPT [key=value ...]
   max_num_batched_tokens=512   tokens in one step
   max_model_len=N              longest prompt + completion
   kv_memory_mb=N               size of the KV cache
+  kv_dtype=auto                int8: a byte a number, and a scale a head and token
   watchdog_seconds=120         a step that takes longer ends the server: its stacks go to stderr
   moe_capacity=dropless        trained: experts drop what they drop in the trainer's evaluation
   dtype=auto                   float32, bfloat16, ...
