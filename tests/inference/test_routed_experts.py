@@ -261,6 +261,17 @@ def test_M10_counters_are_the_reported_rows_exactly(tight, make_engine, router, 
     assert sum(map(sum, expected)) == stats.computed_tokens * model.cfg.moe.top_k * len(model.cfg.moe_layers)
 
 
+def test_the_share_of_drops_is_that_of_the_reported_rows(tight, make_engine):
+    engine = make_engine(tight["topk_softmax"], moe_capacity="trained", enable_prefix_caching=False)
+    for i in range(4):
+        engine.add_request(str(i), prompt_of(9 * i + 2, seed=i), asking())
+    rows = np.concatenate([outputs[-1].outputs[0].routed_experts for outputs in run(engine).values()])
+    told = engine.stats().routing.fields()
+    dropped = (rows < 0).mean(axis=(0, 2)).tolist()
+    assert told["layer_drop_fraction"] == pytest.approx(dropped)
+    assert told["drop_fraction"] > 0
+
+
 @torch.inference_mode()
 def read_and_write(model: Decoder, source: Sequence[int], output: Sequence[int], mode: str) -> tuple[int, np.ndarray]:
     """The trainer's evaluation of an encoder-decoder: the greedy next token, and where the decoder's tokens went."""
