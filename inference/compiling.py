@@ -40,8 +40,10 @@ class Compiling:
         self._held[request_id] = _Held(wanted, tuple(requests), self._compiler.compile(wanted))
 
     def drop(self, request_id: str) -> None:
-        """The request has ended; without effect when it does not wait."""
-        self._held.pop(request_id, None)
+        """The request has ended; without effect when it does not wait. What nobody waits for is not compiled."""
+        held = self._held.pop(request_id, None)
+        if held is not None and all(held.grammar is not other.grammar for other in self._held.values()):
+            held.grammar.cancel()
 
     def take(self, scheduler: Scheduler | Replicas) -> list[tuple[str, RequestError]]:
         """Release the requests whose grammar is there, with a matcher a choice; the others' errors, by request id."""
@@ -57,6 +59,10 @@ class Compiling:
                 request.grammar = grammar.matcher()
                 scheduler.release(request.id)
         return refused
+
+    def close(self) -> None:
+        """End the processes that compile."""
+        self._compiler.close()
 
     def rest(self, seconds: float) -> None:
         """Sleep while nothing can be computed; where grammars are awaited until one is there, but not for long."""

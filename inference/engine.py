@@ -288,12 +288,13 @@ class Engine:
         return [self._end(request_id) for request_id in list(self._groups)]
 
     def close(self) -> None:
-        """End every request and the thread that computes steps."""
+        """End every request, the thread that computes steps, and the processes that compile grammars."""
         self.abort_all()
         self._executor.discard()
         self._plans.clear()
         self.scheduler.discard()
         self._executor.close()
+        self._compiling.close()
 
     def step(self) -> list[RequestOutput]:
         """Finish one step and return the new state of every request that it changed."""

@@ -103,11 +103,14 @@ class GrammarCompiler:
         self._end = weakref.finalize(self, _end, self._jobs, self._processes)
 
     def compile(self, wanted: StructuredOutputs) -> "Future[Grammar]":
-        """The grammar once it is there, or the `GrammarError` that says why not; equal ones are compiled once."""
+        """The grammar once it is there, or the `GrammarError` that says why not; equal ones are compiled once.
+
+        Whoever does not want it any more may cancel it, if nobody else waits for it.
+        """
         key = wanted.kind, wanted.text
         with self._door:
             future = self._known.get(key)
-            if future is None or (future.done() and isinstance(future.exception(), GrammarTimeoutError)):
+            if future is None or future.cancelled() or _gave_up(future):
                 future = self._known[key] = Future()
                 self._jobs.put(_Job(*key, future))
                 self._start()
@@ -115,6 +118,10 @@ class GrammarCompiler:
             while len(self._known) > CACHED:
                 self._known.popitem(last=False)
         return future
+
+    def close(self) -> None:
+        """End the processes; what is still compiled ends with an error."""
+        self._end()
 
     def _start(self) -> None:
         if not self._started:
@@ -218,6 +225,8 @@ class _Process:
 
 def _work(jobs: "queue.SimpleQueue[_Job | None]", process: _Process, vocabulary: _Vocabulary) -> None:
     while (job := jobs.get()) is not None:
+        if not job.future.set_running_or_notify_cancel():
+            continue
         try:
             start = build_matcher(vocabulary.native, process.translate(job.kind, job.text))
             if start.is_error():
@@ -227,6 +236,10 @@ def _work(jobs: "queue.SimpleQueue[_Job | None]", process: _Process, vocabulary:
         else:
             job.future.set_result(Grammar(start, vocabulary.size))
     process.kill()
+
+
+def _gave_up(future: "Future[Grammar]") -> bool:
+    return future.done() and isinstance(future.exception(), GrammarTimeoutError)
 
 
 def _end(jobs: "queue.SimpleQueue[_Job | None]", processes: list[_Process]) -> None:

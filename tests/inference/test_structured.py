@@ -109,13 +109,13 @@ def test_O10_everything_a_random_model_writes_has_the_wanted_shape(make_model, m
 
 def test_O10_the_end_comes_only_where_the_text_is_whole(make_model, make_engine):
     """The model's favourite first token is its end of sequence."""
-    greedy = params(temperature=0, max_tokens=60)
+    greedy = params(temperature=0, max_tokens=30)
     favourite = complete(make_engine(make_model()), [7, 8, 9], greedy).outputs[0].token_ids[0]
     engine = make_engine(make_model(eos_token_id=favourite))
     (free,) = complete(engine, [7, 8, 9], greedy).outputs
     assert (free.text, free.token_ids) == ("", [favourite])
     for wanted, check in SHAPES:
-        (choice,) = complete(engine, [7, 8, 9], params(wanted=wanted, temperature=0, max_tokens=60)).outputs
+        (choice,) = complete(engine, [7, 8, 9], params(wanted=wanted, temperature=0, max_tokens=30)).outputs
         assert choice.finish_reason == "length" or check(choice.text)
         assert favourite not in choice.token_ids[:-1]
 
@@ -272,3 +272,31 @@ def test_the_wrong_kind_of_constraint_is_refused():
     with pytest.raises(RequestError, match="structured_outputs") as caught:
         SamplingParams(structured_outputs={"regex": "a"})  # type: ignore[arg-type]
     assert caught.value.param == "structured_outputs"
+
+
+def test_O9_a_grammar_that_nobody_waits_for_any_more_is_not_compiled(make_model, make_engine):
+    """Two hostile ones occupy the workers; those behind them that have been aborted cost the next one nothing."""
+    engine = make_engine(make_model(), grammar_timeout=1.0)
+    hostile = [{"json": ENDLESS | {"title": str(i)}} for i in range(30)]
+    for i, wanted in enumerate(hostile):
+        engine.add_request(str(i), [1, 2], params(0, wanted))
+    engine.step()
+    for i in range(2, len(hostile)):
+        engine.abort(str(i))
+    engine.add_request("shared", [1, 2], params(0, {"choice": ["one"]}))
+    engine.add_request("last", [1, 2], params(0, {"choice": ["one"]}))
+    engine.abort("shared")
+    begin = time.monotonic()
+    assert run(engine)["last"].outputs[0].text == "one", "also where an equal one was given up"
+    assert time.monotonic() - begin < 10, "30 would take 15 s of two workers"
+    engine.add_request("again", [1, 2], params(0, hostile[5]))
+    assert "1.0 s" in str(run(engine)["again"].error), "what was not compiled is not known either"
+
+
+def test_close_ends_the_processes_that_compile(make_model, make_engine):
+    engine = make_engine(make_model())
+    complete(engine, [1, 2], params(0, {"choice": ["one"]}))
+    children = [p._child for p in engine._compiling._compiler._processes if p._child is not None]
+    assert children
+    engine.close()
+    assert all(child.wait(10) for child in children)
