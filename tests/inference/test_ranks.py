@@ -19,7 +19,7 @@ from turnout.moe import Decoder, MoEConfig, save_model
 from turnout.moe.config import AttentionConfig, LatentConfig
 from turnout.moe.models.store import load_config
 from turnout.parallel import ParallelConfig, build_mesh, process
-from turnout.tests.helpers.ranks import run_ranks
+from turnout.tests.helpers.ranks import RankError, run_ranks
 
 SIZES = {"num_blocks": 64, "max_num_seqs": 8, "max_num_batched_tokens": 24, "block_size": 4}
 LENGTHS = (1, 3, 4, 9, 17, 30, 5, 2)
@@ -71,7 +71,7 @@ def report(engine: Engine, asked: list[list[int]], params: dict[str, Any]) -> di
 def serve(path: str, sizes: dict[str, int], options: dict[str, Any], asked: list[list[int]], params: dict) -> Any:
     """On every rank; what rank 0 has to say."""
     config = EngineConfig(**(SIZES | options))
-    ranks = Ranks(build_mesh(ParallelConfig(**sizes)), config)
+    ranks = Ranks(build_mesh(ParallelConfig(timeout=30.0, **sizes)), config)
     engine = Engine.from_path(path, config, ranks=ranks)
     if not ranks.leads:
         ranks.follow()
@@ -116,7 +116,10 @@ def both(
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """What the ranks say and what one rank says, once their tokens are the same and nothing is left."""
     asked, params = asked or prompts(), params or {}
-    told, *_ = run_ranks(serve, world, path, sizes, options, asked, params)
+    try:
+        told, *_ = run_ranks(serve, world, path, sizes, options, asked, params, group_timeout=30.0)
+    except RankError as error:
+        pytest.fail(str(error))
     expected = alone(path, options, asked, params)
     assert told["tokens"] == expected["tokens"]
     assert told["routed"] == expected["routed"]

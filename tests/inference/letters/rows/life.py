@@ -31,7 +31,7 @@ ROWS = [
     Row(
         "G3",
         (f"{BROKEN}::test_G3_a_broken_engine_ends_its_calls_its_health_and_its_process",),
-        Mutant(SOURCE, 'self.service.phase = "broken"', "pass"),
+        Mutant(SOURCE, '            self.service.phase = "broken"\n', ""),
     ),
     Row(
         "G4",
