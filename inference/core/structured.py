@@ -1,4 +1,4 @@
-"""What the text of a request must look like: vLLM's names, validated at birth, compiled in `text/grammar.py`.
+"""What the text of a request must look like: vLLM's names, validated at birth, compiled in `inference/text/grammar.py`.
 
 The scheduler and the sampler know a grammar as a `Matcher`: which tokens may come next, and what has come.
 """
