@@ -16,10 +16,11 @@ from functools import partial
 
 from .. import TurnoutError
 from .core.sampling import SamplingParams
-from .engine import Engine, EngineStats, FailedOutput, Prepared, Prompt
+from .engine import Engine, EngineStats
 from .errors import EngineStoppedError
 from .faults import step_error
-from .outputs import RequestOutput
+from .outputs import FailedOutput, RequestOutput
+from .prepare import Prepared, Prompt
 from .ranks import Ranks
 from .watchdog import Watchdog
 

@@ -5,61 +5,44 @@ one's tokens go to their callers, while a step is computed. It owns scheduler, b
 uses it (`AsyncEngine` gives it one of its own).
 """
 
-import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from .. import ConfigError, RequestError, TurnoutError
-from ..configs.typed import digest
+from .. import RequestError, TurnoutError
 from ..moe.config import ModelConfig
 from ..moe.models.decoder import Decoder
 from ..moe.models.store import load_model, tokenizer_directory
 from ..moe.routing.stats import RoutingSnapshot
-from ..parallel.config import Layout
-from .admission import admissible, check_ids
 from .choice import Choice
 from .compiling import Compiling
 from .config import EngineConfig
 from .core.gauge import TimeMean
-from .core.replicas import Replicas
 from .core.request import Request
 from .core.sampling import SamplingParams
-from .core.scheduler import Scheduler, SchedulerStats
+from .core.scheduler import SchedulerStats
 from .core.step import StepPlan
 from .errors import QueueTimeoutError, StepError
 from .faults import no_token, probe, step_error
+from .ledger import Ledger
+from .machine import Machine
 from .outputs import RequestOutput
-from .pool import block_manager
+from .prepare import Prepared, Prompt, admissible, check_ids
 from .ranks import Ranks
-from .routed import RoutedExperts
-from .run.executor import Executor, StepResult
-from .run.experts import check_routing
-from .run.free import free_memory
-from .run.graphs import GraphBuckets
-from .run.memory import plan_memory
-from .run.runner import ModelRunner
+from .run.executor import StepResult
 from .run.sampler import Sampled
 from .text.chat import ChatTemplate
 from .text.grammar import GrammarCompiler
 from .text.tokenizer import TextTokenizer
 
-Prompt = str | Sequence[int]
 T = TypeVar("T")
 IDLE_SECONDS = 0.01
 """The longest pause between two looks at whether anything can be scheduled."""
-
-
-@dataclass(frozen=True, slots=True)
-class FailedOutput(RequestOutput):
-    """The last output of a request that could not be finished: `error` says why, unfinished choices are "abort"."""
-
-    error: TurnoutError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,27 +60,6 @@ class EngineStats(SchedulerStats):
     steps: int
     computed_tokens: int
     routing: RoutingSnapshot
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A checked request that has not been added yet; where there is an encoder, the prompt is its input."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
-    priority: int = 0
-    deadline: float | None = None
-    cache_salt: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Group:
-    """A live request: its choices, by index."""
-
-    prepared: Prepared
-    choices: tuple[Choice, ...]
 
 
 class Engine:
@@ -129,48 +91,20 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         ranks: Ranks | None = None,
     ) -> None:
-        check_routing(model.cfg, config.moe_capacity)
-        longest = model.cfg.max_seq_len
-        if config.deterministic and model.embed.weight.device.type != "cpu":
-            rule = f"has kernels for a CPU only, and the model is on {model.embed.weight.device}"
-            raise ConfigError(f"deterministic (true) {rule}: use device=cpu, or deterministic=false")
-        length = config.max_model_len or longest
-        if length > longest:
-            raise ConfigError(f"max_model_len ({length}) must not exceed the model's max_seq_len: use {longest}")
-        weight = model.embed.weight
-        held = sum(part.nbytes for part in model.parameters())
-        free = free_memory(weight.device) // (1 if ranks is None else ranks.neighbours)
-        layout = Layout(dp=1, ep=1, edp=1) if ranks is None else ranks.mesh.layout
-        plan = plan_memory(
-            model.cfg, config, length, weight.dtype, held, free, weight.device.type, layout.ep, layout.tp, layout.dp
-        )
-        self.memory_plan = plan if ranks is None else ranks.agree(plan)
-        self.kv_plan = self.memory_plan.kv
-        self.config = replace(config, max_model_len=length, num_blocks=self.kv_plan.num_blocks)
+        machine = Machine(model, config, clock, ranks)
+        self.config, self.memory_plan, self.kv_plan = machine.config, machine.memory, machine.memory.kv
         self.model_config: ModelConfig = model.cfg
         self.tokenizer = tokenizer
         self.chat = chat or ChatTemplate(tokenizer)
-        width, encoder = -(-length // config.block_size), model.encoder is not None
-        buckets = GraphBuckets(config.graph_buckets, width, weight.device, encoder=encoder)
-        runner = ModelRunner if ranks is None else ranks.runner
-        self.runner = runner(model, self.kv_plan, config.moe_capacity, buckets, config.deterministic)
-        fingerprint = f"{digest(model.cfg)} {weight.dtype} {self.kv_plan.dtype}".encode()
-        pools = [block_manager(model.cfg, self.config, fingerprint) for _ in range(layout.dp)]
-        self.blocks = pools[0]
-        replicas = [Scheduler(self.config, blocks, clock) for blocks in pools]
-        self.scheduler: Scheduler | Replicas = replicas[0] if ranks is None else Replicas(replicas)
-        overlap = weight.is_cuda if config.overlap is None else config.overlap
-        executor = Executor if ranks is None else ranks.executor
-        self._executor = executor(self.runner.execute, overlap=overlap)
+        self.runner, self.blocks, self.scheduler = machine.runner, machine.blocks, machine.scheduler
         self.ranks = ranks
+        self._executor = machine.executor
         self._plans: deque[StepPlan] = deque()
         """Launched, not committed; the executor has them in the same order."""
         self._compiling = Compiling(GrammarCompiler(tokenizer, model.cfg.vocab_size, config.grammar_timeout))
+        no_rows, shares = self.runner.pages.no_rows, self.blocks.shares
+        self._ledger = Ledger(model.cfg, tokenizer, config.seed, shares=shares, no_rows=no_rows)
         self._clock = clock
-        self._eos = frozenset(model.cfg.eos_token_ids)
-        self._groups: dict[str, _Group] = {}
-        self._choices: dict[str, Choice] = {}
-        self._arrivals = 0
         self._steps = 0
         self._computed_tokens = 0
         self._utilisation = TimeMean()
@@ -206,7 +140,7 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """There are requests, or steps to be committed."""
-        return bool(self._groups or self._plans)
+        return bool(self._ledger or self._plans)
 
     def prepare(
         self,
@@ -253,18 +187,12 @@ class Engine:
         Raises:
             RequestError: it can never run, or its id is taken. QueueFullError: too many wait.
         """
-        name = prepared.request_id
-        if name in self._groups:
-            raise RequestError(f"request_id ({name!r}) must be new among live requests: choose another", "request_id")
-        requests = self._requests(prepared)
-        choices = tuple(self._choice(name, request) for request in requests)
+        requests = self._ledger.requests(prepared, self._clock())
         wanted = prepared.params.structured_outputs
         self.scheduler.add(*requests, held=wanted is not None)
+        self._ledger.enter(prepared, requests)
         if wanted is not None:
-            self._compiling.add(name, wanted, requests)
-        self._arrivals += 1
-        self._groups[name] = _Group(prepared=prepared, choices=choices)
-        self._choices.update((choice.request.id, choice) for choice in choices)
+            self._compiling.add(prepared.request_id, wanted, requests)
 
     def add_request(
         self,
@@ -281,11 +209,11 @@ class Engine:
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request wherever it stands and return its last output; None when it is not (or no longer) known."""
-        return self._end(request_id) if request_id in self._groups else None
+        return self._end(request_id) if request_id in self._ledger else None
 
     def abort_all(self) -> list[RequestOutput]:
         """End every request."""
-        return [self._end(request_id) for request_id in list(self._groups)]
+        return [self._end(request_id) for request_id in list(self._ledger)]
 
     def close(self) -> None:
         """End every request, the thread that computes steps, and the processes that compile grammars."""
@@ -327,13 +255,13 @@ class Engine:
         failed = self._expired(plan) | self._hand(results.routed, Choice.report)
         failed |= self._hand(results.prompts, Choice.score)
         for request_id, result in sampled.items():
-            if request_id not in self._choices:
+            if request_id not in self._ledger.choices:
                 continue  # it was ended after the launch
             if result.token is None:
-                stuck = self._choices[request_id]
+                stuck = self._ledger.choices[request_id]
                 failed[stuck.request_id] = no_token(stuck.request, result.excluded)
         for request_id, found in results.prompts.items():
-            choice = self._choices.get(request_id)
+            choice = self._ledger.choices.get(request_id)
             if choice is not None and None in found.tokens:
                 failed[choice.request_id] = no_token(choice.request, excluded=False)
         ended = [self._end(name, error) for name, error in failed.items()]
@@ -349,7 +277,7 @@ class Engine:
         """Give live choices what a step has for them; what that raises fails their requests alone."""
         failed: dict[str, TurnoutError] = {}
         for request_id, result in results.items():
-            choice = self._choices.get(request_id)
+            choice = self._ledger.choices.get(request_id)
             if choice is not None:
                 try:
                     give(choice, result)
@@ -359,7 +287,7 @@ class Engine:
 
     def _expired(self, plan: StepPlan) -> dict[str, TurnoutError]:
         rule = "the request was not started before its deadline or queue_timeout: try again later"
-        return {self._choices[request.id].request_id: QueueTimeoutError(rule) for request in plan.expired}
+        return {self._ledger.choices[request.id].request_id: QueueTimeoutError(rule) for request in plan.expired}
 
     def _blame(self, error: Exception) -> list[RequestOutput]:
         """A step raised. Its requests run again, each alone until it has caught up; one that did so already has failed.
@@ -378,7 +306,7 @@ class Engine:
         failed = self._expired(plans[0])
         for request in suspects:
             if request.id in guilty:
-                failed[self._choices[request.id].request_id] = step_error(error)
+                failed[self._ledger.choices[request.id].request_id] = step_error(error)
         return [self._end(name, e) for name, e in failed.items()]
 
     def stats(self) -> EngineStats:
@@ -391,40 +319,13 @@ class Engine:
             routing=self.runner.totals(idle=not self.has_unfinished),
         )
 
-    def _requests(self, prepared: Prepared) -> list[Request]:
-        """One scheduler request a choice; all but the first take over the first one's prompt."""
-        params, encoder, now = prepared.params, self.model_config.encoder, self._clock()
-        seed = self._own_seed() if params.seed is None else params.seed
-        requests: list[Request] = []
-        for choice in range(params.n):
-            request = Request(
-                id=f"{prepared.request_id}#{choice}",
-                prompt_token_ids=prepared.prompt_token_ids if encoder is None else (encoder.start_token_id,),
-                encoder_token_ids=None if encoder is None else prepared.prompt_token_ids,
-                params=params,
-                arrival=now,
-                priority=prepared.priority,
-                eos_token_ids=self._eos,
-                choice=choice,
-                cache_salt=prepared.cache_salt,
-                seed=seed,
-                deadline=None if prepared.deadline is None else now + prepared.deadline,
-                parent=requests[0] if requests and encoder is None and self.blocks.shares else None,
-            )
-            requests.append(request)
-        return requests
-
-    def _choice(self, name: str, request: Request) -> Choice:
-        routed = RoutedExperts(self.runner.pages.no_rows) if request.params.routed_experts else None
-        return Choice(name, request, self.tokenizer, routed)
-
     def _advance(self, request: Request, result: Sampled | None) -> tuple[str, StepError | None]:
         """Hand a committed token to its choice, and its stop string back to the scheduler; None = it wanted none.
 
         Returns:
             The caller's request id, and what its text raised.
         """
-        choice, error = self._choices[request.id], None
+        choice, error = self._ledger.choices[request.id], None
         try:
             if result is None:
                 choice.finish("length")
@@ -438,36 +339,14 @@ class Engine:
 
     def _end(self, request_id: str, error: TurnoutError | None = None) -> RequestOutput:
         """Abort what still runs of a request, for `error` or because its caller wants it."""
-        for choice in self._groups[request_id].choices:
+        for choice in self._ledger.choices_of(request_id):
             self.scheduler.abort(choice.request.id)
             choice.finish("abort")
         return self._output(request_id, error)
 
     def _output(self, request_id: str, error: TurnoutError | None = None) -> RequestOutput:
         """The request's state for its caller; a finished request is forgotten."""
-        group = self._groups[request_id]
-        finished = all(choice.finish_reason is not None for choice in group.choices)
-        if finished:
+        output = self._ledger.output(request_id, error)
+        if output.finished:
             self._compiling.drop(request_id)
-            del self._groups[request_id]
-            for choice in group.choices:
-                del self._choices[choice.request.id]
-        first, scored = group.choices[0], None
-        if first.request.params.prompt_logprobs is not None:
-            complete = len(first.prompt_logprobs) == len(first.request.prompt_token_ids)
-            scored = first.prompt_logprobs if complete else None
-        state = (
-            request_id,
-            group.prepared.prompt,
-            list(group.prepared.prompt_token_ids),
-            [choice.output() for choice in group.choices],
-            finished,
-            first.request.num_cached_tokens,
-            scored,
-        )
-        return RequestOutput(*state) if error is None else FailedOutput(*state, error)
-
-    def _own_seed(self) -> int:
-        """The key of a request without a seed: the engine's seed and how many requests came before it."""
-        key = f"{self.config.seed}/{self._arrivals}".encode()
-        return int.from_bytes(hashlib.sha256(key).digest()[:8], "little")
+        return output

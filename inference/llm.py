@@ -15,8 +15,9 @@ from ..configs.typed import build
 from .beam import BeamSearch, BeamSearchOutput, BeamSearchParams
 from .config import EngineConfig
 from .core.sampling import MAX_LOGPROBS, SamplingParams
-from .engine import Engine, FailedOutput, Prompt
-from .outputs import RequestOutput
+from .engine import Engine
+from .outputs import FailedOutput, RequestOutput
+from .prepare import Prompt
 
 
 class LLM:

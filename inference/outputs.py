@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .. import TurnoutError
 from .core.request import FinishReason
 
 
@@ -52,3 +53,10 @@ class RequestOutput:
     finished: bool
     num_cached_tokens: int = 0
     prompt_logprobs: list[dict[int, float] | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FailedOutput(RequestOutput):
+    """The last output of a request that could not be finished: `error` says why, unfinished choices are "abort"."""
+
+    error: TurnoutError | None = None

@@ -110,11 +110,13 @@ def scheduler(path: str, options: BenchOptions) -> list[dict[str, Any]]:
 
     rows = []
     for running in options.running:
-        limits = {
-            "max_num_seqs": running,
-            "max_num_batched_tokens": max(running, options.engine.max_num_batched_tokens),
-        }
-        config = replace(options.engine, max_model_len=PROMPT + options.steps, enable_prefix_caching=False, **limits)
+        config = replace(
+            options.engine,
+            max_num_seqs=running,
+            max_num_batched_tokens=max(running, options.engine.max_num_batched_tokens),
+            max_model_len=PROMPT + options.steps,
+            enable_prefix_caching=False,
+        )
         engine = Engine.from_path(path, config)
         vocabulary = engine.model_config.vocab_size
         prompts = [tuple((7919 * i + 31 * at) % vocabulary for at in range(PROMPT)) for i in range(running)]

@@ -76,7 +76,8 @@ def main(args: list[str]) -> int:
 
 def generate(path: str, options: GenerateOptions) -> int:
     """Complete the prompt in this process, which may be rank 0 of several."""
-    from ..inference.engine import Engine, FailedOutput
+    from ..inference.engine import Engine
+    from ..inference.outputs import FailedOutput
     from ..inference.ranks import Ranks
 
     params = options.sampling()

@@ -95,7 +95,7 @@ def make_engine(model: Decoder, byte_level: TextTokenizer) -> Iterator[Callable[
         stats = engine.stats()
         assert not engine.has_unfinished
         assert (stats.running, stats.waiting, stats.usage) == (0, 0, 0)
-        assert not engine._choices
+        assert not engine._ledger.choices
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,9 @@ import pytest
 
 from turnout import ConfigError
 from turnout.inference.core.sampling import SamplingParams
-from turnout.inference.engine import Engine, FailedOutput
+from turnout.inference.engine import Engine
 from turnout.inference.errors import QueueTimeoutError
+from turnout.inference.outputs import FailedOutput
 
 WAYS = [
     {"overlap": overlap, "batching": batching, "kv_layout": layout}

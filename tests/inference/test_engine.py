@@ -11,9 +11,9 @@ from turnout import ConfigError, NonFiniteError, RequestError
 from turnout.inference.config import EngineConfig
 from turnout.inference.core.request import QueueFullError
 from turnout.inference.core.sampling import SamplingParams
-from turnout.inference.engine import Engine, FailedOutput
+from turnout.inference.engine import Engine
 from turnout.inference.errors import QueueTimeoutError
-from turnout.inference.outputs import RequestOutput
+from turnout.inference.outputs import FailedOutput, RequestOutput
 from turnout.moe import MoEConfig, RouteContext, VarlenContext
 from turnout.moe.config import AttentionConfig, LatentConfig
 

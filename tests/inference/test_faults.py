@@ -7,9 +7,9 @@ import pytest
 from turnout.inference.choice import Choice
 from turnout.inference.core.sampling import SamplingParams
 from turnout.inference.core.step import Scheduled, StepPlan
-from turnout.inference.engine import Engine, FailedOutput
+from turnout.inference.engine import Engine
 from turnout.inference.errors import QueueTimeoutError, StepError
-from turnout.inference.outputs import RequestOutput
+from turnout.inference.outputs import FailedOutput, RequestOutput
 from turnout.inference.run import runner
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -143,7 +143,7 @@ def test_a_text_that_breaks_fails_alone(make_engine, unharmed, part):
 
     engine = make_engine()
     add(engine, bad=DRAWN)
-    getattr(engine._choices["bad#1"], part).push = push
+    getattr(engine._ledger.choices["bad#1"], part).push = push
     found = finish(engine)
     failed(found["bad"], "UnicodeError: no such character")
     unharmed(engine, found)

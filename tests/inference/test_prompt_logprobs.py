@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from turnout import LLM, NonFiniteError, RequestError, SamplingParams
-from turnout.inference.engine import FailedOutput
+from turnout.inference.outputs import FailedOutput
 from turnout.inference.run import prompt as run_prompt
 from turnout.moe import RouteContext, VarlenContext
 

@@ -16,9 +16,9 @@ from turnout import RequestError
 from turnout.inference.core.request import QueueFullError
 from turnout.inference.core.sampling import SamplingParams
 from turnout.inference.core.structured import StructuredOutputs
-from turnout.inference.engine import Engine, FailedOutput
+from turnout.inference.engine import Engine
 from turnout.inference.errors import QueueTimeoutError
-from turnout.inference.outputs import RequestOutput
+from turnout.inference.outputs import FailedOutput, RequestOutput
 from turnout.inference.text.grammar import GrammarMatcher
 
 PERSON = {
@@ -196,7 +196,7 @@ def test_O10_a_dead_end_ends_only_its_request(make_model, make_engine, byte_leve
 def test_O10_a_token_that_the_grammar_refuses_is_a_dead_end_not_a_wrong_text(make_model, make_engine, byte_level):
     engine = make_engine(make_model())
     engine.add_request("x", [1, 2], params(0, {"choice": ["ab"]}))
-    while not (request := next(iter(engine._choices.values())).request).grammar:
+    while not (request := next(iter(engine._ledger.choices.values())).request).grammar:
         engine.step()
     request.grammar.accept(byte_level.encode("z")[0])  # as if it had been sampled
     failed = run(engine)["x"]

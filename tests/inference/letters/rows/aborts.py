@@ -60,8 +60,8 @@ ROWS = [
         (f"{TESTS}::test_A7_last_token_already_sampled",),
         Mutant(
             ENGINE,
-            "return self._end(request_id) if request_id in self._groups else None",
-            "return self._end(request_id) if request_id in self._groups else RequestOutput('', '', [], [], True)",
+            "return self._end(request_id) if request_id in self._ledger else None",
+            "return self._end(request_id) if request_id in self._ledger else RequestOutput('', '', [], [], True)",
         ),
     ),
     Row(
@@ -78,24 +78,24 @@ ROWS = [
         (f"{TESTS}::test_A9_unknown_id",),
         Mutant(
             ENGINE,
-            "return self._end(request_id) if request_id in self._groups else None",
-            "return self._end(request_id.partition('#')[0]) if request_id.partition('#')[0] in self._groups else None",
+            "return self._end(request_id) if request_id in self._ledger else None",
+            "return self._end(request_id.partition('#')[0]) if request_id.partition('#')[0] in self._ledger else None",
         ),
     ),
     Row(
         "A10",
         (f"{TESTS}::test_A10_id_twice",),
         Mutant(
-            ENGINE,
-            "        if finished:\n            self._compiling.drop(request_id)\n",
-            "        if finished and error is None and any(c.finish_reason != 'abort' for c in group.choices):\n"
-            "            self._compiling.drop(request_id)\n",
+            "inference/ledger.py",
+            "        if finished:\n            del self._entries[name]\n",
+            "        if finished and error is None and any(c.finish_reason != 'abort' for c in entry.choices):\n"
+            "            del self._entries[name]\n",
         ),
     ),
     Row(
         "A11",
         (f"{TESTS}::test_A11_all",),
-        Mutant(ENGINE, "for request_id in list(self._groups)]", "for request_id in list(self._groups)[:2]]"),
+        Mutant(ENGINE, "for request_id in list(self._ledger)]", "for request_id in list(self._ledger)[:2]]"),
     ),
     Row(
         "A12",

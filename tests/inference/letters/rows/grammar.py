@@ -45,7 +45,7 @@ ROWS = [
         Mutant(
             "inference/engine.py",
             "failed[stuck.request_id] = no_token(stuck.request, result.excluded)",
-            "failed |= dict.fromkeys(self._groups, no_token(stuck.request, result.excluded))",
+            "failed |= dict.fromkeys(self._ledger, no_token(stuck.request, result.excluded))",
         ),
     ),
     Row(

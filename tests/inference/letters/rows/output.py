@@ -13,7 +13,7 @@ ROWS = [
     Row(
         "O2",
         (f"{ENGINE}::test_O2_P3_streamed_outputs_only_grow_and_end_once",),
-        Mutant("inference/engine.py", "            finished,\n", "            True,\n"),
+        Mutant("inference/ledger.py", "            finished,\n", "            True,\n"),
     ),
     Row(
         "O3",

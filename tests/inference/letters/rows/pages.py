@@ -9,7 +9,7 @@ ROWS = [
     Row(
         "I4",
         ("tests/inference/run/test_int8_cache.py::test_I4_blocks_of_one_precision_are_not_found_under_another",),
-        Mutant("inference/engine.py", " {self.kv_plan.dtype}", ""),
+        Mutant("inference/machine.py", " {self.memory.kv.dtype}", ""),
     ),
     Row(
         "I7",

@@ -47,7 +47,7 @@ ROWS = [
     Row(
         "O8",
         (f"{ENGINE}::test_O8_every_end_of_sequence_token_ends_and_min_tokens_and_ignore_eos_hold_them_off",),
-        Mutant("inference/engine.py", "frozenset(model.cfg.eos_token_ids)", "frozenset(model.cfg.eos_token_ids[:1])"),
+        Mutant("inference/ledger.py", "frozenset(model.eos_token_ids)", "frozenset(model.eos_token_ids[:1])"),
     ),
     Row(
         "O11",

@@ -3,7 +3,7 @@
 import pytest
 
 from turnout import RequestError, SamplingParams
-from turnout.inference.admission import spellings
+from turnout.inference.prepare import spellings
 
 from .test_engine import complete, tokens
 

@@ -1,12 +1,27 @@
 """What a request's tokens and words are checked and turned into before the engine takes it."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from .. import RequestError
 from ..moe.config import ModelConfig
 from .core.sampling import SamplingParams
 from .text.tokenizer import TextTokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A checked request that has not been added yet; where there is an encoder, the prompt is its input."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    priority: int = 0
+    deadline: float | None = None
+    cache_salt: str = ""
 
 
 def admissible(params: SamplingParams, tokenizer: TextTokenizer, model: ModelConfig) -> SamplingParams:

@@ -1,0 +1,75 @@
+"""What an engine computes with, put together and made to fit: scheduler, blocks, KV cache, model runner, executor."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from .. import ConfigError
+from ..configs.typed import digest
+from ..moe.models.decoder import Decoder
+from ..parallel.config import Layout
+from .config import EngineConfig
+from .core.replicas import Replicas
+from .core.scheduler import Scheduler
+from .pool import block_manager
+from .ranks import Ranks
+from .run.executor import Executor
+from .run.experts import check_routing
+from .run.free import free_memory
+from .run.graphs import GraphBuckets
+from .run.memory import plan_memory
+from .run.runner import ModelRunner
+
+
+class Machine:
+    """The parts of one engine, built from the settings; what these leave open is resolved here.
+
+    Args:
+        model, config, clock, ranks: as `Engine` has them.
+
+    Attributes:
+        config: resolved: `max_model_len` and `num_blocks` are numbers.
+        memory: what weights, the worst step and the KV cache take.
+        blocks: the first replica's.
+
+    Raises:
+        ConfigError: settings that do not fit the model or the memory.
+    """
+
+    def __init__(
+        self, model: Decoder, config: EngineConfig, clock: Callable[[], float], ranks: Ranks | None = None
+    ) -> None:
+        weight = model.embed.weight
+        length = _check(model, config)
+        held = sum(part.nbytes for part in model.parameters())
+        free = free_memory(weight.device) // (1 if ranks is None else ranks.neighbours)
+        layout = Layout(dp=1, ep=1, edp=1) if ranks is None else ranks.mesh.layout
+        plan = plan_memory(
+            model.cfg, config, length, weight.dtype, held, free, weight.device.type, layout.ep, layout.tp, layout.dp
+        )
+        self.memory = plan if ranks is None else ranks.agree(plan)
+        self.config = replace(config, max_model_len=length, num_blocks=self.memory.kv.num_blocks)
+        width, encoder = -(-length // config.block_size), model.encoder is not None
+        buckets = GraphBuckets(config.graph_buckets, width, weight.device, encoder=encoder)
+        runner = ModelRunner if ranks is None else ranks.runner
+        self.runner = runner(model, self.memory.kv, config.moe_capacity, buckets, config.deterministic)
+        fingerprint = f"{digest(model.cfg)} {weight.dtype} {self.memory.kv.dtype}".encode()
+        pools = [block_manager(model.cfg, self.config, fingerprint) for _ in range(layout.dp)]
+        self.blocks = pools[0]
+        replicas = [Scheduler(self.config, blocks, clock) for blocks in pools]
+        self.scheduler: Scheduler | Replicas = replicas[0] if ranks is None else Replicas(replicas)
+        overlap = weight.is_cuda if config.overlap is None else config.overlap
+        executor = Executor if ranks is None else ranks.executor
+        self.executor = executor(self.runner.execute, overlap=overlap)
+
+
+def _check(model: Decoder, config: EngineConfig) -> int:
+    """The longest sequence, if the settings fit the model."""
+    check_routing(model.cfg, config.moe_capacity)
+    longest, device = model.cfg.max_seq_len, model.embed.weight.device
+    if config.deterministic and device.type != "cpu":
+        rule = f"has kernels for a CPU only, and the model is on {device}"
+        raise ConfigError(f"deterministic (true) {rule}: use device=cpu, or deterministic=false")
+    length = config.max_model_len or longest
+    if length > longest:
+        raise ConfigError(f"max_model_len ({length}) must not exceed the model's max_seq_len: use {longest}")
+    return length
