@@ -4,20 +4,23 @@ from turnout import LLM, SamplingParams
 outputs = LLM("runs/x").generate(["import os", "def"], SamplingParams(temperature=0, max_tokens=32))
 """
 
+import atexit
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from .. import RequestError
 from ..configs.typed import build
+from ..parallel.config import ParallelConfig
 from .beam import BeamSearch, BeamSearchOutput, BeamSearchParams
 from .config import EngineConfig
 from .core.sampling import MAX_LOGPROBS, SamplingParams
 from .engine import Engine
 from .outputs import FailedOutput, RequestOutput
 from .prepare import Prompt
+from .ranks import Ranks
 
 
 class LLM:
@@ -26,15 +29,31 @@ class LLM:
     Args:
         path: as `load_model` has it: a run, a model directory, a GGUF file.
         device: where it runs; None = the GPU if there is one.
+        parallel: `ParallelConfig`'s fields (`{"ep": 2}`), in a program that torchrun starts on several ranks: rank 0
+            goes on, the others compute what it orders and end with it, inside of this call. None = each for itself.
         options: `EngineConfig`'s fields (`max_num_seqs=8`, `dtype="bfloat16"`, ...); any number of prompts may wait.
 
     Raises:
         ConfigError: an unknown option, or one that does not fit. CheckpointError, DataError: the directory is broken.
     """
 
-    def __init__(self, path: str | Path, *, device: str | None = None, **options: Any) -> None:
-        self.engine = Engine.from_path(path, build(EngineConfig, {"max_waiting": sys.maxsize, **options}), device)
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        device: str | None = None,
+        parallel: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        config = build(EngineConfig, {"max_waiting": sys.maxsize, **options})
+        ranks = None if parallel is None else Ranks.join(build(ParallelConfig, dict(parallel)), config)
+        self.engine = Engine.from_path(path, config, device, ranks)
         self._requests = 0
+        if ranks is not None and ranks.leads:
+            atexit.register(ranks.end)
+        elif ranks is not None:
+            ranks.follow()
+            sys.exit(0)
 
     def generate(
         self,

@@ -263,6 +263,33 @@ def test_two_ranks_write_what_one_writes(checkpoint, capfd, monkeypatch):
     assert texts == texts[:1] * 3
 
 
+SCRIPT = """
+import os
+import sys
+from turnout import LLM, SamplingParams
+
+llm = LLM(sys.argv[1], parallel={"ep": int(os.environ.get("WORLD_SIZE", "1"))})
+for _ in range(2):
+    found = llm.generate(["The list", "The things"], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
+    print([output.outputs[0].text for output in found], flush=True)
+"""
+
+
+@pytest.mark.full
+def test_a_program_under_torchrun_goes_on_on_rank_0_alone(checkpoint, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    told = []
+    for by in ((), ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")):
+        command = [sys.executable, *by, str(script), str(checkpoint)]
+        result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=START)
+        assert result.returncode == 0, result.stderr
+        told.append(result.stdout.splitlines())
+    assert told[0] == told[1]
+    assert len(told[0]) == 2
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
