@@ -37,8 +37,8 @@ LOST = 5  # exit code of a rank that has lost another
 
 
 class Ranks:
-    """What this rank knows of the others. From now on a lost rank is noticed: rank 0 learns it by `loss`, the others
-    end.
+    """What this rank knows of the others. Once it has a runner it misses a lost one: rank 0 learns it by `loss`, the
+    others end.
 
     Args:
         mesh: all of them.
@@ -57,7 +57,6 @@ class Ranks:
         for rank, other in enumerate(held):
             check(other == held[0], "the engine's settings", f"rank {rank}'s", "must be rank 0's", "start all alike")
         self._link = Link(mesh)
-        process.watch(self._miss)
 
     @classmethod
     def join(cls, parallel: ParallelConfig, config: EngineConfig) -> "Ranks | None":
@@ -110,6 +109,7 @@ class Ranks:
         if model.encoder is not None:
             raise ConfigError(f"nproc ({self.mesh.world}) must be 1 for an encoder-decoder: serve it on one rank")
         self._runner = (LeadRunner if self.leads else PartRunner)(self._link, model, *settings)
+        process.watch(self._miss)  # not while a model is read: that may silence a heart for longer than a rank may hang
         return self._runner
 
     def executor(self, compute: Callable[[StepPlan], StepResult], *, overlap: bool) -> WatchedExecutor:
