@@ -1,7 +1,9 @@
 """Far more requests than fit: the queue is bounded, who is refused may come again, and nobody gets wrong tokens."""
 
 import asyncio
+import itertools
 import random
+from collections.abc import Callable
 
 import pytest
 
@@ -11,7 +13,7 @@ from turnout.inference.core.sampling import SamplingParams
 from turnout.inference.engine import Engine
 
 PROMPTS = [list(range(1 + i, 3 + i + i % 37)) for i in range(60)]
-LIMITS = {"max_waiting": 200, "max_num_seqs": 64, "max_num_batched_tokens": 256, "num_blocks": 160}
+SIZES = {"max_num_seqs": 64, "max_num_batched_tokens": 256, "num_blocks": 160}
 
 
 def params(i: int) -> SamplingParams:
@@ -33,13 +35,13 @@ def alone(engine: Engine) -> list[list[int]]:
 async def ask(engine: AsyncEngine, i: int, refusals: list[int]) -> list[int]:
     """Ask until it is admitted, as a client does that was told to try again."""
     rng = random.Random(i)
-    while True:
+    for tries in itertools.count(1):
         try:
             async for output in engine.generate(PROMPTS[i % len(PROMPTS)], params(i), priority=i % 2):
                 last = output
         except QueueFullError:
             refusals.append(i)
-            await asyncio.sleep(rng.uniform(0.2, 2.0))
+            await asyncio.sleep(tries * rng.uniform(0.2, 2.0))
         else:
             return last.outputs[0].token_ids
 
@@ -50,7 +52,8 @@ async def watch(engine: AsyncEngine, waiting: list[int]) -> None:
         await asyncio.sleep(0.01)
 
 
-def flood(engine: Engine, count: int, expected: list[list[int]]) -> None:
+def flood(make_engine: Callable[..., Engine], count: int) -> None:
+    engine, expected = make_engine(**SIZES, max_waiting=count // 5), alone(make_engine())
     served, refusals, waiting = AsyncEngine(engine), [], []
 
     async def main() -> list[list[int]]:
@@ -66,13 +69,13 @@ def flood(engine: Engine, count: int, expected: list[list[int]]) -> None:
     for i, tokens in enumerate(answers):
         assert tokens == expected[i % len(PROMPTS)][: 1 + i % 3]
     assert refusals, "the queue is bounded"
-    assert max(waiting) <= LIMITS["max_waiting"]
+    assert max(waiting) <= count // 5
 
 
 def test_a_thousand_requests_at_once(make_engine):
-    flood(make_engine(**LIMITS), 1000, alone(make_engine()))
+    flood(make_engine, 1000)
 
 
 @pytest.mark.full
 def test_ten_thousand_requests_at_once(make_engine):
-    flood(make_engine(**LIMITS), 10_000, alone(make_engine()))
+    flood(make_engine, 10_000)
