@@ -30,7 +30,7 @@ class Broken(ModelRunner):
 
 
 if __name__ == "__main__":
-    from turnout.inference import engine
+    from turnout.inference import machine
 
-    engine.ModelRunner = Broken
+    machine.ModelRunner = Broken
     sys.exit(main(["serve", *sys.argv[2:]]))
