@@ -48,6 +48,14 @@ VALUES: Mapping[str, tuple[Any, ...]] = {
     "overlap": (False, True),
     "enable_prefix_caching": (True, False),
 }
+DRAWN: Mapping[str, str] = {
+    "tokens_per_second": "output tokens / s",
+    "kv_utilisation": "filled / reserved slots of the KV cache, mean over time",
+    "ttft_p50": "time to first token, p50, s",
+    "ttft_p99": "time to first token, p99, s",
+    "tpot_p50": "time per output token, p50, s",
+    "tpot_p99": "time per output token, p99, s",
+}
 PROMPT = 16  # tokens of a request that the scheduler is measured with
 
 
@@ -177,21 +185,24 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A panel of bars for every figure that has more than one value."""
+    """A panel of bars for every figure that people compare; all of them where there are none of those."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     numbers = [
         name for name, value in rows[0].items() if isinstance(value, int | float) and not isinstance(value, bool)
     ]
-    panels = [name for name in numbers if len({row[name] for row in rows}) > 1] or numbers
-    ways = [" ".join(str(value) for name, value in row.items() if name not in numbers) or "model" for row in rows]
-    height = len(panels) * (0.6 + 0.32 * len(rows))
-    figure = Figure(figsize=(8, height), layout="constrained")
-    for axes, name in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+    panels = [name for name in numbers if name in DRAWN] or numbers
+    ways = [", ".join(str(value) for name, value in row.items() if name not in numbers) or "model" for row in rows]
+    lines = -(-len(panels) // 2)
+    figure = Figure(figsize=(12, lines * (0.7 + 0.32 * len(rows))), layout="constrained")
+    grid = figure.subplots(lines, 2, squeeze=False).flatten()
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    for axes, name in zip(grid, panels, strict=False):
         bars = axes.barh(ways, [row[name] for row in rows], color="#31688e")
         axes.bar_label(bars, labels=[_cell(row[name]) for row in rows], padding=3)
-        axes.set_title(name.replace("_", " "), loc="left", fontsize=10)
+        axes.set_title(DRAWN.get(name, name.replace("_", " ")), loc="left", fontsize=10)
         axes.invert_yaxis()
         axes.margins(x=0.15)
         axes.spines[["top", "right"]].set_visible(False)
