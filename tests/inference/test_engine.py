@@ -57,7 +57,12 @@ LATENT = {"kv_heads": 4, "attention": AttentionConfig(latent=LatentConfig(rank=1
 
 
 @pytest.mark.parametrize(
-    ("router", "changes"), [("switch", {}), ("gshard", {}), ("gshard", LATENT)], ids=["1", "2", "MLA"]
+    ("router", "changes"),
+    [
+        pytest.param("switch", {}, id="1", marks=pytest.mark.full),
+        pytest.param("gshard", {}, id="2"),
+        pytest.param("gshard", LATENT, id="MLA", marks=pytest.mark.full),
+    ],
 )
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0, "top_p": 0.9}], ids=["greedy", "seeded"])
 def test_M2_P3_32_requests_in_one_batch_give_what_each_gives_alone(make_model, make_engine, router, changes, sampling):

@@ -27,7 +27,7 @@ def asking():
     return work
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap", [pytest.param(False, marks=pytest.mark.full), True])
 def test_O6_P3_wishes_hold_in_a_full_batch_with_preemption_as_alone(make_engine, overlap):  # noqa: N802
     sizes = {"num_blocks": 20, "max_num_seqs": 8, "max_num_batched_tokens": 48, "overlap": overlap}
     together, alone = make_engine(**sizes), make_engine(enable_prefix_caching=False)
