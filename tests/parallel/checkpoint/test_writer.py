@@ -291,10 +291,10 @@ def test_what_goes_wrong_in_the_thread_is_told_by_commit_whatever_it_is(tmp_path
 
 def slow_on_rank_1(root):
     mesh = build_mesh(ParallelConfig(ep=2))
-    disk = GatedDisk(4.0 if process.rank() == 1 else 0.0)
+    disk = GatedDisk(7.0 if process.rank() == 1 else 0.0)
     return save(root, 1, sharded(mesh), {"step": 1}, mesh, disk=disk).name
 
 
 @pytest.mark.full
 def test_a_disk_that_is_slower_than_the_time_out_is_waited_for(tmp_path):
-    assert run_ranks(slow_on_rank_1, 2, tmp_path, group_timeout=1.5) == ["step-00000001"] * 2
+    assert run_ranks(slow_on_rank_1, 2, tmp_path, group_timeout=3.0) == ["step-00000001"] * 2
