@@ -287,7 +287,8 @@ class Engine:
 
     def _expired(self, plan: StepPlan) -> dict[str, TurnoutError]:
         rule = "the request was not started before its deadline or queue_timeout: try again later"
-        return {self._ledger.choices[request.id].request_id: QueueTimeoutError(rule) for request in plan.expired}
+        choices = (self._ledger.choices.get(request.id) for request in plan.expired)
+        return {choice.request_id: QueueTimeoutError(rule) for choice in choices if choice is not None}
 
     def _blame(self, error: Exception) -> list[RequestOutput]:
         """A step raised. Its requests run again, each alone until it has caught up; one that did so already has failed.

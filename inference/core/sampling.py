@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from ... import RequestError
 from .structured import StructuredOutputs
@@ -117,7 +117,7 @@ class SamplingParams:
     @property
     def bad_sequences(self) -> tuple[tuple[int, ...], ...]:
         """`bad_token_ids` as they are kept."""
-        return self.bad_token_ids  # type: ignore[return-value]
+        return cast("tuple[tuple[int, ...], ...]", self.bad_token_ids)
 
     def _check_shape(self) -> None:
         """What forms the distribution, token for token alike."""
@@ -184,16 +184,23 @@ class SamplingParams:
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> None:
     """Raise RequestError unless `value` is a whole number in [low, high]."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < low or (high is not None and value > high):  # type: ignore[operator]
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or not low <= value <= (math.inf if high is None else high)
+    ):
         rule = f"from {low} to {high}" if high is not None else f"of at least {low}"
         raise RequestError(f"{name} ({value!r}) must be a whole number {rule}", name)
 
 
 def number(name: str, value: object, low: float, high: float | None = None, rule: str | None = None) -> None:
     """Raise RequestError unless `value` is a finite number in [low, high]."""
-    real = isinstance(value, int | float) and not isinstance(value, bool)
-    if not real or not low <= value <= (math.inf if high is None else high) or value == math.inf:  # type: ignore[operator]
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not low <= value <= (math.inf if high is None else high)
+        or value == math.inf
+    ):
         rule = rule or (f"of at least {low}" if high is None else f"from {low} to {high}")
         raise RequestError(f"{name} ({value!r}) must be a number {rule}", name)
 

@@ -111,20 +111,24 @@ class StructuredOutputs:
             raise self.error(f"can not be written as JSON ({error}): send a JSON Schema") from error
 
     def _texts(self, texts: object) -> tuple[str, ...]:
-        whole = isinstance(texts, list | tuple) and len(texts) > 0
-        if not whole or not all(isinstance(text, str) and text for text in texts):  # type: ignore[attr-defined]
+        if (
+            not isinstance(texts, list | tuple)
+            or not texts
+            or not all(isinstance(text, str) and text for text in texts)
+        ):
             raise self.error("must be a list of texts of at least one character, and not empty")
-        return tuple(texts)  # type: ignore[arg-type]
+        return tuple(texts)
 
 
 def _nesting(schema: dict[str, Any]) -> int:
     """Levels of containers, without recursion; stops counting where there are too many."""
-    deepest, todo = 1, [(schema, 1, False)]
+    deepest = 1
+    todo: list[tuple[Any, int, bool]] = [(schema, 1, False)]
     while todo and deepest <= MAX_NESTING:
         value, level, is_map = todo.pop()
         deepest = max(deepest, level)
         for key, child in value.items() if isinstance(value, dict) else enumerate(value):
             if isinstance(child, dict | list | tuple):
                 free = not is_map and key in MAPS and isinstance(child, dict)
-                todo.append((child, level if free else level + 1, free))  # type: ignore[arg-type]
+                todo.append((child, level if free else level + 1, free))
     return deepest

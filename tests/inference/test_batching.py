@@ -120,3 +120,11 @@ def test_a_request_past_its_deadline_expires_and_a_started_one_does_not(make_eng
     while engine.has_unfinished:
         outputs = engine.step()
     assert outputs[-1].outputs[0].finish_reason == "length"
+
+
+def test_a_request_that_expired_in_a_launched_step_may_be_aborted_before_its_commit(make_engine):
+    engine = make_engine()
+    engine.add_request("late", [1], SamplingParams(max_tokens=4), deadline=0.0)
+    engine._launch(engine.scheduler.schedule())
+    assert engine.abort("late").outputs[0].finish_reason == "abort"
+    assert engine.step() == []
