@@ -14,7 +14,19 @@ from ..torch_ops import attention as library_attention
 from .call import TYPES, Attention, call, differentiable, fits, pointer
 
 
-def varlen_attention_fits(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *_: Tensor, **__: object) -> bool:
+def varlen_attention_fits(
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    cu_seqlens_B1: Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    cu_k_B1: Tensor | None = None,
+    sinks_H: Tensor | None = None,
+    bias_HR: Tensor | None = None,
+) -> bool:
     return fits(q_THd, k_TGd, v_TGd)
 
 
@@ -44,7 +56,20 @@ def varlen_attention(
 
 
 def paged_attention_fits(
-    q_THd: Tensor, cache_k: Tensor, cache_v: Tensor, *_: Tensor, scales_k: Tensor | None = None, **__: object
+    q_THd: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    block_tables_BM: Tensor,
+    context_lens_B: Tensor,
+    cu_q_B1: Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    sinks_H: Tensor | None = None,
+    bias_HR: Tensor | None = None,
+    scales_k: Tensor | None = None,
+    scales_v: Tensor | None = None,
 ) -> bool:
     return fits(q_THd) and (scales_k is not None or fits(cache_k, cache_v))
 
