@@ -51,6 +51,29 @@ def grouped_gemm(x_NK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
         return registry.call("grouped_gemm", x_NK, w_EKM, ends_E)
 
 
+def moe_mlp(
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor | None, w_in_EHD: Tensor, w_out_EFD: Tensor
+) -> Tensor:
+    """y[t] = Σ_k weights[t, k] · swiglu(x[t] · w_in[e]ᵀ) · w_out[e] with e = ids[t, k]; k ascending, in float32.
+
+    A whole mixture of experts behind its router, in one operation, so that no permuted copy of the rows need exist.
+
+    Args:
+        x_TD: rows; of one dtype with the weights, or under autocast all three are cast to its dtype.
+        ids_TK: int64 experts.
+        weights_TK: float32 (any floating dtype is fine).
+        kept_TK: bool; where it is False the choice adds nothing and its id may be anything. None = all are kept.
+        w_in_EHD: H = 2F: the gate's rows, then the up projection's.
+        w_out_EFD: as `Experts` holds it.
+
+    Returns:
+        y_TD in x's dtype (autocast's under autocast), differentiable in x, weights, w_in and w_out.
+    """
+    x_TD, w_in_EHD, w_out_EFD = autocast(x_TD, w_in_EHD, w_out_EFD)
+    with _exact(x_TD):
+        return registry.call("moe_mlp", x_TD, ids_TK, weights_TK, kept_TK, w_in_EHD, w_out_EFD)
+
+
 def sort_by_expert(ids_TK: Tensor, kept_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Order the kept assignments by expert, stably (by token, then choice, within an expert).
 

@@ -2,14 +2,16 @@
 
 An operation `f` has forms of one signature: `reference` (plain PyTorch, the documentation), `torch` (made of library
 calls), `triton` (a GPU kernel), `cpp` (a batch-invariant CPU kernel, compiled at first use) and `rows` (batch-invariant
-in plain PyTorch, slow). A form with limits has a predicate `f_fits` of the same signature beside it. Without an
-override the first form of `DEFAULT` that fits runs.
+in plain PyTorch, slow). A form with limits has a predicate `f_fits` of the same signature beside it, and one of ours
+that is to run unasked has `f_pays`: whether it is the faster one for these arguments. Without an override the first
+form runs that pays and fits; `torch` and `reference` always pay.
 
 `invariant` is no form but a promise: a row's result is the same bits whatever other rows there are, and packed rows and
 pages give the same. What has neither a `cpp` nor a `rows` form keeps it as it is.
 """
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -48,6 +50,7 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "cpp": "cpp.products",
             "rows": "rows.products",
         },
+        "moe_mlp": {"reference": "reference.experts"},
         "sort_by_expert": {"reference": "reference.routing", "torch": "torch_ops.routing"},
         "permute": {"reference": "reference.routing", "torch": "torch_ops.routing"},
         "combine": {"reference": "reference.routing", "torch": "torch_ops.routing"},
@@ -71,7 +74,8 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
     }
 )
-_loaded: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., bool] | None]] = {}
+Predicate = Callable[..., bool] | None
+_loaded: dict[tuple[str, str], tuple[Callable[..., Any], Predicate, Predicate]] = {}
 _forced: ContextVar[str | None] = ContextVar("forced", default=None)
 
 
@@ -101,12 +105,15 @@ def call(op: str, *args: Any, **kwargs: Any) -> Any:
 
 def choose(op: str, *args: Any, **kwargs: Any) -> str:
     """The name of the form of `op` that runs for these arguments."""
-    if len(FORMS[op]) == 1:
+    forms = FORMS[op]
+    if len(forms) == 1:
         return "reference"
+    asked = torch.compiler.is_compiling() or _forced.get() is not None
     for form in _order():
-        if form in FORMS[op]:
-            fits = _load(op, form)[1]
-            if fits is None or fits(*args, **kwargs):
+        if form in forms:
+            _, fits, pays = _load(op, form)
+            unasked = asked or form in DEFAULT or (pays is not None and pays(*args, **kwargs))
+            if unasked and (fits is None or fits(*args, **kwargs)):
                 return form
     return "reference"
 
@@ -125,11 +132,23 @@ def invariant() -> bool:
 def _order() -> tuple[str, ...]:
     if torch.compiler.is_compiling():  # it can not read a context variable
         return DEFAULT
-    return PREFERENCES[_forced.get() or "torch"]
+    forced = _forced.get()
+    return _unasked() if forced is None else PREFERENCES[forced]
 
 
-def _load(op: str, form: str) -> tuple[Callable[..., Any], Callable[..., bool] | None]:
+@functools.cache
+def _unasked() -> tuple[str, ...]:
+    """Triton is imported only where there is a GPU."""
+    return ("triton" if torch.cuda.is_available() else "cpp", *DEFAULT)
+
+
+def _load(op: str, form: str) -> tuple[Callable[..., Any], Predicate, Predicate]:
+    """The form, its `fits` and its `pays`."""
     if (op, form) not in _loaded:  # a dictionary, because torch.compile does not read functools.cache
         module = importlib.import_module(f".{FORMS[op][form]}", __package__)
-        _loaded[op, form] = getattr(module, op), getattr(module, f"{op}_fits", None)
+        _loaded[op, form] = (
+            getattr(module, op),
+            getattr(module, f"{op}_fits", None),
+            getattr(module, f"{op}_pays", None),
+        )
     return _loaded[op, form]

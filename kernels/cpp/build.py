@@ -1,7 +1,8 @@
 """Compiles the C++ kernels once a machine and loads them.
 
 The library's name is the hash of the sources, the flags and the compiler, so a change of any builds another. Several
-processes may come at once: one compiles under a file lock, into a file that is renamed when it is whole.
+processes may come at once: one compiles under a file lock, into a folder of its own whose library is renamed when it is
+whole. Every `.cpp` file is compiled by itself, as many at once as there are processors.
 """
 
 import ctypes
@@ -14,16 +15,19 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 LOG = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = (
-    "-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi", "-Wno-ignored-attributes",
+    "-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fopenmp", "-Wno-psabi", "-Wno-ignored-attributes",
 )  # fmt: skip
 # what the CPU must have → what is compiled for it, best first
 INSTRUCTIONS: tuple[tuple[set[str], tuple[str, ...]], ...] = (
+    ({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "fma", "f16c"},
+     ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mavx512vnni", "-mfma", "-mf16c")),
     ({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"},
      ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")),
     ({"avx2", "fma", "f16c"}, ("-mavx2", "-mfma", "-mf16c")),
@@ -76,18 +80,25 @@ def instructions(has: set[str]) -> tuple[str, ...]:
 
 
 def _compile(command: tuple[str, ...], built: Path) -> None:
-    part = built.with_suffix(f".{os.getpid()}")
     LOG.info("compiling the C++ kernels (%s), once on this machine", command[0])
+    units = sorted(SOURCES.glob("*.cpp"))
+    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+        objects = [Path(folder) / f"{unit.stem}.o" for unit in units]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            calls = [(*command, "-c", str(unit), "-o", str(it)) for unit, it in zip(units, objects, strict=True)]
+            list(pool.map(_run, calls))
+        whole = Path(folder) / built.name
+        _run((*command, "-shared", *map(str, objects), "-o", str(whole)))
+        whole.replace(built)
+
+
+def _run(call: tuple[str, ...]) -> None:
     try:
-        call = (*command, str(SOURCES / "kernels.cpp"), "-o", str(part))
         done = subprocess.run(call, capture_output=True, text=True, timeout=SECONDS, check=False)  # noqa: S603
-        if done.returncode:
-            raise UnbuiltError(f"{command[0]} failed: {done.stderr.strip()[:400]}")
-        part.replace(built)
     except subprocess.TimeoutExpired as error:
-        raise UnbuiltError(f"{command[0]} took more than {SECONDS} s") from error
-    finally:
-        part.unlink(missing_ok=True)
+        raise UnbuiltError(f"{call[0]} took more than {SECONDS} s") from error
+    if done.returncode:
+        raise UnbuiltError(f"{call[0]} failed: {done.stderr.strip()[:400]}")
 
 
 def _cpu() -> set[str]:

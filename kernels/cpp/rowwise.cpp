@@ -1,6 +1,5 @@
-// Batch-invariant kernels, called through ctypes: a row's result never depends on its companions nor on the threads.
-#include "attention.h"
-#include "gemm.h"
+// Norm and activation, row by row.
+#include "kernels.h"
 
 template <Type type>
 static void rms_norm_rows(const void* x, const float* weight, void* y, int64_t rows, int64_t D, float eps,
@@ -32,28 +31,7 @@ static void swiglu_rows(const void* x, void* y, int64_t rows, int64_t F, int thr
     }
 }
 
-#define BY_TYPE(type, call)                      \
-  switch (type) {                                \
-    case FLOAT32: call(FLOAT32); break;          \
-    case BFLOAT16: call(BFLOAT16); break;        \
-    default: call(FLOAT16);                      \
-  }
-
 extern "C" {
-
-void turnout_gemm(int type, const Gemm* g, const int32_t* ends, int64_t experts, int threads) {
-#define CALL(T) gemm_all<T>(*g, ends, experts, threads)
-  BY_TYPE(type, CALL)
-#undef CALL
-}
-
-void turnout_attention(int type, int cached, const Attention* a, int threads) {
-#define CALL(T) \
-  (cached == type ? attend_all<T, T>(*a, threads) : cached == FLOAT32 ? attend_all<T, FLOAT32>(*a, threads) \
-   : cached == BFLOAT16 ? attend_all<T, BFLOAT16>(*a, threads) : attend_all<T, FLOAT16>(*a, threads))
-  BY_TYPE(type, CALL)
-#undef CALL
-}
 
 void turnout_rms_norm(int type, const void* x, const float* weight, void* y, int64_t rows, int64_t D, float eps,
                       int threads) {
