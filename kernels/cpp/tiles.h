@@ -1,0 +1,305 @@
+// Micro kernels of matrix products: a few rows of x by a few columns of w, float32 sums that have one order each.
+//
+// "dot", where a column of w lies in one piece: sixteen lanes add up along k, then a tree adds the lanes.
+// "axpy", where a row of w does: each output is a lane of its own, and k ascends.
+// bfloat16 is multiplied two by two (dpbf16) where the CPU can: a lane then takes k and k + 1 at once, and a step of
+// "dot" is 32 numbers; a k past the end is zero. Everywhere else numbers are widened first, which is exact.
+// The order of a sum depends on none of the rows, the columns and the tiles about it.
+//
+// R rows and C columns of a tile, T rows and M columns of a block, K their depth. Rows are pointers: they lie anywhere.
+#pragma once
+#include <type_traits>
+
+#include "simd.h"
+
+#if defined(__AVX512F__)
+constexpr int TALL = 6, BROAD = 4;  // accumulators that fit the registers beside their operands
+#else
+constexpr int TALL = 2, BROAD = 2;
+#endif
+constexpr int PANEL = 16 * BROAD;  // columns of an "axpy" tile
+
+#if defined(__AVX512BF16__)
+template <Type type>
+constexpr bool pairs = type == BFLOAT16;
+typedef __m512bh Pairs;
+#else
+template <Type type>
+constexpr bool pairs = false;
+typedef V Pairs;
+#endif
+template <Type type>
+using Operand = std::conditional_t<pairs<type>, Pairs, V>;
+template <Type type>
+constexpr int64_t STEP = pairs<type> ? 32 : 16;  // of "dot" along k
+template <Type type>
+constexpr int64_t DEEP = pairs<type> ? 2 : 1;  // of "axpy" along k
+
+static inline void fetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+
+// Numbers k to k + STEP of a row; with n, no more than n of them, the rest zero.
+template <Type type>
+static inline Operand<type> take(const void* row, int64_t k) {
+#if defined(__AVX512BF16__)
+  if constexpr (pairs<type>) return (__m512bh)_mm512_loadu_si512((const uint16_t*)row + k);
+  else
+#endif
+    return load<type>(row, k);
+}
+
+template <Type type>
+static inline Operand<type> take(const void* row, int64_t k, int64_t n) {
+#if defined(__AVX512BF16__)
+  if constexpr (pairs<type>)
+    return (__m512bh)_mm512_maskz_loadu_epi16(n >= 32 ? ~0u : (1u << n) - 1, (const uint16_t*)row + k);
+  else
+#endif
+    return load<type>(row, k, n);
+}
+
+// The DEEP numbers from k on in every lane; the last of an odd number has a zero beside it.
+template <Type type, bool whole = true>
+static inline Operand<type> spread(const void* row, int64_t k) {
+#if defined(__AVX512BF16__)
+  if constexpr (pairs<type>) {
+    uint32_t two = 0;
+    std::memcpy(&two, (const uint16_t*)row + k, whole ? 4 : 2);
+    return (__m512bh)_mm512_set1_epi32(two);
+  } else
+#endif
+  if constexpr (type == FLOAT32) {
+    return all(((const float*)row)[k]);
+  } else {
+    return widen<type>(Half{} + ((const uint16_t*)row)[k]);
+  }
+}
+
+// DEEP rows of w over SPAN columns as DEEP operands of sixteen columns each, in order. Not `whole`: there is no second
+// row; not `full`: only n columns. What is not there is zero.
+template <Type type>
+constexpr int64_t SPAN = 16 * DEEP<type>;
+
+template <Type type, bool whole, bool full>
+static inline void weave(const void* w, int64_t w_k, int64_t n, Operand<type>* out) {
+#if defined(__AVX512BF16__)
+  if constexpr (pairs<type>) {
+    const uint16_t* row = (const uint16_t*)w;
+    const __mmask32 seen = full ? ~0u : (1u << n) - 1;
+    const __m512i a = full ? _mm512_loadu_si512(row) : _mm512_maskz_loadu_epi16(seen, row);
+    const __m512i b = !whole ? _mm512_setzero_si512()
+                      : full ? _mm512_loadu_si512(row + w_k) : _mm512_maskz_loadu_epi16(seen, row + w_k);
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    out[0] = (__m512bh)_mm512_permutex2var_epi16(a, low, b);
+    out[1] = (__m512bh)_mm512_permutex2var_epi16(a, _mm512_add_epi16(low, _mm512_set1_epi16(16)), b);
+  } else
+#endif
+  if constexpr (full) {
+    out[0] = load<type>(w, 0);
+  } else {
+    out[0] = load<type>(w, 0, n);
+  }
+}
+
+#if defined(__AVX512BF16__)
+static inline V mac(Pairs a, Pairs b, V sum) { return (V)_mm512_dpbf16_ps((__m512)sum, a, b); }
+#endif
+static inline V mac(V a, V b, V sum) { return fma(a, b, sum); }
+
+// y[r, c] = reduce(sum[r, c]), four rows of four at once where registers allow, by the same tree.
+template <int R, int C>
+static inline void reduce_tile(const V* sum, float* y, int64_t y_row) {
+#if defined(__AVX512F__)
+  if constexpr (C == 4) {
+    for (int r = 0; r < R; r += 4) {
+      V four[16] = {};
+      std::memcpy(four, sum + 4 * r, sizeof(V) * 4 * (R - r < 4 ? R - r : 4));
+      alignas(64) float out[16];
+      reduce_all<16>(four, out);
+      for (int i = r; i < R && i < r + 4; i++) std::memcpy(y + i * y_row, out + 4 * (i - r), 16);
+    }
+    return;
+  }
+#endif
+  for (int i = 0; i < R * C; i++) y[i / C * y_row + i % C] = reduce(sum[i]);
+}
+
+// y[r, c] = Σ_k x[r][k] · w[c][k]. With `ahead` the line that lies so many bytes behind each of w's is fetched.
+template <Type type, int R, int C>
+static inline void dot_tile(const void* const* x, const void* const* w, int64_t K, float* y, int64_t y_row,
+                            int64_t ahead) {
+  V sum[R * C] = {};
+  int64_t k = 0;
+  for (; k + STEP<type> <= K; k += STEP<type>) {
+    Operand<type> b[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; c++) {
+      b[c] = take<type>(w[c], k);
+      if (ahead) fetch((const char*)at<type>(w[c], k) + ahead);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const Operand<type> a = take<type>(x[r], k);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; c++) sum[r * C + c] = mac(a, b[c], sum[r * C + c]);
+    }
+  }
+  if (k < K)
+    for (int c = 0; c < C; c++) {
+      const Operand<type> b = take<type>(w[c], k, K - k);
+      for (int r = 0; r < R; r++) sum[r * C + c] = mac(take<type>(x[r], k, K - k), b, sum[r * C + c]);
+    }
+  reduce_tile<R, C>(sum, y, y_row);
+}
+
+// The same for T rows; w is fetched ahead by the first of them alone.
+template <Type type, int C>
+static void dot_rows(const void* const* x, int64_t T, const void* const* w, int64_t K, float* y, int64_t y_row,
+                     int64_t ahead = 0) {
+  for (int64_t t = 0, n; t < T; t += n, ahead = 0) {
+    n = std::min<int64_t>(T - t, TALL);
+    float* to = y + t * y_row;
+    if constexpr (TALL == 6) {
+      if (n == 6) dot_tile<type, 6, C>(x + t, w, K, to, y_row, ahead);
+      else if (n >= 4) n = 4, dot_tile<type, 4, C>(x + t, w, K, to, y_row, ahead);
+    }
+    if (n == 3) n = 2;
+    if (n == 2) dot_tile<type, 2, C>(x + t, w, K, to, y_row, ahead);
+    else if (n == 1) dot_tile<type, 1, C>(x + t, w, K, to, y_row, ahead);
+  }
+}
+
+// y[t, m] of T rows and M columns that lie `w_column` numbers apart. With `next`, what is read after the next columns is
+// fetched: at the end, what lies there.
+template <Type type>
+static void dot_block(const void* const* x, int64_t T, const void* w, int64_t w_column, int64_t M, int64_t K, float* y,
+                      int64_t y_row, const void* next = nullptr) {
+  const void* columns[BROAD];
+  for (int64_t m = 0, n; m < M; m += n) {
+    n = M - m < BROAD ? 1 : BROAD;
+    for (int64_t c = 0; c < n; c++) columns[c] = at<type>(w, (m + c) * w_column);
+    const void* after = m + n < M ? at<type>(w, (m + n) * w_column) : next;
+    const int64_t ahead = next ? (const char*)after - (const char*)columns[0] : 0;
+    if (n == 1) dot_rows<type, 1>(x, T, columns, K, y + m, y_row, ahead);
+    else dot_rows<type, BROAD>(x, T, columns, K, y + m, y_row, ahead);
+  }
+}
+
+template <Type type, int R, int S, bool whole, bool full>
+static inline void axpy_span(const void* const* x, int64_t k, const void* w, int64_t w_k, int64_t n, float* y,
+                             int64_t y_row, int64_t ahead) {
+  constexpr int64_t L = DEEP<type>;
+  V sum[R * L];
+  for (int r = 0; r < R; r++)
+    for (int l = 0; l < L; l++)
+      sum[r * L + l] = full ? load<FLOAT32>(y + r * y_row, 16 * l) : load<FLOAT32>(y + r * y_row, 16 * l, n - 16 * l);
+#pragma GCC unroll 8
+  for (int s = 0; s < S; s++) {
+    Operand<type> b[L];
+    weave<type, whole, full>(at<type>(w, s * L * w_k), w_k, n, b);
+    if (ahead)
+      for (int l = 0; l < (whole ? L : 1); l++) fetch((const char*)at<type>(w, (s * L + l) * w_k) + ahead);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const Operand<type> a = spread<type, whole>(x[r], k + s * L);
+      for (int l = 0; l < L; l++) sum[r * L + l] = mac(a, b[l], sum[r * L + l]);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int l = 0; l < L; l++)
+      if (full) store<FLOAT32>(y + r * y_row, 16 * l, sum[r * L + l]);
+      else if (n > 16 * l) store<FLOAT32>(y + r * y_row, 16 * l, sum[r * L + l], n - 16 * l);
+}
+
+// y[t, m] += Σ over S steps from k on of x[t][k] · w[k][m]; w stands at row k, `ahead` bytes behind it is fetched.
+template <Type type, int S, bool whole = true>
+static void axpy_rows(const void* const* x, int64_t T, int64_t k, const void* w, int64_t w_k, int64_t M, float* y,
+                      int64_t y_row, int64_t ahead) {
+  for (int64_t t = 0, n; t < T; t += n, ahead = 0) {
+    n = T - t >= TALL ? TALL : T - t >= 2 ? 2 : 1;
+    for (int64_t m = 0; m < M; m += SPAN<type>) {
+      const void* from = at<type>(w, m);
+      float* to = y + t * y_row + m;
+#define SPAN_OF(R)                                                                                              \
+  if (M - m >= SPAN<type>) axpy_span<type, R, S, whole, true>(x + t, k, from, w_k, M - m, to, y_row, ahead);    \
+  else axpy_span<type, R, S, whole, false>(x + t, k, from, w_k, M - m, to, y_row, ahead)
+      if (TALL > 2 && n == TALL) { SPAN_OF(TALL); }
+      else if (n == 2) { SPAN_OF(2); }
+      else { SPAN_OF(1); }
+#undef SPAN_OF
+    }
+  }
+}
+
+// y[t, m] = Σ_k x[t][k] · w[k][m] of T rows and M columns, w read row after row as it lies: for few rows. M floats a
+// row should stay near. With `next`, what is read after the next rows is fetched: at the end, what lies there.
+template <Type type>
+static void axpy_block(const void* const* x, int64_t T, const void* w, int64_t w_k, int64_t M, int64_t K, float* y,
+                       int64_t y_row, const void* next = nullptr) {
+  constexpr int S = 4;
+  constexpr int64_t L = DEEP<type>;
+  for (int64_t t = 0; t < T; t++) std::memset(y + t * y_row, 0, 4 * M);
+  for (int64_t k = 0; k < K;) {
+    const void* from = at<type>(w, k * w_k);
+    const void* after = k + 2 * S * L <= K ? at<type>(from, S * L * w_k) : next;
+    const int64_t ahead = next ? (const char*)after - (const char*)from : 0;
+    if (K - k >= S * L) axpy_rows<type, S>(x, T, k, from, w_k, M, y, y_row, ahead), k += S * L;
+    else if (K - k >= L) axpy_rows<type, 1>(x, T, k, from, w_k, M, y, y_row, 0), k += L;
+    else axpy_rows<type, 1, false>(x, T, k, from, w_k, M, y, y_row, 0), k += L;
+  }
+}
+
+// PANEL columns of w, M of them there, as operands one after another: for many rows. `room`: panel_size<type>(K) bytes.
+template <Type type>
+static inline int64_t panel_size(int64_t K) {
+  return (K + DEEP<type> - 1) / DEEP<type> * BROAD * sizeof(V);
+}
+
+template <Type type>
+static void pack_panel(const void* w, int64_t w_k, int64_t M, int64_t K, void* room) {
+  constexpr int64_t L = DEEP<type>;
+  auto* out = (Operand<type>*)room;
+  for (int64_t k = 0; k < K; k += L, out += BROAD)
+    for (int64_t m = 0; m < PANEL; m += SPAN<type>) {
+      const void* from = at<type>(w, k * w_k + m);
+      Operand<type>* to = out + m / 16;
+      const int64_t n = std::clamp<int64_t>(M - m, 0, SPAN<type>);
+      const bool whole = k + L <= K, full = n == SPAN<type>;
+      if (whole && full) weave<type, true, true>(from, w_k, n, to);
+      else if (whole) weave<type, true, false>(from, w_k, n, to);
+      else if (full) weave<type, false, true>(from, w_k, n, to);
+      else weave<type, false, false>(from, w_k, n, to);
+    }
+}
+
+// y[r, m] of R rows and the PANEL columns of a panel.
+template <Type type, int R>
+static inline void panel_tile(const void* const* x, const void* panel, int64_t K, float* y, int64_t y_row) {
+  constexpr int64_t L = DEEP<type>;
+  V sum[R * BROAD] = {};
+  auto* b = (const Operand<type>*)panel;
+  int64_t k = 0;
+  for (; k + L <= K; k += L, b += BROAD)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const Operand<type> a = spread<type>(x[r], k);
+#pragma GCC unroll 8
+      for (int c = 0; c < BROAD; c++) sum[r * BROAD + c] = mac(a, b[c], sum[r * BROAD + c]);
+    }
+  if (k < K)
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < BROAD; c++)
+        sum[r * BROAD + c] = mac(spread<type, false>(x[r], k), b[c], sum[r * BROAD + c]);
+  for (int r = 0; r < R; r++) std::memcpy(y + r * y_row, sum + r * BROAD, 4 * PANEL);
+}
+
+template <Type type>
+static void panel_block(const void* const* x, int64_t T, const void* panel, int64_t K, float* y, int64_t y_row) {
+  for (int64_t t = 0, n; t < T; t += n) {
+    n = T - t >= TALL ? TALL : T - t >= 2 ? 2 : 1;
+    float* to = y + t * y_row;
+    if (TALL > 2 && n == TALL) panel_tile<type, TALL>(x + t, panel, K, to, y_row);
+    else if (n == 2) panel_tile<type, 2>(x + t, panel, K, to, y_row);
+    else panel_tile<type, 1>(x + t, panel, K, to, y_row);
+  }
+}
