@@ -106,29 +106,56 @@ static inline V mac(Pairs a, Pairs b, V sum) { return (V)_mm512_dpbf16_ps((__m51
 #endif
 static inline V mac(V a, V b, V sum) { return fma(a, b, sum); }
 
+#if defined(__AVX512F__)
+// The first two levels of four trees; after them the lanes of one are neighbours.
+static inline __m512 fold(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512 s = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+  const __m512 t = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xEE));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(s, t, 0x88), _mm512_shuffle_f32x4(s, t, 0xDD));
+}
+
+// The last two of sixteen, to n rows of four.
+static inline void fold_rows(__m512 a, __m512 b, __m512 c, __m512 d, int n, float* y, int64_t y_row) {
+  __m512 s = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xEE));
+  __m512 t = _mm512_add_ps(_mm512_shuffle_ps(c, d, 0x44), _mm512_shuffle_ps(c, d, 0xEE));
+  __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(s, t, 0x88), _mm512_shuffle_ps(s, t, 0xDD));
+  const __m512i turn = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  sums = _mm512_permutexvar_ps(turn, sums);
+  _mm_storeu_ps(y, _mm512_castps512_ps128(sums));
+  if (n > 1) _mm_storeu_ps(y + y_row, _mm512_extractf32x4_ps(sums, 1));
+  if (n > 2) _mm_storeu_ps(y + 2 * y_row, _mm512_extractf32x4_ps(sums, 2));
+  if (n > 3) _mm_storeu_ps(y + 3 * y_row, _mm512_extractf32x4_ps(sums, 3));
+}
+#endif
+
 // y[r, c] = reduce(sum[r, c]), four rows of four at once where registers allow, by the same tree.
 template <int R, int C>
 static inline void reduce_tile(const V* sum, float* y, int64_t y_row) {
 #if defined(__AVX512F__)
   if constexpr (C == 4) {
-    for (int r = 0; r < R; r += 4) {
-      V four[16] = {};
-      std::memcpy(four, sum + 4 * r, sizeof(V) * 4 * (R - r < 4 ? R - r : 4));
-      alignas(64) float out[16];
-      reduce_all<16>(four, out);
-      for (int i = r; i < R && i < r + 4; i++) std::memcpy(y + i * y_row, out + 4 * (i - r), 16);
+    __m512 row[8];
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; r++) {
+      const V* of = sum + 4 * (r < R ? r : R - 1);
+      row[r] = fold((__m512)of[0], (__m512)of[1], (__m512)of[2], (__m512)of[3]);
     }
+    fold_rows(row[0], row[1], row[2], row[3], R, y, y_row);
+    if constexpr (R > 4) fold_rows(row[4], row[5], row[6], row[7], R - 4, y + 4 * y_row, y_row);
     return;
   }
 #endif
+#pragma GCC unroll 32
   for (int i = 0; i < R * C; i++) y[i / C * y_row + i % C] = reduce(sum[i]);
 }
 
-// y[r, c] = Σ_k x[r][k] · w[c][k]. With `ahead` the line that lies so many bytes behind each of w's is fetched.
+// y[r, c] = Σ_k x[r][k] · w[c][k]. With `ahead` the line that lies so many bytes behind each of w's is fetched. Not
+// inline: among other code compilers put the accumulators into memory.
 template <Type type, int R, int C>
-static inline void dot_tile(const void* const* x, const void* const* w, int64_t K, float* y, int64_t y_row,
-                            int64_t ahead) {
-  V sum[R * C] = {};
+[[gnu::noinline]] static void dot_tile(const void* const* x, const void* const* w, int64_t K, float* y, int64_t y_row,
+                                       int64_t ahead) {
+  V sum[R * C];
+#pragma GCC unroll 32
+  for (int i = 0; i < R * C; i++) sum[i] = V{};
   int64_t k = 0;
   for (; k + STEP<type> <= K; k += STEP<type>) {
     Operand<type> b[C];
@@ -144,11 +171,17 @@ static inline void dot_tile(const void* const* x, const void* const* w, int64_t 
       for (int c = 0; c < C; c++) sum[r * C + c] = mac(a, b[c], sum[r * C + c]);
     }
   }
-  if (k < K)
-    for (int c = 0; c < C; c++) {
-      const Operand<type> b = take<type>(w[c], k, K - k);
-      for (int r = 0; r < R; r++) sum[r * C + c] = mac(take<type>(x[r], k, K - k), b, sum[r * C + c]);
+  if (k < K) {
+    Operand<type> b[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; c++) b[c] = take<type>(w[c], k, K - k);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const Operand<type> a = take<type>(x[r], k, K - k);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; c++) sum[r * C + c] = mac(a, b[c], sum[r * C + c]);
     }
+  }
   reduce_tile<R, C>(sum, y, y_row);
 }
 
@@ -169,8 +202,8 @@ static void dot_rows(const void* const* x, int64_t T, const void* const* w, int6
   }
 }
 
-// y[t, m] of T rows and M columns that lie `w_column` numbers apart. With `next`, what is read after the next columns is
-// fetched: at the end, what lies there.
+// y[t, m] of T rows and M columns that lie `w_column` numbers apart. With `next`, the columns that come next are fetched
+// meanwhile: at the end, what lies there.
 template <Type type>
 static void dot_block(const void* const* x, int64_t T, const void* w, int64_t w_column, int64_t M, int64_t K, float* y,
                       int64_t y_row, const void* next = nullptr) {
@@ -185,30 +218,40 @@ static void dot_block(const void* const* x, int64_t T, const void* w, int64_t w_
   }
 }
 
+// S steps of R rows over M columns, of a block of SPAN columns after another; not `full`: of one that is not whole.
 template <Type type, int R, int S, bool whole, bool full>
-static inline void axpy_span(const void* const* x, int64_t k, const void* w, int64_t w_k, int64_t n, float* y,
-                             int64_t y_row, int64_t ahead) {
+[[gnu::noinline]] static void axpy_tile(const void* const* x, int64_t k, const void* w, int64_t w_k, int64_t M,
+                                        float* y, int64_t y_row, int64_t ahead) {
   constexpr int64_t L = DEEP<type>;
-  V sum[R * L];
-  for (int r = 0; r < R; r++)
-    for (int l = 0; l < L; l++)
-      sum[r * L + l] = full ? load<FLOAT32>(y + r * y_row, 16 * l) : load<FLOAT32>(y + r * y_row, 16 * l, n - 16 * l);
+  for (int64_t m = 0; m < M; m += SPAN<type>) {
+    V sum[R * L];
+#pragma GCC unroll 16
+    for (int i = 0; i < R * L; i++) {
+      const float* from = y + i / L * y_row;
+      const int64_t column = m + 16 * (i % L);
+      sum[i] = full ? load<FLOAT32>(from, column) : load<FLOAT32>(from, column, M - column);
+    }
 #pragma GCC unroll 8
-  for (int s = 0; s < S; s++) {
-    Operand<type> b[L];
-    weave<type, whole, full>(at<type>(w, s * L * w_k), w_k, n, b);
-    if (ahead)
-      for (int l = 0; l < (whole ? L : 1); l++) fetch((const char*)at<type>(w, (s * L + l) * w_k) + ahead);
+    for (int s = 0; s < S; s++) {
+      Operand<type> b[L];
+      const void* from = at<type>(w, s * L * w_k + m);
+      weave<type, whole, full>(from, w_k, M - m, b);
+      if (ahead)
+        for (int l = 0; l < (whole ? L : 1); l++) fetch((const char*)at<type>(from, l * w_k) + ahead);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      const Operand<type> a = spread<type, whole>(x[r], k + s * L);
-      for (int l = 0; l < L; l++) sum[r * L + l] = mac(a, b[l], sum[r * L + l]);
+      for (int r = 0; r < R; r++) {
+        const Operand<type> a = spread<type, whole>(x[r], k + s * L);
+#pragma GCC unroll 2
+        for (int l = 0; l < L; l++) sum[r * L + l] = mac(a, b[l], sum[r * L + l]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < R * L; i++) {
+      const int64_t column = m + 16 * (i % L);
+      if (full) store<FLOAT32>(y + i / L * y_row, column, sum[i]);
+      else if (column < M) store<FLOAT32>(y + i / L * y_row, column, sum[i], M - column);
     }
   }
-  for (int r = 0; r < R; r++)
-    for (int l = 0; l < L; l++)
-      if (full) store<FLOAT32>(y + r * y_row, 16 * l, sum[r * L + l]);
-      else if (n > 16 * l) store<FLOAT32>(y + r * y_row, 16 * l, sum[r * L + l], n - 16 * l);
 }
 
 // y[t, m] += Σ over S steps from k on of x[t][k] · w[k][m]; w stands at row k, `ahead` bytes behind it is fetched.
@@ -217,22 +260,20 @@ static void axpy_rows(const void* const* x, int64_t T, int64_t k, const void* w,
                       int64_t y_row, int64_t ahead) {
   for (int64_t t = 0, n; t < T; t += n, ahead = 0) {
     n = T - t >= TALL ? TALL : T - t >= 2 ? 2 : 1;
-    for (int64_t m = 0; m < M; m += SPAN<type>) {
-      const void* from = at<type>(w, m);
-      float* to = y + t * y_row + m;
-#define SPAN_OF(R)                                                                                              \
-  if (M - m >= SPAN<type>) axpy_span<type, R, S, whole, true>(x + t, k, from, w_k, M - m, to, y_row, ahead);    \
-  else axpy_span<type, R, S, whole, false>(x + t, k, from, w_k, M - m, to, y_row, ahead)
-      if (TALL > 2 && n == TALL) { SPAN_OF(TALL); }
-      else if (n == 2) { SPAN_OF(2); }
-      else { SPAN_OF(1); }
-#undef SPAN_OF
-    }
+    float* to = y + t * y_row;
+    const int64_t full = M / SPAN<type> * SPAN<type>;
+#define TILE_OF(R)                                                                                                  \
+  axpy_tile<type, R, S, whole, true>(x + t, k, w, w_k, full, to, y_row, ahead);                                     \
+  if (full < M) axpy_tile<type, R, S, whole, false>(x + t, k, at<type>(w, full), w_k, M - full, to + full, y_row, 0)
+    if (TALL > 2 && n == TALL) { TILE_OF(TALL); }
+    else if (n == 2) { TILE_OF(2); }
+    else { TILE_OF(1); }
+#undef TILE_OF
   }
 }
 
 // y[t, m] = Σ_k x[t][k] · w[k][m] of T rows and M columns, w read row after row as it lies: for few rows. M floats a
-// row should stay near. With `next`, what is read after the next rows is fetched: at the end, what lies there.
+// row should stay near. With `next`, the rows that come next are fetched meanwhile: at the end, what lies there.
 template <Type type>
 static void axpy_block(const void* const* x, int64_t T, const void* w, int64_t w_k, int64_t M, int64_t K, float* y,
                        int64_t y_row, const void* next = nullptr) {
@@ -274,9 +315,11 @@ static void pack_panel(const void* w, int64_t w_k, int64_t M, int64_t K, void* r
 
 // y[r, m] of R rows and the PANEL columns of a panel.
 template <Type type, int R>
-static inline void panel_tile(const void* const* x, const void* panel, int64_t K, float* y, int64_t y_row) {
+[[gnu::noinline]] static void panel_tile(const void* const* x, const void* panel, int64_t K, float* y, int64_t y_row) {
   constexpr int64_t L = DEEP<type>;
-  V sum[R * BROAD] = {};
+  V sum[R * BROAD];
+#pragma GCC unroll 32
+  for (int i = 0; i < R * BROAD; i++) sum[i] = V{};
   auto* b = (const Operand<type>*)panel;
   int64_t k = 0;
   for (; k + L <= K; k += L, b += BROAD)
@@ -287,10 +330,14 @@ static inline void panel_tile(const void* const* x, const void* panel, int64_t K
       for (int c = 0; c < BROAD; c++) sum[r * BROAD + c] = mac(a, b[c], sum[r * BROAD + c]);
     }
   if (k < K)
-    for (int r = 0; r < R; r++)
-      for (int c = 0; c < BROAD; c++)
-        sum[r * BROAD + c] = mac(spread<type, false>(x[r], k), b[c], sum[r * BROAD + c]);
-  for (int r = 0; r < R; r++) std::memcpy(y + r * y_row, sum + r * BROAD, 4 * PANEL);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const Operand<type> a = spread<type, false>(x[r], k);
+#pragma GCC unroll 8
+      for (int c = 0; c < BROAD; c++) sum[r * BROAD + c] = mac(a, b[c], sum[r * BROAD + c]);
+    }
+#pragma GCC unroll 32
+  for (int i = 0; i < R * BROAD; i++) store<FLOAT32>(y + i / BROAD * y_row, 16 * (i % BROAD), sum[i]);
 }
 
 template <Type type>
