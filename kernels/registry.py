@@ -41,7 +41,12 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "cpp": "cpp.products",
             "rows": "rows.products",
         },
-        "head_gemm": {"reference": "reference.dense", "torch": "torch_ops.linear", "rows": "rows.products"},
+        "head_gemm": {
+            "reference": "reference.dense",
+            "torch": "torch_ops.linear",
+            "cpp": "cpp.products",
+            "rows": "rows.products",
+        },
         "pointwise": {"reference": "reference.dense", "torch": "torch_ops.linear", "rows": "rows.elements"},
         "grouped_gemm": {
             "reference": "reference.grouped_gemm",

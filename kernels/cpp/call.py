@@ -15,15 +15,6 @@ from .build import library
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-class Gemm(ctypes.Structure):
-    """`Gemm` of gemm.h."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("x", "w", "bias", "y")),
-        *((name, c_int64) for name in ("rows", "depth", "columns", "x_row", "w_expert", "w_k", "w_column")),
-    )
-
-
 class Attention(ctypes.Structure):
     """`Attention` of attention.h."""
 

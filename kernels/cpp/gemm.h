@@ -1,137 +1,134 @@
-// y[n, m] = Σ_k x[n, k] · w[e(n)][k, m] + bias[m], summed over k in one order for every number of rows.
+// y[n, m] = Σ_k x[n, k] · w[e(n)][k, m] + bias[m], summed over k in the orders of tiles.h.
 //
-// Where a column of w is contiguous ("dot"), sixteen lanes add up every sixteenth product and one tree adds the lanes.
-// Where a row of w is contiguous ("axpy"), each output adds its products one after another. Rows and columns are tiled
-// and divided over threads; the sum never is. Two-byte operands are widened first, which is exact.
+// Few rows of an expert: w is read once, in pieces that stream, each thread fetching the piece that it will take next.
+// Many: a piece of w stays near while the rows pass it. Rows and columns are divided over threads; the sum never is.
 #pragma once
+#include <atomic>
+#include <memory>
 #include <vector>
 
-#include "simd.h"
+#include "tiles.h"
 
-constexpr int64_t ROWS = 128, COLUMNS = 16 * TILE;  // of a task
-constexpr int64_t FEW = 8;  // rows up to which a two-byte matrix is widened on the fly
+constexpr int64_t FEW_DOT = 32, FEW_AXPY = 8;  // rows of an expert for which w streams
+constexpr int64_t ROWS = 64 * TALL;            // of a task otherwise
+constexpr int64_t PIECE = 1 << 16, NEAR = 1 << 18;  // bytes of w that stream, that stay near
+constexpr int64_t WIDE = 256;  // columns of a piece, at most: its results stay near
 
-struct Gemm {  // for `run` x is wide already
-  const void *x, *w;
-  const float* bias;
+struct Gemm {
+  const void *x, *w, *bias;
   void* y;
-  int64_t rows, depth, columns, x_row, w_expert, w_k, w_column;
+  const int32_t* ends;  // of the experts' rows; null: each has all of them
+  int64_t rows, depth, columns, experts, x_row, x_expert, w_expert, w_k, w_column, y_row, y_expert;
 };
 
 struct Task {
-  int64_t expert, row, end, column;
+  int64_t expert, row, end, column, last;  // rows to `end`, columns to `last`
 };
 
-template <int T, int F, Type type>
-static inline void dot_tile(const float* x, int64_t x_row, const void* w, int64_t w_column, int64_t K, float* y) {
-  V sum[T * F] = {};
-  int64_t k = 0;
-  for (; k + 16 <= K; k += 16) {
-    V a[T];
-    for (int t = 0; t < T; t++) a[t] = load<FLOAT32>(x + t * x_row, k);
-    for (int f = 0; f < F; f++) {
-      V b = load<type>(at<type>(w, f * w_column), k);
-      for (int t = 0; t < T; t++) sum[t * F + f] = fma(a[t], b, sum[t * F + f]);
+template <Type type>
+struct Plan {
+  const Gemm& g;
+  std::vector<Task> whole;      // one an expert with rows: all of its rows and columns
+  std::vector<int64_t> before;  // tasks of the experts before it
+
+  static constexpr int64_t SIZE = type == FLOAT32 ? 4 : 2;
+  bool dot() const { return g.w_k == 1; }
+  bool few(const Task& t) const { return t.end - t.row <= (dot() ? FEW_DOT : FEW_AXPY); }
+  int64_t rows(const Task& t) const { return few(t) ? t.end - t.row : ROWS; }
+
+  int64_t columns(const Task& t) const {
+    const int64_t unit = dot() ? BROAD : PANEL, bytes = few(t) ? PIECE : NEAR;
+    const int64_t fit = bytes / (SIZE * std::max<int64_t>(g.depth, 1)) / unit * unit;
+    return few(t) && !dot() ? WIDE : std::clamp(fit, unit, few(t) ? WIDE : 4 * PANEL);
+  }
+
+  explicit Plan(const Gemm& gemm) : g(gemm), before(1, 0) {
+    for (int64_t e = 0, start = 0, end; e < g.experts; e++) {
+      end = g.ends ? g.ends[e] : g.rows, start = g.ends ? start : 0;
+      if (end > start && g.columns) {
+        whole.push_back({e, start, end, 0, g.columns});
+        const Task& t = whole.back();
+        before.push_back(before.back() + across(t) * ((end - start + rows(t) - 1) / rows(t)));
+      }
+      start = end;
     }
   }
-  if (k < K)
-    for (int f = 0; f < F; f++) {
-      V b = load<type>(at<type>(w, f * w_column), k, K - k);
-      for (int t = 0; t < T; t++) sum[t * F + f] = fma(load<FLOAT32>(x + t * x_row, k, K - k), b, sum[t * F + f]);
+
+  int64_t across(const Task& t) const { return (g.columns + columns(t) - 1) / columns(t); }
+  int64_t count() const { return before.back(); }
+
+  Task operator[](int64_t i) const {
+    const int64_t at = std::upper_bound(before.begin(), before.end(), i) - before.begin() - 1;
+    Task t = whole[at];
+    const int64_t n = i - before[at], wide = columns(t), high = rows(t), down = (t.end - t.row + high - 1) / high;
+    t.column = n / down * wide, t.last = std::min(t.column + wide, g.columns);
+    t.row += n % down * high, t.end = std::min(t.row + high, t.end);
+    return t;
+  }
+
+  const void* w(const Task& t) const { return at<type>(g.w, t.expert * g.w_expert + t.column * g.w_column); }
+};
+
+template <Type type>
+static void finish(const Gemm& g, int64_t expert, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                   const float* y, int64_t y_row) {
+  for (int64_t t = 0; t < rows; t++) {
+    void* to = (void*)at<type>(g.y, expert * g.y_expert + (row + t) * g.y_row + column);
+    for (int64_t m = 0; m < columns; m += 16) {
+      V sum = load<FLOAT32>(y + t * y_row, m, columns - m);
+      if (g.bias) sum += load<type>(g.bias, column + m, columns - m);
+      store<type>(to, m, sum, columns - m);
     }
-  reduce_all<T * F>(sum, y);
+  }
 }
 
-template <int T, int F, Type type>
-static inline void axpy_tile(const float* x, int64_t x_row, const void* w, int64_t w_k, int64_t K, float* y) {
-  V sum[T * F] = {};
-  for (int64_t k = 0; k < K; k++) {
-    V b[F];
-    for (int f = 0; f < F; f++) b[f] = load<type>(at<type>(w, k * w_k), 16 * f);
-    for (int t = 0; t < T; t++) {
-      V a = all(x[t * x_row + k]);
-      for (int f = 0; f < F; f++) sum[t * F + f] = fma(a, b[f], sum[t * F + f]);
-    }
-  }
-  std::memcpy(y, sum, sizeof sum);
+// Memory of a thread that keeps its size from call to call, at a multiple of 64 bytes.
+static inline void* scratch(int64_t bytes) {
+  static thread_local std::unique_ptr<char[]> room;
+  static thread_local int64_t size = 0;
+  if (bytes > size) room.reset(new char[bytes + 64]), size = bytes;
+  return (void*)(((uintptr_t)room.get() + 63) / 64 * 64);
 }
 
-template <int T, Type type>
-static void strip(const float* x, int64_t x_row, const void* w, int64_t w_k, int64_t w_column, int64_t K, int64_t M,
-                  float* y) {  // y [T, COLUMNS]
-  alignas(64) float found[T * COLUMNS];
-  if (w_k != 1) {
-    axpy_tile<T, TILE, type>(x, x_row, w, w_k, K, found);
-    for (int t = 0; t < T; t++) std::memcpy(y + t * COLUMNS, found + t * COLUMNS, 4 * COLUMNS);
-    return;
-  }
-  int64_t m = 0;
-  for (; m + TILE <= M; m += TILE) {
-    dot_tile<T, TILE, type>(x, x_row, at<type>(w, m * w_column), w_column, K, found);
-    for (int t = 0; t < T; t++) std::memcpy(y + t * COLUMNS + m, found + t * TILE, 4 * TILE);
-  }
-  for (; m < M; m++) {
-    dot_tile<T, 1, type>(x, x_row, at<type>(w, m * w_column), w_column, K, found);
-    for (int t = 0; t < T; t++) y[t * COLUMNS + m] = found[t];
+template <Type type>
+static void run(const Plan<type>& plan, const Task& task, const void* next) {
+  const Gemm& g = plan.g;
+  const int64_t K = g.depth, M = task.last - task.column;
+  const bool few = task.end - task.row <= (plan.dot() ? FEW_DOT : FEW_AXPY);
+  const void* w = plan.w(task);
+  const void* x[FEW_DOT];
+  alignas(64) float y[FEW_DOT * WIDE];
+  auto point = [&](int64_t row, int64_t rows) {
+    for (int64_t t = 0; t < rows; t++) x[t] = at<type>(g.x, task.expert * g.x_expert + (row + t) * g.x_row);
+  };
+  const int64_t panel = panel_size<type>(K), tall = few ? task.end - task.row : TALL;
+  const bool pack = !few && !plan.dot();
+  char* panels = pack ? (char*)scratch(panel * ((M + PANEL - 1) / PANEL)) : nullptr;
+  if (pack)
+    for (int64_t m = 0; m < M; m += PANEL)
+      pack_panel<type>(at<type>(w, m), g.w_k, M - m, K, panels + m / PANEL * panel);
+  for (int64_t row = task.row; row < task.end; row += tall) {
+    const int64_t T = std::min(tall, task.end - row);
+    point(row, T);
+    if (pack)
+      for (int64_t m = 0; m < M; m += PANEL) panel_block<type>(x, T, panels + m / PANEL * panel, K, y + m, WIDE);
+    else if (plan.dot())
+      dot_block<type>(x, T, w, g.w_column, M, K, y, WIDE, row == task.row ? next : nullptr);
+    else
+      axpy_block<type>(x, T, w, g.w_k, M, K, y, WIDE, next);
+    finish<type>(g, task.expert, row, T, task.column, M, y, WIDE);
   }
 }
 
 template <Type type>
-static void strips(int64_t rows, const float* x, int64_t x_row, const void* w, int64_t w_k, int64_t w_column, int64_t K,
-                   int64_t M, float* y) {
-  int64_t t = 0;
-  for (; t + TILE <= rows; t += TILE) strip<TILE, type>(x + t * x_row, x_row, w, w_k, w_column, K, M, y + t * COLUMNS);
-  for (; t < rows; t++) strip<1, type>(x + t * x_row, x_row, w, w_k, w_column, K, M, y + t * COLUMNS);
-}
-
-template <Type type>
-static void run(const Gemm& g, const Task& task, std::vector<float>& room) {
-  const int64_t K = g.depth, T = task.end - task.row, M = std::min(COLUMNS, g.columns - task.column);
-  const bool dot = g.w_k == 1;
-  const bool pack = (type != FLOAT32 && T > FEW) || (!dot && M < COLUMNS);
-  room.resize(ROWS * COLUMNS + COLUMNS * K);
-  float *y = room.data(), *w_wide = y + ROWS * COLUMNS;
-  const float* x = (const float*)g.x + task.row * g.x_row;
-  const void* w = at<type>(g.w, task.expert * g.w_expert + task.column * g.w_column);
-  if (!pack) {
-    strips<type>(T, x, g.x_row, w, g.w_k, g.w_column, K, M, y);
-  } else if (dot) {
-    for (int64_t m = 0; m < M; m++) widen_row<type>(at<type>(w, m * g.w_column), w_wide + m * K, K);
-    strips<FLOAT32>(T, x, g.x_row, w_wide, 1, K, K, M, y);
-  } else {
-    for (int64_t k = 0; k < K; k++)
-      for (int64_t m = 0; m < COLUMNS; m += 16)
-        store<FLOAT32>(w_wide, k * COLUMNS + m,
-                       m < M ? load<type>(at<type>(w, k * g.w_k), m, M - m) : V{});
-    strips<FLOAT32>(T, x, g.x_row, w_wide, COLUMNS, 1, K, M, y);
-  }
-  for (int64_t t = 0; t < T; t++)
-    for (int64_t m = 0; m < M; m += 16) {
-      V sum = load<FLOAT32>(y + t * COLUMNS, m, M - m);
-      if (g.bias) sum += load<FLOAT32>(g.bias, task.column + m, M - m);
-      store<type>((char*)g.y + (type == FLOAT32 ? 4 : 2) * ((task.row + t) * g.columns + task.column), m, sum, M - m);
-    }
-}
-
-template <Type type>
-static void gemm_all(Gemm g, const int32_t* ends, int64_t experts, int threads) {
-  std::vector<Task> tasks;
-  for (int64_t e = 0, start = 0; e < experts; start = ends[e++])
-    for (int64_t column = 0; column < g.columns; column += COLUMNS)
-      for (int64_t row = start; row < ends[e]; row += ROWS)
-        tasks.push_back({e, row, std::min<int64_t>(row + ROWS, ends[e]), column});
-  const void* narrow_x = g.x;
-  std::vector<float> wide(type == FLOAT32 ? 0 : g.rows * g.depth);
-  if (type != FLOAT32) g.x = wide.data(), g.x_row = g.depth;
-#pragma omp parallel num_threads(g.rows * g.depth * g.columns < SMALL ? 1 : threads)
-  {
-    std::vector<float> room;
-    if (type != FLOAT32) {
-#pragma omp for
-      for (int64_t i = 0; i < g.rows * g.depth; i += g.depth)
-        widen_row<type>(at<type>(narrow_x, i), wide.data() + i, g.depth);
-    }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < (int64_t)tasks.size(); i++) run<type>(g, tasks[i], room);
+static void gemm_all(const Gemm& g, int threads) {
+  const Plan<type> plan(g);
+  const int64_t count = plan.count(), work = (g.ends ? g.rows : g.rows * g.experts) * g.depth * g.columns;
+  std::atomic<int64_t> taken{0};
+#pragma omp parallel num_threads(work < SMALL ? 1 : (int)std::clamp<int64_t>(count, 1, threads))
+  for (int64_t i = taken++, then; i < count; i = then) {
+    then = taken++;
+    const Task task = plan[i];
+    run<type>(plan, task, plan.w(then < count ? plan[then] : task));
   }
 }

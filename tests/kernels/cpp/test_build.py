@@ -119,8 +119,14 @@ def test_every_cpu_with_fma_gives_the_same_bits_and_others_nearly(monkeypatch):
         monkeypatch.setattr("turnout.kernels.cpp.call.library", lambda library=library: library)
         with kernels.using("cpp"):
             attended = kernels.varlen_attention(k.repeat(1, 2, 1), k, k, torch.tensor([0, 30, 37]), scale=0.2)
-            halves = (kernels.linear(x.to(t), w.to(t)).float() for t in (torch.float16, torch.bfloat16))
-            found.append((kernels.linear(x, w), kernels.swiglu(x), attended, *halves))
-    for wide, narrow, plain in zip(*found, strict=True):
+            half, brain = (kernels.linear(x.to(t), w.to(t)).float() for t in (torch.float16, torch.bfloat16))
+            found.append((kernels.linear(x, w), kernels.swiglu(x), attended, half, brain))
+    for tiers in list(zip(*found, strict=True))[:-1]:
+        best, wide, narrow, plain = tiers
+        assert torch.equal(best, wide)
         assert torch.equal(wide, narrow)
         torch.testing.assert_close(plain, wide, rtol=1e-2, atol=1e-4)
+    pairs, wide, narrow, plain = (brain for *_, brain in found)  # the best multiplies bfloat16 two by two
+    assert torch.equal(wide, narrow)
+    for brain in (pairs, plain):
+        torch.testing.assert_close(brain, wide, rtol=1e-2, atol=1e-2)
