@@ -55,7 +55,7 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "cpp": "cpp.products",
             "rows": "rows.products",
         },
-        "moe_mlp": {"reference": "reference.experts"},
+        "moe_mlp": {"reference": "reference.experts", "torch": "torch_ops.composition", "cpp": "cpp.moe"},
         "sort_by_expert": {"reference": "reference.routing", "torch": "torch_ops.routing"},
         "permute": {"reference": "reference.routing", "torch": "torch_ops.routing"},
         "combine": {"reference": "reference.routing", "torch": "torch_ops.routing"},

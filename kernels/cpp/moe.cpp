@@ -1,0 +1,23 @@
+// The mixture of experts.
+#include "moe.h"
+
+#include "kernels.h"
+
+#if defined(__AVX512BF16__)
+using BFloat16 = Pairs;
+#else
+using BFloat16 = Widened<BFLOAT16>;
+#endif
+
+extern "C" {
+
+void turnout_moe_mlp(int type, const Moe* m, int threads) {
+  switch (type) {
+    case FLOAT32: Mixture<Widened<FLOAT32>>(*m).run(threads); break;
+    case BFLOAT16: Mixture<BFloat16>(*m).run(threads); break;
+    default: Mixture<Widened<FLOAT16>>(*m).run(threads);
+  }
+}
+
+int turnout_moe_pairs() { return BFloat16::STEP == 2; }  // whether bfloat16 has an instruction of its own
+}
