@@ -1,11 +1,314 @@
-// Attention over packed rows and pages.
+// Attention over packed rows and pages: units of rows, divided over threads, long ones chunk by chunk.
+#include <vector>
+
 #include "attention.h"
 #include "kernels.h"
 
-extern "C" void turnout_attention(int type, int cached, const Attention* a, int threads) {
-#define CALL(T) \
-  (cached == type ? attend_all<T, T>(*a, threads) : cached == FLOAT32 ? attend_all<T, FLOAT32>(*a, threads) \
-   : cached == BFLOAT16 ? attend_all<T, BFLOAT16>(*a, threads) : attend_all<T, FLOAT16>(*a, threads))
-  BY_TYPE(type, CALL)
-#undef CALL
+// Rows `row` to `row + rows` of each of `heads` key/value heads of a sequence, and chunks `chunk` to `end` of its keys.
+struct Unit {
+  int64_t sequence, head, heads, row, rows, chunk, end;
+  int64_t part;  // where the result of its one chunk goes, else -1: it has all chunks
+  int64_t work() const { return heads * rows * (end - chunk); }
+};
+
+struct Room {  // of a thread; kept, so that a step allocates nothing
+  std::vector<float> memory;
+  float *q, *s, *p, *found, *state, *keys, *values, *scales_k, *scales_v;
+  const char* zeros;
+  Row rows[ROWS];
+  int64_t k_at[CHUNK], v_at[CHUNK], k_next[BLOCK];
+};
+
+template <bool pairs, int type>  // of the pages
+struct Kernel {
+  static constexpr int64_t PER = pairs ? 2 : 1;  // numbers of a step
+  const Attention& a;
+  const int q_type;
+  const int64_t group = a.heads / a.kv_heads, depth = up(a.d, PER) / PER, q_width = up(a.d, 32) / PER,
+                p_width = CHUNK / PER, lanes = up(a.d_v, BLOCK), record = lanes + 16;
+  const float scale = pairs ? a.scale * 1.44269504f : a.scale;
+
+  int64_t queries(int64_t b) const { return a.cu_q[b + 1] - a.cu_q[b]; }
+  int64_t keys(int64_t b) const { return a.page ? a.keys[b] : a.keys[b + 1] - a.keys[b]; }
+
+  void look(const Unit& u, Row* rows) const {
+    const int64_t all = keys(u.sequence), mine = queries(u.sequence);
+    for (int64_t r = 0; r < u.rows; r++) {
+      const int64_t query = (u.row + r) / group, place = all - mine + query;
+      const int64_t last = std::min(a.causal ? place + 1 : a.window ? place + a.window : all, all);
+      const int64_t first = a.window ? std::max<int64_t>(0, place - a.window + 1) : 0;
+      rows[r] = {a.cu_q[u.sequence] + query, place, std::min(first, std::max<int64_t>(last, 0)), last};
+    }
+  }
+
+  void lay_out(Room& room, int64_t rows, int64_t heads) const {
+    const int64_t sizes[] = {rows * q_width,        rows * CHUNK,  pairs ? rows * p_width : 0, rows * record,
+                             rows * record,         q_width * BLOCK, BLOCK / PER * lanes,      heads * CHUNK,
+                             heads * CHUNK,         up(std::max(a.d, a.d_v), 64)};
+    float** const parts[] = {&room.q,    &room.s,        &room.p,        &room.found, &room.state, &room.keys,
+                             &room.values, &room.scales_k, &room.scales_v};
+    int64_t all = 16;
+    for (int64_t size : sizes) all += up(size, 16);
+    if ((int64_t)room.memory.size() < all) room.memory.resize(all);
+    float* at = (float*)up((int64_t)room.memory.data(), 64);
+    for (int i = 0; i < 9; i++) *parts[i] = at, at += up(sizes[i], 16);
+    std::fill(at, at + sizes[9], 0.0f);
+    room.zeros = (const char*)at;
+    if (!pairs) room.p = room.s;
+  }
+
+  // Queries with zeros past d.
+  void take_queries(const Unit& u, Room& room) const {
+    for (int64_t i = 0; i < u.heads * u.rows; i++) {
+      const int64_t head = (u.head + i / u.rows) * group + (u.row + i % u.rows) % group;
+      const char* from = (const char*)a.q + bytes(q_type) * (room.rows[i % u.rows].token * a.q_row + head * a.q_head);
+      float* to = room.q + i * q_width;
+      std::fill(to, to + q_width, 0.0f);
+      if (pairs) std::memcpy(to, from, 2 * a.d);
+      else if (q_type == FLOAT32) std::memcpy(to, from, 4 * a.d);
+      else if (q_type == BFLOAT16) widen_row<BFLOAT16>(from, to, a.d);
+      else widen_row<FLOAT16>(from, to, a.d);
+    }
+  }
+
+  // Where keys and values first to last lie, in bytes; with scales those too.
+  void locate(const Unit& u, int64_t first, int64_t last, int64_t* k_at, int64_t* v_at, float* scales_k,
+              float* scales_v) const {
+    for (int64_t j = first; j < last; j++) {
+      const int64_t block = a.page ? a.table[u.sequence * a.table_row + j / a.page] : 0;
+      const int64_t row = a.page ? j % a.page : a.keys[u.sequence] + j;
+      *k_at++ = bytes(type) * (block * a.k_block + row * a.k_row + u.head * a.k_head);
+      if (v_at) *v_at++ = bytes(type) * (block * a.v_block + row * a.v_row + u.head * a.v_head);
+      if (type == INT8 && scales_k) {
+        const int64_t slot = (block * a.page + row) * a.kv_heads + u.head;
+        for (int64_t g = 0; g < u.heads; g++)
+          scales_k[g * CHUNK] = a.scales_k[slot + g], scales_v[g * CHUNK] = a.scales_v[slot + g];
+        scales_k++, scales_v++;
+      }
+    }
+  }
+
+  // Keys lo to hi of the block that begins at `from`, of head g; and those that are read after it.
+  static Places places(const void* base, const int64_t* at, int64_t from, int64_t lo, int64_t hi, int64_t shift,
+                       const void* next_base, const int64_t* next, int64_t next_count, int64_t next_shift) {
+    Places found;
+    for (int64_t j = 0; j < BLOCK; j++) {
+      found.row[j] = from + j >= lo && from + j < hi ? (const char*)base + at[from + j] + shift : nullptr;
+      found.next[j] = j < next_count ? (const char*)next_base + next[j] + next_shift : nullptr;
+    }
+    return found;
+  }
+
+  struct Span {
+    int64_t lo, hi;  // in the chunk
+  };
+  static Span seen(const Row* rows, int64_t n, int64_t base) {
+    Span span{CHUNK, 0};
+    for (int64_t r = 0; r < n; r++)
+      if (rows[r].sees(base / CHUNK)) {
+        span.lo = std::min(span.lo, std::max<int64_t>(rows[r].first - base, 0));
+        span.hi = std::max(span.hi, std::min<int64_t>(rows[r].last - base, CHUNK));
+      }
+    return span;
+  }
+
+  void score(const Unit& u, Room& room, const Span& all, int64_t base) const {
+    for (int64_t from = all.lo / BLOCK * BLOCK; from < all.hi; from += BLOCK) {
+      const int64_t lo = std::max(all.lo, from), hi = std::min(all.hi, from + BLOCK);
+      const bool more = from + BLOCK < all.hi;
+      const int64_t* next = more ? room.k_at + from + BLOCK : room.v_at + all.lo;
+      const int64_t count = std::min(BLOCK, more ? all.hi - from - BLOCK : all.hi - all.lo);
+      for (int64_t g = 0; g < u.heads; g++) {
+        const int64_t k_shift = bytes(type) * g * a.k_head, v_shift = bytes(type) * g * a.v_head;
+        pack_keys<pairs, type>(places(a.k, room.k_at, from, lo, hi, k_shift, more ? a.k : a.v, next, count,
+                                      more ? k_shift : v_shift),
+                               a.d, lo - from, hi - from, room.zeros, room.keys);
+        for (int64_t r = 0; r < u.rows; r += TALL) {
+          const int64_t n = std::min<int64_t>(TALL, u.rows - r), i = g * u.rows + r;
+          const Span own = seen(room.rows + r, n, base);
+          if (own.lo < from + BLOCK && own.hi > from)
+            product<pairs>(n, room.q + i * q_width, q_width, room.keys, BLOCK, depth, room.s + i * CHUNK + from, CHUNK,
+                           BLOCK, false);
+        }
+      }
+    }
+  }
+
+  // Shares of keys `all` times their values, for rows start to stop of every head.
+  void weigh(const Unit& u, Room& room, const Span& all, int64_t base, int64_t start, int64_t stop, float* records,
+             int64_t next) const {
+    for (int64_t from = all.lo / BLOCK * BLOCK; from < all.hi; from += BLOCK) {
+      const int64_t lo = std::max(all.lo, from), hi = std::min(all.hi, from + BLOCK);
+      const bool more = from + BLOCK < all.hi;
+      for (int64_t g = 0; g < u.heads; g++) {
+        const int64_t k_shift = bytes(type) * g * a.k_head, v_shift = bytes(type) * g * a.v_head;
+        pack_values<pairs, type>(
+            places(a.v, room.v_at, from, lo, hi, v_shift, more ? a.v : a.k,
+                   more ? room.v_at + from + BLOCK : room.k_next, more ? std::min(BLOCK, all.hi - from - BLOCK) : next,
+                   more ? v_shift : k_shift),
+            a.d_v, lanes, lo - from, hi - from, room.zeros, room.values);
+        for (int64_t r = start; r < stop; r += TALL) {
+          const int64_t n = std::min<int64_t>(TALL, stop - r), i = g * u.rows + r;
+          const Span own = seen(room.rows + r, n, base);
+          const int64_t first = std::max(std::max(own.lo, lo), from) / PER;
+          const int64_t last = up(std::min(own.hi, hi), PER) / PER;
+          if (first < last)
+            product<pairs>(n, room.p + i * p_width + first, p_width, room.values + (first - from / PER) * lanes, lanes,
+                           last - first, records + i * record, record, lanes, own.lo < from);
+        }
+      }
+    }
+  }
+
+  bool finite(const Unit& u, const Room& room, const Span& all) const {
+    V sum{};
+    for (int64_t g = 0; g < u.heads; g++)
+      for (int64_t j = all.lo; j < all.hi; j++)
+        for (int64_t i = 0; i < a.d_v; i += 16)
+          sum += 0.0f * wide<type>((const char*)a.v + room.v_at[j] + bytes(type) * g * a.v_head, i, a.d_v - i);
+    return reduce(sum) == 0;
+  }
+
+  // What chunk c adds to each row that sees some of it: a record, out[lanes], most and sum.
+  void attend(const Unit& u, Room& room, int64_t c, float* records) const {
+    const int64_t base = c * CHUNK, n = u.heads * u.rows;
+    const Span all = seen(room.rows, u.rows, base);
+    if (all.lo >= all.hi) return;
+    locate(u, base + all.lo, base + all.hi, room.k_at + all.lo, room.v_at + all.lo, room.scales_k + all.lo,
+           room.scales_v + all.lo);
+    const int64_t after = c + 1 < u.end ? std::min(base + CHUNK + BLOCK, keys(u.sequence)) - base - CHUNK : 0;
+    locate(u, base + CHUNK, base + CHUNK + after, room.k_next, nullptr, nullptr, nullptr);
+    score(u, room, all, base);
+    bool ragged = false;
+    for (int64_t i = 0; i < n; i++) {
+      const Row& row = room.rows[i % u.rows];
+      const int64_t g = i / u.rows, head = (u.head + g) * group + (u.row + i % u.rows) % group;
+      const Span own = seen(&row, 1, base);
+      const Soft found = soften<pairs>(
+          room.s + i * CHUNK, own.lo, own.hi, scale, type == INT8 ? room.scales_k + g * CHUNK : nullptr,
+          type == INT8 ? room.scales_v + g * CHUNK : nullptr, a.bias ? a.bias + head * (2 * a.longest + 1) : nullptr,
+          base - row.place, a.longest, room.p + i * p_width);
+      records[i * record + lanes] = found.most, records[i * record + lanes + 1] = found.sum;
+      ragged = ragged || own.lo != all.lo || own.hi != all.hi;
+    }
+    if (!ragged || finite(u, room, all)) {
+      weigh(u, room, all, base, 0, u.rows, records, after);
+    } else {
+      for (int64_t r = 0; r < u.rows; r++) weigh(u, room, seen(room.rows + r, 1, base), base, r, r + 1, records, 0);
+    }
+  }
+
+  void finish(const Row& row, int64_t head, const float* found) const {
+    char* out = (char*)a.out + bytes(q_type) * (row.token * a.heads + head) * a.d_v;
+    float total = 1.0f, by = 1.0f;
+    if (row.last > row.first) {
+      const float most = found[lanes], sink = a.sinks ? a.sinks[head] * (pairs ? 1.44269504f : 1.0f) : -INF;
+      const float top = std::max(most, sink), base = top == -INF ? 0.0f : top;
+      by = raise<pairs>(all(most - base))[0];
+      total = found[lanes + 1] * by + (a.sinks ? raise<pairs>(all(sink - base))[0] : 0.0f);
+    }
+    for (int64_t i = 0; i < a.d_v; i += 16) {
+      const V x = row.last > row.first ? load<FLOAT32>(found, i) * by / total : V{};
+      if (q_type == FLOAT32) store<FLOAT32>(out, i, x, a.d_v - i);
+      else if (q_type == BFLOAT16) store<BFLOAT16>(out, i, x, a.d_v - i);
+      else store<FLOAT16>(out, i, x, a.d_v - i);
+    }
+  }
+
+  void run(const Unit& u, Room& room, float* parts) const {
+    lay_out(room, u.heads * u.rows, u.heads);
+    look(u, room.rows);
+    take_queries(u, room);
+    if (u.part >= 0) return attend(u, room, u.chunk, parts + u.part);
+    for (int64_t c = u.chunk; c < u.end; c++) {
+      attend(u, room, c, room.found);
+      for (int64_t i = 0; i < u.heads * u.rows; i++) {
+        const Row& row = room.rows[i % u.rows];
+        if (row.sees(c)) fold<pairs>(room.state + i * record, room.found + i * record, lanes, row.first >= c * CHUNK);
+      }
+    }
+    for (int64_t i = 0; i < u.heads * u.rows; i++)
+      finish(room.rows[i % u.rows], (u.head + i / u.rows) * group + (u.row + i % u.rows) % group,
+             room.state + i * record);
+  }
+
+  // The chunks of a row of a divided unit.
+  void merge(const Unit& u, int64_t i, float* parts) const {
+    Row row;
+    look({u.sequence, u.head, u.heads, u.row + i % u.rows, 1, 0, 0, 0}, &row);
+    float* into = nullptr;
+    for (int64_t c = u.chunk; c < u.end; c++) {
+      float* found = parts + u.part + ((c - u.chunk) * u.heads * u.rows + i) * record;
+      if (!row.sees(c)) continue;
+      if (into) fold<pairs>(into, found, lanes, false);
+      else into = found;
+    }
+    finish(row, (u.head + i / u.rows) * group + (u.row + i % u.rows) % group, into ? into : parts + u.part);
+  }
+
+  // Rows that share keys; few rows are taken with all heads, in the order in which pages have them.
+  std::vector<Unit> divide() const {
+    std::vector<Unit> units;
+    for (int64_t b = 0; b < a.sequences; b++) {
+      const int64_t all = queries(b) * group;
+      for (int64_t row = 0; row < all; row += ROWS) {
+        const int64_t rows = std::min(ROWS, all - row), heads = rows > 16 ? 1 : std::min(a.kv_heads, 64 / rows);
+        Unit u{b, 0, 0, row, rows, 0, 0, -1};
+        Row ends[2];
+        look({b, 0, 1, row, 1, 0, 0, 0}, &ends[0]), look({b, 0, 1, row + rows - 1, 1, 0, 0, 0}, &ends[1]);
+        u.chunk = ends[0].first / CHUNK;
+        u.end = ends[1].last > ends[0].first ? up(ends[1].last, CHUNK) / CHUNK : u.chunk;
+        for (u.head = 0; u.head < a.kv_heads; u.head += u.heads)
+          u.heads = std::min(heads, a.kv_heads - u.head), units.push_back(u);
+      }
+    }
+    return units;
+  }
+
+  void launch(int threads) const {
+    static thread_local std::vector<float> parts;
+    std::vector<Unit> units = divide(), tasks, whole;
+    int64_t work = 0, room = 0;
+    for (const Unit& u : units) work += u.work();
+    if (work * CHUNK * a.d < SMALL) threads = 1;
+    for (Unit u : units) {
+      if (threads > 1 && u.work() * 4 * threads > work && u.end - u.chunk > 1) {
+        u.part = room, room += u.heads * u.rows * (u.end - u.chunk) * record;
+        whole.push_back(u);
+        for (Unit part = u; part.chunk < u.end; part.chunk++, part.part += u.heads * u.rows * record)
+          part.end = part.chunk + 1, tasks.push_back(part), part.end = u.end;
+      } else {
+        tasks.push_back(u);
+      }
+    }
+    if ((int64_t)parts.size() < room) parts.resize(room);
+    std::stable_sort(tasks.begin(), tasks.end(), [](const Unit& x, const Unit& y) { return x.work() > y.work(); });
+    float* const at = parts.data();
+#pragma omp parallel num_threads(threads)
+    {
+      static thread_local Room own;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < (int64_t)tasks.size(); i++) run(tasks[i], own, at);
+      for (const Unit& u : whole) {
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < u.heads * u.rows; i++) merge(u, i, at);
+      }
+    }
+  }
+};
+
+template <bool pairs, int type>
+static void attend_all(const Attention& a, int q_type, int threads) {
+  Kernel<pairs, type>{a, q_type}.launch(threads);
+}
+
+extern "C" void turnout_attention(int q_type, int type, const Attention* a, int threads) {
+#if defined(__AVX512BF16__)
+  if (q_type == BFLOAT16 && type == BFLOAT16) return attend_all<true, BFLOAT16>(*a, q_type, threads);
+  if (q_type == BFLOAT16 && type == INT8) return attend_all<true, INT8>(*a, q_type, threads);
+#endif
+  if (type == FLOAT32) return attend_all<false, FLOAT32>(*a, q_type, threads);
+  if (type == BFLOAT16) return attend_all<false, BFLOAT16>(*a, q_type, threads);
+  if (type == FLOAT16) return attend_all<false, FLOAT16>(*a, q_type, threads);
+  attend_all<false, INT8>(*a, q_type, threads);
 }

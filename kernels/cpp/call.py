@@ -19,10 +19,12 @@ class Attention(ctypes.Structure):
     """`Attention` of attention.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("q", "k", "v", "out", "cu_q", "keys", "table", "sinks", "bias")),
+        *((name, c_void_p) for name in (
+            "q", "k", "v", "out", "cu_q", "keys", "table", "sinks", "bias", "scales_k", "scales_v",
+        )),
         *((name, c_int64) for name in (
-            "sequences", "heads", "kv_heads", "d", "d_v", "k_row", "v_row", "k_head", "v_head", "table_row", "page",
-            "longest", "causal", "window",
+            "sequences", "heads", "kv_heads", "d", "d_v", "q_row", "q_head", "k_block", "k_row", "k_head", "v_block",
+            "v_row", "v_head", "table_row", "page", "longest", "causal", "window",
         )),
         ("scale", c_float),
     )  # fmt: skip
