@@ -19,6 +19,8 @@ if TYPE_CHECKING:
         paged_attention,
         permute,
         pointwise,
+        quantized_linear,
+        quantized_moe_mlp,
         rms_norm,
         rope,
         sort_by_expert,
@@ -26,12 +28,21 @@ if TYPE_CHECKING:
         swiglu,
         varlen_attention,
     )
+    from .quantized import QuantizedWeight, quantize_weight
     from .random import normal, uniform
     from .registry import table, using
 
-_ELSEWHERE = {"normal": ".random", "table": ".registry", "uniform": ".random", "using": ".registry"}
+_ELSEWHERE = {
+    "QuantizedWeight": ".quantized",
+    "normal": ".random",
+    "quantize_weight": ".quantized",
+    "table": ".registry",
+    "uniform": ".random",
+    "using": ".registry",
+}
 
 __all__ = [
+    "QuantizedWeight",
     "combine",
     "copy_blocks",
     "cross_entropy",
@@ -43,6 +54,9 @@ __all__ = [
     "paged_attention",
     "permute",
     "pointwise",
+    "quantize_weight",
+    "quantized_linear",
+    "quantized_moe_mlp",
     "rms_norm",
     "rope",
     "sort_by_expert",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import registry
+from .quantized import QuantizedWeight
 from .reference.precision import autocast
 
 
@@ -72,6 +73,30 @@ def moe_mlp(
     x_TD, w_in_EHD, w_out_EFD = autocast(x_TD, w_in_EHD, w_out_EFD)
     with _exact(x_TD):
         return registry.call("moe_mlp", x_TD, ids_TK, weights_TK, kept_TK, w_in_EHD, w_out_EFD)
+
+
+def quantized_linear(x_TD: Tensor, w: QuantizedWeight, bias_F: Tensor | None = None) -> Tensor:
+    """y = x · wᵀ + bias of eight or four bits: each row is rounded to eight bits too (by its largest number).
+
+    Inference only. The result has x's dtype; it is `reference.quantized` to float32's rounding, and a row's bits never
+    depend on its companions. A row that is not finite gives NaN.
+    """
+    return registry.call("quantized_linear", x_TD, w, bias_F)
+
+
+def quantized_moe_mlp(
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    kept_TK: Tensor | None,
+    w_in: QuantizedWeight,
+    w_out: QuantizedWeight,
+) -> Tensor:
+    """`moe_mlp` of eight or four bits: w_in [E, 2F, D], and w_out [E, D, F] with rows over the hidden width.
+
+    Rows and hidden rows are rounded to eight bits; gate, up and SwiGLU are float32. Inference only.
+    """
+    return registry.call("quantized_moe_mlp", x_TD, ids_TK, weights_TK, kept_TK, w_in, w_out)
 
 
 def sort_by_expert(ids_TK: Tensor, kept_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

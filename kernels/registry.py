@@ -56,6 +56,8 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "rows": "rows.products",
         },
         "moe_mlp": {"reference": "reference.experts", "torch": "torch_ops.composition", "cpp": "cpp.moe"},
+        "quantized_linear": {"reference": "reference.quantized", "cpp": "cpp.quantized"},
+        "quantized_moe_mlp": {"reference": "reference.quantized", "cpp": "cpp.quantized"},
         "sort_by_expert": {"reference": "reference.routing", "torch": "torch_ops.routing"},
         "permute": {"reference": "reference.routing", "torch": "torch_ops.routing"},
         "combine": {"reference": "reference.routing", "torch": "torch_ops.routing"},

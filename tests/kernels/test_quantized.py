@@ -1,0 +1,130 @@
+"""Weights of eight and four bits: what they are, and products with them in every form against the written-out one."""
+
+import pytest
+import torch
+
+from turnout import ConfigError, kernels
+from turnout.kernels import quantize_weight
+from turnout.kernels.cpp import build
+from turnout.kernels.quantized import quantize_rows
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _close(ours, theirs, dtype):
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("bits", "most", "step"), [(8, 127, 1 / 127), (4, 7, 1 / 7)])
+def test_a_weight_is_off_by_half_a_step_of_its_largest_neighbour_at_most(bits, most, step):
+    w = torch.randn(3, 5, 128)
+    groups = w.unflatten(-1, (-1, 64 if bits == 4 else 128))
+    largest = groups.abs().amax(-1, keepdim=True).expand_as(groups).flatten(-2)
+    packed = quantize_weight(w, bits)
+    assert ((packed.dequantized() - w).abs() <= largest * step / 2 * 1.001).all()
+    assert torch.equal(quantize_weight(-w, bits).dequantized(), -packed.dequantized()), "symmetric"
+    assert packed.q.numel() * packed.q.element_size() == w.numel() * bits // 8
+    assert (packed.dequantized() / largest).abs().max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_clipping_bounds_what_is_large_and_rounds_the_rest_finer(bits):
+    w = torch.cat((torch.linspace(-0.1, 0.1, 63), torch.tensor([1.0])))[None]
+    plain, clipped = (quantize_weight(w, bits, clip=clip).dequantized() for clip in (1.0, 0.5))
+    assert clipped.max() == pytest.approx(0.5)
+    assert (clipped - w)[0, :63].abs().max() < (plain - w)[0, :63].abs().max()
+
+
+def test_a_row_of_zeros_is_zero_and_one_that_is_not_finite_is_nan():
+    x = torch.tensor([[0.0, 0.0], [1.0, float("inf")], [float("nan"), 2.0], [-3.0, 1.0]])
+    q, scale = quantize_rows(x)
+    assert torch.equal(q[[0, 3]], torch.tensor([[0.0, 0.0], [-127.0, 42.0]]))
+    assert scale[1:3].isnan().all()
+    assert scale[[0, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [({"bits": 3}, r"bits \(3\) must be 4 or 8"), ({"clip": 0.0}, r"clip \(0.0\)"),
+     ({"bits": 4, "group": 96}, r"group \(96\) must be a multiple of 64 that divides the width \(128\)")],
+)  # fmt: skip
+def test_what_can_not_be_is_refused(wrong, says):
+    with pytest.raises(ConfigError, match=says):
+        quantize_weight(torch.randn(2, 128), **wrong)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("bits", "rows", "columns", "depth"),
+    [(8, 1, 16, 64), (8, 7, 37, 65), (8, 5, 300, 3), (4, 1, 16, 64), (4, 9, 37, 192), (8, 0, 4, 8), (4, 19, 270, 128)],
+)
+def test_rows_are_multiplied_as_the_reference_writes_it_and_alone_as_in_company(bits, rows, columns, depth, dtype):
+    x, bias = torch.randn(rows, depth).to(dtype), torch.randn(columns)
+    w = quantize_weight(torch.randn(columns, depth), bits)
+    with kernels.using("reference"):
+        expected = kernels.quantized_linear(x, w, bias)
+    y = kernels.quantized_linear(x, w, bias)
+    _close(y, expected, dtype)
+    alone = [kernels.quantized_linear(row[None], w, bias) for row in x]
+    assert torch.equal(torch.cat(alone) if alone else y, y)
+
+
+def _near(ours, theirs, dtype):
+    """Of a mixture: where hidden numbers lie halfway between two whole ones, either may be taken."""
+    off = (ours.float() - theirs.float()).norm()
+    assert off <= (2e-3 if dtype == torch.float32 else 1e-2) * theirs.float().norm()
+
+
+def _mixture(tokens, experts, width, hidden, choices, hot=False):
+    w_in, w_out = (
+        torch.randn(experts, 2 * hidden, width) / width**0.5,
+        torch.randn(experts, hidden, width) / hidden**0.5,
+    )
+    ids = torch.rand(tokens, experts).topk(choices)[1]
+    kept = torch.rand(tokens, choices) > 0.3
+    if hot:
+        ids, kept = torch.full_like(ids, experts - 1), torch.ones_like(kept)
+    return torch.randn(tokens, width), ids.where(kept, -7), torch.rand(tokens, choices), kept, w_in, w_out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 64, 64, 2), (23, 5, 128, 192, 5), (40, 3, 64, 128, 1, True), (0, 4, 64, 64, 2)]
+)
+def test_a_mixture_is_what_the_reference_writes_and_a_row_never_feels_its_neighbours(shape, bits, dtype):
+    x, ids, weights, kept, w_in, w_out = _mixture(*shape)
+    x, q_in, q_out = x.to(dtype), quantize_weight(w_in, bits), quantize_weight(w_out.mT, bits)
+    with kernels.using("reference"):
+        expected = kernels.quantized_moe_mlp(x, ids, weights, kept, q_in, q_out)
+    y = kernels.quantized_moe_mlp(x, ids, weights, kept, q_in, q_out)
+    _near(y, expected, dtype)
+    for t in range(0, len(x), 7):
+        alone = kernels.quantized_moe_mlp(
+            x[t : t + 1], ids[t : t + 1], weights[t : t + 1], kept[t : t + 1], q_in, q_out
+        )
+        assert torch.equal(alone[0], y[t])
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.03), (4, 0.25)])
+def test_the_error_of_a_mixture_is_as_stated(bits, most):
+    x, ids, weights, kept, w_in, w_out = _mixture(64, 8, 256, 256, 2)
+    exact = kernels.moe_mlp(x, ids.clamp_min(0), weights, kept, w_in, w_out)
+    y = kernels.quantized_moe_mlp(x, ids, weights, kept, quantize_weight(w_in, bits), quantize_weight(w_out.mT, bits))
+    assert (y - exact).norm() / exact.norm() < most
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("bits", [8, 4])
+def test_every_set_of_instructions_gives_the_same_products(bits, monkeypatch):
+    x, ids, weights, kept, w_in, w_out = _mixture(9, 4, 128, 64, 2)
+    q_in, q_out = quantize_weight(w_in, bits), quantize_weight(w_out.mT, bits)
+    with kernels.using("reference"):
+        expected = kernels.quantized_moe_mlp(x, ids, weights, kept, q_in, q_out)
+    tiers = [flags for needed, flags in build.INSTRUCTIONS if needed <= build._cpu()]
+    assert tiers
+    for flags in tiers:
+        library = build.load(flags)
+        monkeypatch.setattr("turnout.kernels.cpp.call.library", lambda library=library: library)
+        _near(kernels.quantized_moe_mlp(x, ids, weights, kept, q_in, q_out), expected, torch.float32)
