@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...configs.typed import check
+from ...kernels.memory import zeros
 from ...moe.config import ModelConfig
 from ...moe.routing.record import Decision, Routing
 from ...moe.routing.registry import ROUTERS
@@ -119,7 +120,7 @@ class ExpertPages:
         self.layers = decoder_layers(model)
         self.block_size = block_size
         slots, layers = num_blocks * block_size, len(self.layers)
-        self.ids = torch.zeros(slots, layers, top_k, dtype=id_dtype(experts), device=device)
+        self.ids = zeros((slots, layers, top_k), id_dtype(experts), device)
         counters = num_blocks, layers, experts
         self.taken = torch.zeros(counters, dtype=torch.int32, device=device) if counted else None
 

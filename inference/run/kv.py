@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import ConfigError
+from ...kernels.memory import zeros
 from ...kernels.ops import copy_blocks
 from ...moe.config import ModelConfig
 from ...moe.shapes import KVForm
@@ -121,14 +122,12 @@ class KVCache:
     def __init__(self, plan: KVPlan, device: torch.device) -> None:
         self.plan, form = plan, plan.form
         pages = (form.layers, plan.num_blocks, plan.block_size, form.heads)
-        self.keys = torch.zeros((*pages, form.key_dim), dtype=plan.dtype, device=device)
+        self.keys = zeros((*pages, form.key_dim), plan.dtype, device)
         self.values = (
-            self.keys[..., : form.value_dim]
-            if form.shared
-            else torch.zeros((*pages, form.value_dim), dtype=plan.dtype, device=device)
+            self.keys[..., : form.value_dim] if form.shared else zeros((*pages, form.value_dim), plan.dtype, device)
         )
         self.key_scales, self.value_scales = (
-            torch.zeros(pages, device=device) if plan.dtype == torch.int8 else None for _ in range(2)
+            zeros(pages, torch.float32, device) if plan.dtype == torch.int8 else None for _ in range(2)
         )
         own = (self.keys, None if form.shared else self.values, self.key_scales, self.value_scales)
         self.pages: list[Tensor] = [tensor for tensor in own if tensor is not None]

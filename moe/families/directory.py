@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ... import CheckpointError, ConfigError
 from ...configs.typed import build, to_dict
+from ...kernels import memory
 from ..config import ModelConfig
 from ..models.decoder import Decoder
 from ..shapes import is_router
@@ -156,12 +157,14 @@ def read_tensors(
     wanted = DTYPES[dtype if dtype not in (None, "auto") else stored_dtype(shards)]
     decides = torch.promote_types(wanted, torch.float32)
     ours = {
-        name: torch.empty(tensor.shape, device=device, dtype=decides if is_router(name) else wanted)
+        name: memory.zeros(tensor.shape, decides if is_router(name) else wanted, device)
         for name, tensor in expected.items()
     }
     for name in shards:
         if name in places:
-            places[name].put(shards.read(name), ours[places[name].ours])
+            theirs = shards.read(name)
+            places[name].put(theirs, ours[places[name].ours])
+            memory.forget(theirs)
     return ours
 
 

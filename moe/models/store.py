@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ... import CheckpointError, ConfigError
 from ...configs.typed import build, to_dict
+from ...kernels import memory
 from ..config import ModelConfig
 from ..families.directory import DTYPES, ORIGIN, Origin, copy_tokenizer, load_foreign, read_foreign
 from ..families.gguf import PACKAGE, GgufFile, package_file
@@ -151,11 +152,11 @@ def load_model(path: str | Path, dtype: str | None = None, device: str | torch.d
     with torch.device("meta"):
         model = Decoder(cfg)
     wanted = DTYPES.get(dtype or "auto")
-    cast = {
-        name: tensor.to(device=device, dtype=torch.float32 if ".router." in name else wanted)
-        for name, tensor in tensors.items()
-    }
-    model.load_state_dict(cast, assign=True)
+    for name, tensor in tensors.items():
+        kind = torch.float32 if ".router." in name else wanted or tensor.dtype
+        tensors[name] = memory.zeros(tensor.shape, kind, device).copy_(tensor)
+        memory.forget(tensor)
+    model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
 
 

@@ -1,6 +1,8 @@
 """The servable directory: what was saved is loaded, and what does not fit is refused by name."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +45,28 @@ def test_dtype_is_cast_and_routers_stay_float32(saved):
     assert {p.dtype for name, p in loaded.named_parameters() if "router" in name} == {torch.float32}
     exact = logits(saved[0].eval())
     assert (logits(loaded) - exact).norm() < 0.2 * exact.norm()
+
+
+def test_loading_holds_the_model_once(make_model, tmp_path):
+    model = make_model({"width": 256}, width=256, ffn_width=4096, layers=8)
+    path = save_model(tmp_path / "model", model.cfg, dict(model.named_parameters()))
+    size, dtype = sum(p.nbytes for p in model.parameters()), model.embed.weight.dtype
+    del model
+    load_model(path)  # what is imported on the way counts as here before
+    peaks = []
+    for stored in (str(dtype).removeprefix("torch."), "bfloat16"):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = memory("VmHWM")
+        loaded = load_model(path, stored)
+        peaks.append((memory("VmHWM") - before) / size)
+        del loaded
+    assert peaks[0] < 1.4
+    assert peaks[1] < 0.9
+
+
+def memory(what):
+    """Bytes, as the kernel counts them."""
+    return int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def test_the_tokenizer_travels_along(make_model, tmp_path):
