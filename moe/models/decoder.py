@@ -9,6 +9,7 @@ from ...kernels import linear
 from ..config import ModelConfig
 from ..layers.block import Block
 from ..layers.context import Context
+from ..layers.embedding import Embedding
 from ..layers.linear import Linear
 from ..layers.norm import RMSNorm
 from ..layers.relative import RelativeBias
@@ -35,7 +36,7 @@ class Decoder(nn.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.width)
+        self.embed = Embedding(cfg.vocab_size, cfg.width)
         self.relative = RelativeBias(cfg, causal=True) if cfg.attention.positions == "relative" else None
         self.blocks = nn.ModuleList(Block(cfg, layer, self.relative) for layer in range(cfg.layers))
         self.norm = RMSNorm(cfg.width, cfg.norm_eps)
