@@ -1,41 +1,25 @@
 """Compile every production kernel for sm_90 on a machine without a GPU and hold its resources: shared memory, spills
 and tensor-core instructions.
 
-    python -m turnout.kernels.compile_check
+    python -m turnout.kernels.compile_check [the beginning of a case's name ...]
 """
 
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .. import ConfigError
-from .configs import FLOAT_TILES, HALF_TILES, Tile
-from .triton.grouped_gemm import MAP_BLOCK, grouped_gemm_kernel, tile_map_kernel
+from .compile_cases import Case, cases
 
 SHARED_LIMIT = 227 * 1024  # bytes a block may use on sm_90
-HGMMA_ROWS = 64  # from here on a half-precision tile must use the warpgroup instruction
 _ALIGNED = [["tt.divisibility", 16]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One kernel as it is launched: argument types, constants and options."""
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    tile: Tile
-    hgmma: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,41 +42,9 @@ class Report:
         )
 
 
-def cases() -> Iterator[Case]:
-    """Every tile of the table, with both layouts of the weights, and the tile map."""
-    for dtype, tiles in (("bf16", HALF_TILES), ("fp16", HALF_TILES[-1:]), ("fp32", FLOAT_TILES)):
-        for _, tile in tiles:
-            for contiguous in ("w_column", "w_k"):
-                yield _grouped_gemm_case(dtype, tile, contiguous)
-    yield Case(
-        name="tile_map 512",
-        kernel=tile_map_kernel,
-        signature=dict.fromkeys(("ends", "expert_of", "first_of", "end_of"), "*i32")
-        | {"experts": "i32", "EXPERTS": "constexpr", "ROWS": "constexpr", "BLOCK": "constexpr"},
-        constants={"EXPERTS": 512, "ROWS": 128, "BLOCK": MAP_BLOCK},
-        tile=Tile(rows=1, columns=1, depth=1, warps=4, stages=3),
-        hgmma=False,
-    )
-
-
-def _grouped_gemm_case(dtype: str, tile: Tile, contiguous: str) -> Case:
-    constants: dict[str, Any] = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "EVEN": True}
-    constants |= {"x_k": 1, contiguous: 1}
-    pointers = dict.fromkeys(("x", "w", "y"), f"*{dtype}") | dict.fromkeys(("expert_of", "first_of", "end_of"), "*i32")
-    kinds = pointers | dict.fromkeys(constants, "constexpr")
-    return Case(
-        name=f"grouped_gemm {dtype} {tile.rows}x{tile.columns}x{tile.depth} {contiguous}",
-        kernel=grouped_gemm_kernel,
-        signature={name: kinds.get(name, "i32") for name in grouped_gemm_kernel.arg_names},
-        constants=constants,
-        tile=tile,
-        hgmma=dtype != "fp32" and tile.rows >= HGMMA_ROWS,
-    )
-
-
 def check(case: Case) -> Report:
     """Compile one case; `failures` names the rules it breaks."""
-    aligned = {(i,): _ALIGNED for i, kind in enumerate(case.signature.values()) if kind != "constexpr"}
+    aligned = {(i,): _ALIGNED for i, kind in enumerate(case.signature.values()) if kind == "i32" or kind[0] == "*"}
     source = ASTSource(fn=case.kernel, signature=case.signature, constexprs=case.constants, attrs=aligned)
     options = {"num_warps": case.tile.warps, "num_stages": case.tile.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -130,14 +82,14 @@ def _cuobjdump(option: str, path: Path) -> str:
     return done.stdout + done.stderr
 
 
-def main() -> int:
-    """Check all cases; 1 if one fails."""
+def main(names: tuple[str, ...] = ("",)) -> int:
+    """Check the cases whose names begin so; 1 if one fails."""
     if triton.knobs.runtime.interpret:
         raise ConfigError("TRITON_INTERPRET (1) must be unset: interpreted kernels can not be compiled")
-    reports = [check(case) for case in cases()]
+    reports = [check(case) for case in cases() if case.name.startswith(names)]
     sys.stdout.write("".join(f"{report}\n" for report in reports))
     return int(any(report.failures for report in reports))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(tuple(sys.argv[1:]) or ("",)))

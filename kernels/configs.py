@@ -35,3 +35,8 @@ def grouped_gemm_tile(rows: int, experts: int, element_size: int) -> Tile:
     mean = -(-rows // experts)
     tiles = HALF_TILES if element_size == 2 else FLOAT_TILES
     return next(tile for bound, tile in tiles if mean <= bound or not bound)
+
+
+def row_columns(width: int, most: int = 1024) -> int:
+    """Columns of a row that a program which walks over rows takes at a time: a power of two, up to `most`."""
+    return min(most, max(16, 1 << (width - 1).bit_length()))

@@ -47,7 +47,11 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "cpp": "cpp.products",
             "rows": "rows.products",
         },
-        "pointwise": {"reference": "reference.dense", "torch": "torch_ops.linear", "rows": "rows.elements"},
+        "pointwise": {
+            "reference": "reference.dense",
+            "torch": "torch_ops.linear",
+            "rows": "rows.elements",
+        },
         "grouped_gemm": {
             "reference": "reference.grouped_gemm",
             "torch": "torch_ops.grouped_gemm",
@@ -55,24 +59,64 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "cpp": "cpp.products",
             "rows": "rows.products",
         },
-        "moe_mlp": {"reference": "reference.experts", "torch": "torch_ops.composition", "cpp": "cpp.moe"},
-        "quantized_linear": {"reference": "reference.quantized", "cpp": "cpp.quantized"},
-        "quantized_moe_mlp": {"reference": "reference.quantized", "cpp": "cpp.quantized"},
-        "sort_by_expert": {"reference": "reference.routing", "torch": "torch_ops.routing"},
-        "permute": {"reference": "reference.routing", "torch": "torch_ops.routing"},
-        "combine": {"reference": "reference.routing", "torch": "torch_ops.routing"},
-        "rms_norm": {"reference": "reference.dense", "cpp": "cpp.rowwise", "rows": "rows.elements"},
-        "rope": {"reference": "reference.dense", "rows": "rows.elements"},
-        "swiglu": {"reference": "reference.dense", "cpp": "cpp.rowwise", "rows": "rows.elements"},
-        "cross_entropy": {"reference": "reference.dense", "torch": "torch_ops.loss"},
+        "moe_mlp": {
+            "reference": "reference.experts",
+            "torch": "torch_ops.composition",
+            "cpp": "cpp.moe",
+        },
+        "quantized_linear": {
+            "reference": "reference.quantized",
+            "cpp": "cpp.quantized",
+        },
+        "quantized_moe_mlp": {
+            "reference": "reference.quantized",
+            "cpp": "cpp.quantized",
+        },
+        "sort_by_expert": {
+            "reference": "reference.routing",
+            "torch": "torch_ops.routing",
+            "triton": "triton.route",
+        },
+        "permute": {
+            "reference": "reference.routing",
+            "torch": "torch_ops.routing",
+            "triton": "triton.combine",
+        },
+        "combine": {
+            "reference": "reference.routing",
+            "torch": "torch_ops.routing",
+            "triton": "triton.combine",
+        },
+        "rms_norm": {
+            "reference": "reference.dense",
+            "cpp": "cpp.rowwise",
+            "rows": "rows.elements",
+        },
+        "rope": {
+            "reference": "reference.dense",
+            "rows": "rows.elements",
+        },
+        "swiglu": {
+            "reference": "reference.dense",
+            "cpp": "cpp.rowwise",
+            "rows": "rows.elements",
+        },
+        "cross_entropy": {
+            "reference": "reference.dense",
+            "torch": "torch_ops.loss",
+        },
         "varlen_attention": {
             "reference": "reference.attention",
             "torch": "torch_ops.attention",
             "cpp": "cpp.attention",
             "rows": "rows.attention",
         },
-        "store_kv": {"reference": "reference.attention"},
-        "copy_blocks": {"reference": "reference.attention"},
+        "store_kv": {
+            "reference": "reference.attention",
+        },
+        "copy_blocks": {
+            "reference": "reference.attention",
+        },
         "paged_attention": {
             "reference": "reference.attention",
             "torch": "torch_ops.attention",
