@@ -6,6 +6,7 @@ import pytest
 
 from turnout import ConfigError
 from turnout.launch.bench import main
+from turnout.launch.benches import ceilings
 from turnout.tests.inference.conftest import byte_level, model, model_dir  # noqa: F401  (fixtures)
 
 ENGINE = ("engine.num_blocks=60", "engine.max_num_seqs=4", "engine.max_num_batched_tokens=32")
@@ -46,7 +47,26 @@ def test_scheduler_and_determinism_are_measured_step_by_step(tmp_path, model_dir
     assert [row["step"] for row in rows] == ["prefill of 256", "decode of 8"]
 
 
-@pytest.mark.parametrize("args", [["speed", "x"], ["offline", "x", "vary=seed"], ["offline", "x", "rounds=0"]])
+def test_kernels_and_the_layer_are_held_against_the_machine(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ceilings, "BYTES", 1 << 20)
+    monkeypatch.setattr(ceilings, "SIDE", 64)
+    for what, settings in (("kernels", ("ops=rms_norm",)), ("moe", ("shape=qwen3moe-mini", "experts=4", "tokens=1"))):
+        args = [what, f"json={tmp_path / 'x.json'}", f"plot={tmp_path / 'x.png'}", "rounds=1", *settings]
+        assert main(args) == 0
+        found = json.loads((tmp_path / "x.json").read_text())
+        assert found["ceilings"]["read"] > 0
+        assert all(row["of the ceiling"] > 0 and row["ms"] > 0 for row in found["rows"] if "note" not in row)
+        assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+        assert "this machine: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["speed", "x"], ["offline", "x", "vary=seed"], ["offline", "x", "rounds=0"], ["offline"], ["kernels", "x"],
+        ["kernels", "ops=softmax"], ["moe", "shape=huge"], ["moe", "tokens=0"],
+    ],
+)  # fmt: skip
 def test_what_can_not_be_measured_is_said(args):
     with pytest.raises(ConfigError, match="use"):
         main(args)

@@ -1,0 +1,289 @@
+"""Every operation at the shapes that matter, with the bytes and FLOPs that it needs at least.
+
+T rows, D width, F output width, H query heads, G key/value heads, d head dim, E experts, V vocabulary, N kept rows.
+Weights and pages come in several copies, of which each call takes the next: a model's layers do not find theirs in the
+cache either. Rows are small and warm.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import kernels
+from .ceilings import pages
+
+COLD = 1 << 27  # bytes of weights or pages that calls go round in
+MOST = 1 << 28  # bytes of pages that a case may take
+DTYPE = torch.bfloat16
+ROWS = (1, 16, 256, 2048)
+D, F, VOCABULARY = 2048, 4096, 32_000
+E, HIDDEN, K = 32, 768, 4
+H, G, HEAD = 32, 4, 128
+PAGE = 16  # tokens
+CONTEXTS, BATCHES, PROMPTS = (512, 2048, 8192), (1, 8, 64), (512, 2048)
+ROWWISE = {"rms_norm": (2, 4), "swiglu": (1.5, 4), "pointwise": (2, 4)}  # numbers moved and FLOPs, a number
+SCALE = {"scale": HEAD**-0.5}
+Arguments = Sequence[tuple[Any, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """An operation at a shape.
+
+    Args:
+        op: its name.
+        shape: in words.
+        size, flops: bytes and FLOPs that it needs at least.
+        make: gives the arguments of one call and those of the next; calls take them in turns.
+        keywords: that every call has.
+    """
+
+    op: str
+    shape: str
+    size: float
+    flops: float
+    make: Callable[[], Arguments]
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Maker:
+    """Makes inputs on a device: numbers of a fixed seed.
+
+    Args:
+        device: a CPU or a GPU.
+        huge: weights and pages of a CPU lie in huge pages.
+    """
+
+    def __init__(self, device: torch.device, *, huge: bool = True) -> None:
+        self.device, self.huge = device, huge
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def rows(self, *shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+        """Small random numbers."""
+        return torch.randn(shape, generator=self._generator, device=self.device).to(dtype)
+
+    def weights(self, *shape: int) -> list[Tensor]:
+        """As many copies of a weight as are COLD together, sixteen at most."""
+        return [self.weight(*shape) for _ in range(min(ceil(COLD / (2 * prod(shape))), 16))]
+
+    def weight(self, *shape: int) -> Tensor:
+        """One weight; a row of random numbers again and again, since drawing hundreds of megabytes takes long."""
+        if self.device.type == "cpu":
+            held = pages(shape, DTYPE, huge=self.huge)
+        else:
+            held = torch.empty(shape, dtype=DTYPE, device=self.device)
+        return held.copy_(self.rows(shape[-1]) * 0.02)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """int64 in [0, high)."""
+        return torch.randint(high, shape, generator=self._generator, device=self.device)
+
+    def routing(self, tokens: int, experts: int, choices: int) -> tuple[Tensor, Tensor]:
+        """ids_TK, all different in a row, and weights_TK."""
+        scores = torch.rand(tokens, experts, generator=self._generator, device=self.device)
+        weights = torch.softmax(self.rows(tokens, choices, dtype=torch.float32), -1)
+        return scores.topk(choices).indices, weights
+
+    def tensor(self, values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
+        """These values there."""
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+
+def cases(op: str, maker: Maker) -> list[Case]:
+    """The cases of an operation; none where nobody has written any."""
+    return list(CASES[op](maker)) if op in CASES else []
+
+
+def _linear(m: Maker, what: str, columns: int, rows: tuple[int, ...]) -> Iterator[Case]:
+    for T in rows:
+
+        def make(T: int = T) -> Arguments:
+            x, ws = m.rows(T, D), m.weights(columns, D)
+            return [(x, w) for w in ws]
+
+        size = 2 * (columns * D + T * (D + columns))
+        yield Case(op="linear", shape=f"{what} {T} x {D} -> {columns}", size=size, flops=2 * T * D * columns, make=make)
+
+
+def _all_linear(m: Maker) -> Iterator[Case]:
+    yield from _linear(m, "linear", F, ROWS)
+    yield from _linear(m, "head", VOCABULARY, ROWS[:3])
+
+
+def _head_gemm(m: Maker) -> Iterator[Case]:
+    for T in (1, 16, 256):
+
+        def make(T: int = T) -> Arguments:
+            x, ws = m.rows(T, 16, 128), m.weights(16, 128, 512)
+            return [(x, w) for w in ws]
+
+        size, flops = 2 * 16 * (128 * 512 + T * 640), 2 * T * 16 * 128 * 512
+        yield Case(op="head_gemm", shape=f"{T} x 16 heads x 128 -> 512", size=size, flops=flops, make=make)
+
+
+def _grouped_gemm(m: Maker) -> Iterator[Case]:
+    for T in ROWS:
+        ids, _ = m.routing(T, E, K)
+        counts = torch.bincount(ids.flatten(), minlength=E)
+        ends = counts.cumsum(0).int()
+
+        def make(ends: Tensor = ends, rows: int = T * K) -> Arguments:
+            x, ws = m.rows(rows, D), m.weights(E, HIDDEN, D)
+            return [(x, w.mT, ends) for w in ws]
+
+        size = 2 * (int((counts > 0).sum()) * D * HIDDEN + T * K * (D + HIDDEN))
+        flops = 2 * T * K * D * HIDDEN
+        yield Case(op="grouped_gemm", shape=f"{T * K} rows, {E} x {D} -> {HIDDEN}", size=size, flops=flops, make=make)
+
+
+def _moe_mlp(m: Maker) -> Iterator[Case]:
+    for T in (1, 16, 256):
+        ids, weights = m.routing(T, E, K)
+
+        def make(T: int = T, ids: Tensor = ids, weights: Tensor = weights) -> Arguments:
+            x, ins, outs = m.rows(T, D), m.weights(E, 2 * HIDDEN, D), m.weights(E, HIDDEN, D)
+            return [(x, ids, weights, None, w_in, w_out) for w_in, w_out in zip(ins, outs, strict=False)]
+
+        size = 2 * (3 * D * HIDDEN * len(ids.unique()) + 2 * T * D)
+        shape = f"{T} rows, {E} experts top-{K}, {D} x {HIDDEN}"
+        yield Case(op="moe_mlp", shape=shape, size=size, flops=6 * T * K * D * HIDDEN, make=make)
+
+
+def _routing(op: str, m: Maker) -> Iterator[Case]:
+    for T in (16, 2048):
+        ids, weights = m.routing(T, E, K)
+        kept = torch.ones_like(ids, dtype=torch.bool)
+        order, slot, _ = kernels.sort_by_expert(ids, kept, E)
+
+        def make(T: int = T, ids: Tensor = ids, kept: Tensor = kept, weights: Tensor = weights,
+                 order: Tensor = order, slot: Tensor = slot) -> Arguments:  # fmt: skip
+            if op == "sort_by_expert":
+                return [(ids, kept, E)]
+            if op == "permute":
+                x = m.rows(T, D)
+                return [(x, order, slot)]
+            y = m.rows(T * K, D)
+            return [(y, weights, order, slot)]
+
+        size = 24 * T * K if op == "sort_by_expert" else 2 * T * (K + 1) * D
+        flops = 2 * T * K * D if op == "combine" else 0
+        yield Case(op=op, shape=f"{T} rows of {D}, {E} experts top-{K}", size=size, flops=flops, make=make)
+
+
+def _rowwise(op: str, m: Maker) -> Iterator[Case]:
+    moved, flops = ROWWISE[op]
+    for T in (1, 64, 2048):
+
+        def make(T: int = T) -> Arguments:
+            x = m.rows(T, D)
+            return [{"rms_norm": (x, m.rows(D), 1e-6), "pointwise": (torch.sigmoid, x)}.get(op, (x,))]
+
+        yield Case(op=op, shape=f"{T} x {D}", size=2 * moved * T * D, flops=flops * T * D, make=make)
+
+
+def _rope(m: Maker) -> Iterator[Case]:
+    turns = 1e6 ** (-torch.arange(0, HEAD, 2, device=m.device) / HEAD)
+    for T in (1, 64, 2048):
+
+        def make(T: int = T) -> Arguments:
+            x, at = m.rows(T, H, HEAD), torch.arange(T, device=m.device)
+            return [(x, at, turns)]
+
+        size, flops = 4 * T * H * HEAD, 3 * T * H * HEAD
+        yield Case(op="rope", shape=f"{T} x {H} heads of {HEAD}", size=size, flops=flops, make=make)
+
+
+def _cross_entropy(m: Maker) -> Iterator[Case]:
+    for T in (16, 512):
+
+        def make(T: int = T) -> Arguments:
+            logits, targets = m.rows(T, VOCABULARY), m.integers(VOCABULARY, T)
+            return [(logits, targets)]
+
+        shape = f"{T} x {VOCABULARY}"
+        yield Case(op="cross_entropy", shape=shape, size=2 * T * VOCABULARY, flops=4 * T * VOCABULARY, make=make)
+
+
+def _prefill(m: Maker) -> Iterator[Case]:
+    for S in PROMPTS:
+
+        def make(S: int = S) -> Arguments:
+            q, k, v = m.rows(S, H, HEAD), m.rows(S, G, HEAD), m.rows(S, G, HEAD)
+            cu = m.tensor([0, S])
+            return [(q, k, v, cu)]
+
+        flops, size = 4 * H * HEAD * S * (S + 1) / 2, 2 * S * HEAD * (2 * H + 2 * G)
+        shape = f"{S} tokens, {H}/{G} heads"
+        yield Case(op="varlen_attention", shape=shape, size=size, flops=flops, make=make, keywords=SCALE)
+
+
+def _paged(m: Maker) -> Iterator[Case]:
+    for context in CONTEXTS:
+        for batch in BATCHES:
+            if batch * context * G * HEAD * 4 <= MOST:
+                yield _pages_case(m, batch, 1, context)
+    for S in PROMPTS:
+        yield _pages_case(m, 1, S, S)
+
+
+def _pages_case(m: Maker, batch: int, queries: int, context: int) -> Case:
+    each = -(-context // PAGE)
+    size = 4 * batch * context * G * HEAD
+    copies = max(min(COLD // size, 16), 1)
+
+    def make() -> Arguments:
+        q = m.rows(batch * queries, H, HEAD)
+        k, v = (m.weight(copies * batch * each, PAGE, G, HEAD) for _ in range(2))
+        blocks = torch.randperm(copies * batch * each, generator=torch.Generator().manual_seed(0)).int()
+        tables = [table.contiguous().to(m.device) for table in blocks.view(copies, batch, each)]
+        lengths, cu = m.tensor([context] * batch), m.tensor(range(0, batch * queries + 1, queries))
+        return [(q, k, v, table, lengths, cu) for table in tables]
+
+    flops = 4 * H * HEAD * batch * queries * (context - (queries - 1) / 2)
+    what = "decode" if queries == 1 else f"prefill of {queries}"
+    shape = f"{what}, {batch} x {context}, {H}/{G} heads"
+    moved = size + 4 * batch * queries * H * HEAD
+    return Case(op="paged_attention", shape=shape, size=moved, flops=flops, make=make, keywords=SCALE)
+
+
+def _store_kv(m: Maker) -> Iterator[Case]:
+    for T in (1, 64, 2048):
+
+        def make(T: int = T) -> Arguments:
+            k, v = m.rows(T, G, HEAD), m.rows(T, G, HEAD)
+            cache_k, cache_v = (m.weight(256, PAGE, G, HEAD) for _ in range(2))
+            slots = torch.randperm(256 * PAGE, generator=torch.Generator().manual_seed(0))[:T].to(m.device)
+            return [(k, v, cache_k, cache_v, slots)]
+
+        yield Case(op="store_kv", shape=f"{T} x {G} heads of {HEAD}", size=8 * T * G * HEAD, flops=0, make=make)
+
+
+def _copy_blocks(m: Maker) -> Iterator[Case]:
+    def make() -> Arguments:
+        held = m.weight(4, 128, PAGE, G, HEAD)
+        sources, targets = torch.arange(16, device=m.device), torch.arange(64, 80, device=m.device)
+        return [(held, sources, targets)]
+
+    size = 4 * 4 * 16 * PAGE * G * HEAD
+    yield Case(op="copy_blocks", shape=f"16 of {PAGE} tokens, 4 layers", size=size, flops=0, make=make)
+
+
+CASES: Mapping[str, Callable[[Maker], Iterator[Case]]] = {
+    "linear": _all_linear,
+    "head_gemm": _head_gemm,
+    "grouped_gemm": _grouped_gemm,
+    "moe_mlp": _moe_mlp,
+    **{op: functools.partial(_routing, op) for op in ("sort_by_expert", "permute", "combine")},
+    **{op: functools.partial(_rowwise, op) for op in ROWWISE},
+    "rope": _rope,
+    "cross_entropy": _cross_entropy,
+    "varlen_attention": _prefill,
+    "paged_attention": _paged,
+    "store_kv": _store_kv,
+    "copy_blocks": _copy_blocks,
+}
