@@ -3,6 +3,8 @@
 // Few rows of an expert: w is read once, in pieces that stream, each thread fetching the piece that it will take next.
 // Many: a piece of w stays near while the rows pass it. Rows and columns are divided over threads; the sum never is.
 #pragma once
+#include <omp.h>
+
 #include <atomic>
 #include <memory>
 #include <vector>
@@ -11,8 +13,8 @@
 
 constexpr int64_t FEW_DOT = 32, FEW_AXPY = 8;  // rows of an expert for which w streams
 constexpr int64_t ROWS = 64 * TALL;            // of a task otherwise
-constexpr int64_t PIECE = 1 << 16, NEAR = 1 << 18;  // bytes of w that stream, that stay near
-constexpr int64_t WIDE = 256;  // columns of a piece, at most: its results stay near
+constexpr int64_t PIECE = 1 << 17, NEAR = 1 << 18;  // bytes of w that stream, that stay near
+constexpr int64_t ROOM = 1 << 13;                   // results at hand, no more
 
 struct Gemm {
   const void *x, *w, *bias;
@@ -28,21 +30,24 @@ struct Task {
 template <Type type>
 struct Plan {
   const Gemm& g;
+  const int64_t threads;
   std::vector<Task> whole;      // one an expert with rows: all of its rows and columns
   std::vector<int64_t> before;  // tasks of the experts before it
 
-  static constexpr int64_t SIZE = type == FLOAT32 ? 4 : 2;
   bool dot() const { return g.w_k == 1; }
   bool few(const Task& t) const { return t.end - t.row <= (dot() ? FEW_DOT : FEW_AXPY); }
   int64_t rows(const Task& t) const { return few(t) ? t.end - t.row : ROWS; }
 
   int64_t columns(const Task& t) const {
     const int64_t unit = dot() ? BROAD : PANEL, bytes = few(t) ? PIECE : NEAR;
-    const int64_t fit = bytes / (SIZE * std::max<int64_t>(g.depth, 1)) / unit * unit;
-    return few(t) && !dot() ? WIDE : std::clamp(fit, unit, few(t) ? WIDE : 4 * PANEL);
+    const int64_t fit = bytes / (SIZE<type> * std::max<int64_t>(g.depth, 1)) / unit * unit;
+    if (!few(t)) return std::clamp<int64_t>(fit, unit, 4 * PANEL);
+    if (dot()) return std::clamp<int64_t>(fit, unit, ROOM / FEW_DOT);
+    const int64_t share = (g.columns / (2 * threads) + unit - 1) / unit * unit;
+    return std::clamp<int64_t>(g.experts < 4 * threads ? share : g.columns, unit, ROOM / FEW_AXPY);
   }
 
-  explicit Plan(const Gemm& gemm) : g(gemm), before(1, 0) {
+  Plan(const Gemm& gemm, int64_t threads) : g(gemm), threads(threads), before(1, 0) {
     for (int64_t e = 0, start = 0, end; e < g.experts; e++) {
       end = g.ends ? g.ends[e] : g.rows, start = g.ends ? start : 0;
       if (end > start && g.columns) {
@@ -93,11 +98,11 @@ static inline void* scratch(int64_t bytes) {
 template <Type type>
 static void run(const Plan<type>& plan, const Task& task, const void* next) {
   const Gemm& g = plan.g;
-  const int64_t K = g.depth, M = task.last - task.column;
+  const int64_t K = g.depth, M = task.last - task.column, y_row = (M + PANEL - 1) / PANEL * PANEL;
   const bool few = task.end - task.row <= (plan.dot() ? FEW_DOT : FEW_AXPY);
   const void* w = plan.w(task);
   const void* x[FEW_DOT];
-  alignas(64) float y[FEW_DOT * WIDE];
+  alignas(64) float y[ROOM];
   auto point = [&](int64_t row, int64_t rows) {
     for (int64_t t = 0; t < rows; t++) x[t] = at<type>(g.x, task.expert * g.x_expert + (row + t) * g.x_row);
   };
@@ -111,24 +116,47 @@ static void run(const Plan<type>& plan, const Task& task, const void* next) {
     const int64_t T = std::min(tall, task.end - row);
     point(row, T);
     if (pack)
-      for (int64_t m = 0; m < M; m += PANEL) panel_block<type>(x, T, panels + m / PANEL * panel, K, y + m, WIDE);
+      for (int64_t m = 0; m < M; m += PANEL) panel_block<type>(x, T, panels + m / PANEL * panel, K, y + m, y_row);
     else if (plan.dot())
-      dot_block<type>(x, T, w, g.w_column, M, K, y, WIDE, row == task.row ? next : nullptr);
+      dot_block<type>(x, T, w, g.w_column, M, K, y, y_row, row == task.row ? next : nullptr);
     else
-      axpy_block<type>(x, T, w, g.w_k, M, K, y, WIDE, next);
-    finish<type>(g, task.expert, row, T, task.column, M, y, WIDE);
+      axpy_block<type>(x, T, w, g.w_k, M, K, y, y_row, next);
+    finish<type>(g, task.expert, row, T, task.column, M, y, y_row);
   }
 }
 
+// Numbers 0 to n, an equal run of neighbours to each thread; who has done his takes from the others'.
+struct Shares {
+  struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+  std::vector<Share> shares;
+
+  Shares(int64_t n, int64_t threads) : shares(threads) {
+    for (int64_t t = 0; t < threads; t++) shares[t].next = n * t / threads, shares[t].end = n * (t + 1) / threads;
+  }
+
+  int64_t take(int64_t thread) {  // -1: there is none
+    for (size_t i = 0; i < shares.size(); i++) {
+      Share& share = shares[(thread + i) % shares.size()];
+      if (share.next.load(std::memory_order_relaxed) >= share.end) continue;
+      if (const int64_t at = share.next++; at < share.end) return at;
+    }
+    return -1;
+  }
+};
+
 template <Type type>
 static void gemm_all(const Gemm& g, int threads) {
-  const Plan<type> plan(g);
-  const int64_t count = plan.count(), work = (g.ends ? g.rows : g.rows * g.experts) * g.depth * g.columns;
-  std::atomic<int64_t> taken{0};
-#pragma omp parallel num_threads(work < SMALL ? 1 : (int)std::clamp<int64_t>(count, 1, threads))
-  for (int64_t i = taken++, then; i < count; i = then) {
-    then = taken++;
+  const Plan<type> plan(g, threads);
+  const int64_t work = (g.ends ? g.rows : g.rows * g.experts) * g.depth * g.columns;
+  threads = work < SMALL ? 1 : (int)std::clamp<int64_t>(plan.count(), 1, threads);
+  Shares shares(plan.count(), threads);
+#pragma omp parallel num_threads(threads)
+  for (int64_t me = omp_get_thread_num(), i = shares.take(me), then; i >= 0; i = then) {
+    then = shares.take(me);
     const Task task = plan[i];
-    run<type>(plan, task, plan.w(then < count ? plan[then] : task));
+    run<type>(plan, task, plan.w(then < 0 ? task : plan[then]));
   }
 }

@@ -33,7 +33,15 @@ using Operand = std::conditional_t<pairs<type>, Pairs, V>;
 template <Type type>
 constexpr int64_t STEP = pairs<type> ? 32 : 16;  // of "dot" along k
 template <Type type>
+constexpr int64_t SIZE = type == FLOAT32 ? 4 : 2;
+template <Type type>
 constexpr int64_t DEEP = pairs<type> ? 2 : 1;  // of "axpy" along k
+
+// What is read next is fetched while something else is computed: from `at` on, a line each `by` bytes.
+struct Ahead {
+  const char* at;  // or null
+  int64_t by;
+};
 
 static inline void fetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
@@ -148,11 +156,11 @@ static inline void reduce_tile(const V* sum, float* y, int64_t y_row) {
   for (int i = 0; i < R * C; i++) y[i / C * y_row + i % C] = reduce(sum[i]);
 }
 
-// y[r, c] = Σ_k x[r][k] · w[c][k]. With `ahead` the line that lies so many bytes behind each of w's is fetched. Not
-// inline: among other code compilers put the accumulators into memory.
+// y[r, c] = Σ_k x[r][k] · w[c][k]. C lines are fetched a step. Not inline: among other code compilers put the
+// accumulators into memory.
 template <Type type, int R, int C>
 [[gnu::noinline]] static void dot_tile(const void* const* x, const void* const* w, int64_t K, float* y, int64_t y_row,
-                                       int64_t ahead) {
+                                       Ahead ahead) {
   V sum[R * C];
 #pragma GCC unroll 32
   for (int i = 0; i < R * C; i++) sum[i] = V{};
@@ -162,7 +170,7 @@ template <Type type, int R, int C>
 #pragma GCC unroll 8
     for (int c = 0; c < C; c++) {
       b[c] = take<type>(w[c], k);
-      if (ahead) fetch((const char*)at<type>(w[c], k) + ahead);
+      if (ahead.at) fetch(ahead.at), ahead.at += ahead.by;
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
@@ -185,11 +193,13 @@ template <Type type, int R, int C>
   reduce_tile<R, C>(sum, y, y_row);
 }
 
-// The same for T rows; w is fetched ahead by the first of them alone.
+// The same for T rows; `ahead` is shared out among their tiles.
 template <Type type, int C>
 static void dot_rows(const void* const* x, int64_t T, const void* const* w, int64_t K, float* y, int64_t y_row,
-                     int64_t ahead = 0) {
-  for (int64_t t = 0, n; t < T; t += n, ahead = 0) {
+                     Ahead ahead = {}) {
+  const int64_t tiles = (T + TALL - 1) / TALL;
+  if (ahead.at) ahead.by = (ahead.by + tiles - 1) / tiles;
+  for (int64_t t = 0, n; t < T; t += n) {
     n = std::min<int64_t>(T - t, TALL);
     float* to = y + t * y_row;
     if constexpr (TALL == 6) {
@@ -199,11 +209,12 @@ static void dot_rows(const void* const* x, int64_t T, const void* const* w, int6
     if (n == 3) n = 2;
     if (n == 2) dot_tile<type, 2, C>(x + t, w, K, to, y_row, ahead);
     else if (n == 1) dot_tile<type, 1, C>(x + t, w, K, to, y_row, ahead);
+    if (ahead.at) ahead.at += ahead.by * C * (K / STEP<type>);
   }
 }
 
 // y[t, m] of T rows and M columns that lie `w_column` numbers apart. With `next`, the columns that come next are fetched
-// meanwhile: at the end, what lies there.
+// meanwhile in the order in which they lie: at the end, what lies there.
 template <Type type>
 static void dot_block(const void* const* x, int64_t T, const void* w, int64_t w_column, int64_t M, int64_t K, float* y,
                       int64_t y_row, const void* next = nullptr) {
@@ -212,7 +223,7 @@ static void dot_block(const void* const* x, int64_t T, const void* w, int64_t w_
     n = M - m < BROAD ? 1 : BROAD;
     for (int64_t c = 0; c < n; c++) columns[c] = at<type>(w, (m + c) * w_column);
     const void* after = m + n < M ? at<type>(w, (m + n) * w_column) : next;
-    const int64_t ahead = next ? (const char*)after - (const char*)columns[0] : 0;
+    const Ahead ahead = {next ? (const char*)after : nullptr, STEP<type> * SIZE<type>};
     if (n == 1) dot_rows<type, 1>(x, T, columns, K, y + m, y_row, ahead);
     else dot_rows<type, BROAD>(x, T, columns, K, y + m, y_row, ahead);
   }
@@ -221,8 +232,9 @@ static void dot_block(const void* const* x, int64_t T, const void* w, int64_t w_
 // S steps of R rows over M columns, of a block of SPAN columns after another; not `full`: of one that is not whole.
 template <Type type, int R, int S, bool whole, bool full>
 [[gnu::noinline]] static void axpy_tile(const void* const* x, int64_t k, const void* w, int64_t w_k, int64_t M,
-                                        float* y, int64_t y_row, int64_t ahead) {
-  constexpr int64_t L = DEEP<type>;
+                                        float* y, int64_t y_row, const char* next) {
+  constexpr int64_t L = DEEP<type>, LINES = S * L * SPAN<type> * SIZE<type> / 64;  // of a step
+  int64_t line = 0;
   for (int64_t m = 0; m < M; m += SPAN<type>) {
     V sum[R * L];
 #pragma GCC unroll 16
@@ -236,14 +248,17 @@ template <Type type, int R, int S, bool whole, bool full>
       Operand<type> b[L];
       const void* from = at<type>(w, s * L * w_k + m);
       weave<type, whole, full>(from, w_k, M - m, b);
-      if (ahead)
-        for (int l = 0; l < (whole ? L : 1); l++) fetch((const char*)at<type>(from, l * w_k) + ahead);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         const Operand<type> a = spread<type, whole>(x[r], k + s * L);
 #pragma GCC unroll 2
         for (int l = 0; l < L; l++) sum[r * L + l] = mac(a, b[l], sum[r * L + l]);
       }
+    }
+    if (next) {
+      for (int i = 0; i < LINES; i++) fetch(next + 64 * (line + i));
+      line += LINES;
+      if (64 * line >= M * SIZE<type>) line = 0, next += w_k * SIZE<type>;
     }
 #pragma GCC unroll 16
     for (int i = 0; i < R * L; i++) {
@@ -254,17 +269,18 @@ template <Type type, int R, int S, bool whole, bool full>
   }
 }
 
-// y[t, m] += Σ over S steps from k on of x[t][k] · w[k][m]; w stands at row k, `ahead` bytes behind it is fetched.
+// y[t, m] += Σ over S steps from k on of x[t][k] · w[k][m]; w stands at row k, the rows from `next` on are fetched.
 template <Type type, int S, bool whole = true>
 static void axpy_rows(const void* const* x, int64_t T, int64_t k, const void* w, int64_t w_k, int64_t M, float* y,
-                      int64_t y_row, int64_t ahead) {
-  for (int64_t t = 0, n; t < T; t += n, ahead = 0) {
+                      int64_t y_row, const char* next = nullptr) {
+  for (int64_t t = 0, n; t < T; t += n, next = nullptr) {
     n = T - t >= TALL ? TALL : T - t >= 2 ? 2 : 1;
     float* to = y + t * y_row;
     const int64_t full = M / SPAN<type> * SPAN<type>;
 #define TILE_OF(R)                                                                                                  \
-  axpy_tile<type, R, S, whole, true>(x + t, k, w, w_k, full, to, y_row, ahead);                                     \
-  if (full < M) axpy_tile<type, R, S, whole, false>(x + t, k, at<type>(w, full), w_k, M - full, to + full, y_row, 0)
+  axpy_tile<type, R, S, whole, true>(x + t, k, w, w_k, full, to, y_row, next);                                      \
+  if (full < M) axpy_tile<type, R, S, whole, false>(x + t, k, at<type>(w, full), w_k, M - full, to + full, y_row,   \
+                                               nullptr)
     if (TALL > 2 && n == TALL) { TILE_OF(TALL); }
     else if (n == 2) { TILE_OF(2); }
     else { TILE_OF(1); }
@@ -283,10 +299,10 @@ static void axpy_block(const void* const* x, int64_t T, const void* w, int64_t w
   for (int64_t k = 0; k < K;) {
     const void* from = at<type>(w, k * w_k);
     const void* after = k + 2 * S * L <= K ? at<type>(from, S * L * w_k) : next;
-    const int64_t ahead = next ? (const char*)after - (const char*)from : 0;
-    if (K - k >= S * L) axpy_rows<type, S>(x, T, k, from, w_k, M, y, y_row, ahead), k += S * L;
-    else if (K - k >= L) axpy_rows<type, 1>(x, T, k, from, w_k, M, y, y_row, 0), k += L;
-    else axpy_rows<type, 1, false>(x, T, k, from, w_k, M, y, y_row, 0), k += L;
+    if (K - k >= S * L) axpy_rows<type, S>(x, T, k, from, w_k, M, y, y_row, next ? (const char*)after : nullptr);
+    else if (K - k >= L) axpy_rows<type, 1>(x, T, k, from, w_k, M, y, y_row);
+    else axpy_rows<type, 1, false>(x, T, k, from, w_k, M, y, y_row);
+    k += K - k >= S * L ? S * L : L;
   }
 }
 
