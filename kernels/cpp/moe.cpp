@@ -13,11 +13,11 @@ extern "C" {
 
 void turnout_moe_mlp(int type, const Moe* m, int threads) {
   switch (type) {
-    case FLOAT32: Mixture<Widened<FLOAT32>>(*m).run(threads); break;
-    case BFLOAT16: Mixture<BFloat16>(*m).run(threads); break;
-    default: Mixture<Widened<FLOAT16>>(*m).run(threads);
+    case FLOAT32: Mixture<Widened<FLOAT32>>(*m, threads).run(threads); break;
+    case BFLOAT16: Mixture<BFloat16>(*m, threads).run(threads); break;
+    default: Mixture<Widened<FLOAT16>>(*m, threads).run(threads);
   }
 }
 
-int turnout_moe_pairs() { return BFloat16::STEP == 2; }  // whether bfloat16 has an instruction of its own
+int turnout_moe_pairs() { return !std::is_same<BFloat16, Widened<BFLOAT16>>::value; }  // whether bfloat16 has an instruction of its own
 }

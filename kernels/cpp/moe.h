@@ -15,10 +15,8 @@
 
 namespace {  // other units have their own tasks
 
-constexpr int64_t UNITS = 32, COLUMNS = 512;  // of a task; multiples of 32
-constexpr int64_t DEEP = 8;                   // rows of w_out that are added at once
-constexpr int ACROSS = 4;                     // rows of w_in that are read at once
-constexpr int64_t ROWS = 64;                  // whose sums of COLUMNS are kept while w_out streams past
+constexpr int64_t UNITS = 32, COLUMNS = 2048;  // of a task, at most; multiples of 32
+constexpr int64_t ROWS = 16;                  // whose sums are kept while w_out streams past
 
 struct Moe {
   const void* x;
@@ -41,7 +39,7 @@ static inline void soon(const char* address) { _mm_prefetch(address, _MM_HINT_T0
 template <Type T>
 struct Widened {
   static constexpr Type type = T;
-  static constexpr int STEP = 1;
+  static constexpr int DEEP = 4;  // rows of w_out that are added at once
 
   // sums[r · C + c] = x[r] · w[c]; `ahead` is read soon, in the same pattern
   template <int R, int C>
@@ -58,22 +56,22 @@ struct Widened {
     }
   }
 
-  // sums[r][m] += Σ_k h[r][k] · w[k][m] for the next `deep` ks
-  template <int R, int deep>
-  static inline void add(const void* const* h, const char* w, int64_t w_row, int64_t, int64_t M, const char* ahead,
+  // sums[r][m] += Σ_k h[r][k] · w[k][m] for the next DEEP ks, if so many are left
+  template <int R>
+  static inline void add(const void* const* h, const char* w, int64_t w_row, int64_t left, int64_t M, const char* ahead,
                          float* const* sums) {
-    float a[R][deep];
+    float a[R][DEEP];
     for (int r = 0; r < R; r++)
-      for (int k = 0; k < deep; k++) a[r][k] = load<type>(h[r], k, 1)[0];
+      for (int k = 0; k < DEEP; k++) a[r][k] = k < left ? load<type>(h[r], k, 1)[0] : 0.0f;
     for (int64_t m = 0; m < M; m += 16) {
-      V b[deep];
-      for (int k = 0; k < deep; k++) {
-        b[k] = load<type>(w + k * w_row, m, M - m);
+      V b[DEEP];
+      for (int k = 0; k < DEEP; k++) {
+        b[k] = k < left ? load<type>(w + k * w_row, m, M - m) : V{};
         soon(ahead + k * w_row + m * SIZE<type>);
       }
       for (int r = 0; r < R; r++) {
         V sum = load<FLOAT32>(sums[r], m);
-        for (int k = 0; k < deep; k++) sum = fma(all(a[r][k]), b[k], sum);
+        for (int k = 0; k < DEEP; k++) sum = fma(all(a[r][k]), b[k], sum);
         store<FLOAT32>(sums[r], m, sum);
       }
     }
@@ -86,7 +84,7 @@ struct Widened {
 // bfloat16 by its own instruction: two products a lane, neighbours along K.
 struct Pairs {
   static constexpr Type type = BFLOAT16;
-  static constexpr int STEP = 2;
+  static constexpr int DEEP = 2;
 
   static inline __m512bh numbers(const void* row, int64_t i) {
     return (__m512bh)_mm512_loadu_si512((const uint16_t*)row + i);
@@ -105,7 +103,7 @@ struct Pairs {
       __m512bh b[C];
       for (int c = 0; c < C; c++) {
         b[c] = numbers(w + c * w_row, k);
-        soon(ahead + c * w_row + 2 * k);
+        soon(ahead + 2 * (C * k + 32 * c));
       }
       for (int r = 0; r < R; r++) {
         __m512bh a = numbers(x[r], k);
@@ -121,27 +119,22 @@ struct Pairs {
     for (int i = 0; i < R * C; i++) sums[i] = (V)sum[i];
   }
 
-  // Two rows of w turn into pairs; the lanes of the sums lie as unpacking leaves them. Beyond `left` ks there is zero.
-  template <int R, int deep>
+  // Two rows of w turn into pairs; the lanes of the sums lie as unpacking leaves them. An odd last k is paired with zero.
+  template <int R>
   static inline void add(const void* const* h, const char* w, int64_t w_row, int64_t left, int64_t M,
                          const char* ahead, float* const* sums) {
-    __m512bh a[R][deep / 2];
-    for (int r = 0; r < R; r++)
-      for (int p = 0; p < deep / 2; p++) a[r][p] = (__m512bh)_mm512_set1_epi32(((const int32_t*)h[r])[p]);
+    __m512bh a[R];
+    for (int r = 0; r < R; r++) a[r] = (__m512bh)_mm512_set1_epi32(*(const int32_t*)h[r]);
     for (int64_t m = 0; m < M; m += 32) {
       const __mmask32 some = first(M - m);
-      __m512bh low[deep / 2], high[deep / 2];
-      for (int p = 0; p < deep / 2; p++) {
-        const char* pair = w + 2 * p * w_row;
-        __m512i even = (__m512i)numbers(pair, m, some);
-        __m512i odd = deep > 2 || left > 1 ? (__m512i)numbers(pair + w_row, m, some) : _mm512_setzero_si512();
-        low[p] = (__m512bh)_mm512_unpacklo_epi16(even, odd), high[p] = (__m512bh)_mm512_unpackhi_epi16(even, odd);
-        soon(ahead + 2 * p * w_row + 2 * m), soon(ahead + (2 * p + 1) * w_row + 2 * m);
-      }
+      const __m512i even = (__m512i)numbers(w, m, some), odd = (__m512i)numbers(w + w_row, m, left > 1 ? some : 0);
+      const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(even, odd), high = (__m512bh)_mm512_unpackhi_epi16(even, odd);
+      const char* then = ahead + (m + m < M ? 4 * m : w_row + 4 * m - 2 * M);  // in the order in which they lie
+      soon(then), soon(then + 64);
       for (int r = 0; r < R; r++) {
-        __m512 s = _mm512_loadu_ps(sums[r] + m), t = _mm512_loadu_ps(sums[r] + m + 16);
-        for (int p = 0; p < deep / 2; p++) s = _mm512_dpbf16_ps(s, a[r][p], low[p]), t = _mm512_dpbf16_ps(t, a[r][p], high[p]);
-        _mm512_storeu_ps(sums[r] + m, s), _mm512_storeu_ps(sums[r] + m + 16, t);
+        float* at = sums[r] + m;
+        _mm512_storeu_ps(at, _mm512_dpbf16_ps(_mm512_loadu_ps(at), a[r], low));
+        _mm512_storeu_ps(at + 16, _mm512_dpbf16_ps(_mm512_loadu_ps(at + 16), a[r], high));
       }
     }
   }
@@ -178,8 +171,8 @@ struct Group {
 };
 
 struct Task {
-  enum { UNITS_OF, COLUMNS_OF, TOKENS } kind;
-  int64_t group, from;
+  enum Kind { UNITS_OF, COLUMNS_OF, TOKENS } kind;
+  int64_t group, from, to;
 };
 
 template <class Sum>
@@ -195,10 +188,10 @@ class Mixture {
   std::vector<Task> tasks;
   std::vector<std::atomic<int64_t>> units_done;
   std::atomic<int64_t> taken{0}, columns_done{0};
-  int64_t columns_all = 0;
+  int64_t columns_all = 0;  // tasks
 
  public:
-  explicit Mixture(const Moe& m) : m(m), hidden_row(even(m.units)), slot(m.tokens * m.choices, -1) {
+  Mixture(const Moe& m, int threads) : m(m), hidden_row(even(m.units)), slot(m.tokens * m.choices, -1) {
     std::vector<int64_t> ends(m.experts + 1);
     const int64_t choices = m.tokens * m.choices;
     for (int64_t i = 0; i < choices; i++)
@@ -210,7 +203,7 @@ class Mixture {
     token.resize(ends[m.experts]);
     for (int64_t i = 0; i < choices; i++)
       if (!m.kept || m.kept[i]) token[slot[i] = ends[m.ids[i]]++] = i / m.choices;
-    plan();
+    plan(threads);
   }
 
   void run(int threads) {
@@ -224,15 +217,15 @@ class Mixture {
         const char* ahead = begin(next < (int64_t)tasks.size() ? next : now);
         const Task& task = tasks[now];
         if (task.kind == Task::UNITS_OF) {
-          hidden_units(groups[task.group], task.from, ahead);
+          hidden_units(groups[task.group], task.from, task.to, ahead);
           units_done[task.group].fetch_add(1, std::memory_order_release);
         } else if (task.kind == Task::COLUMNS_OF) {
           until(units_done[task.group], slices(m.units, UNITS));
-          columns(groups[task.group], task.from, ahead, room.data());
+          columns(groups[task.group], task.from, task.to, ahead, room.data());
           columns_done.fetch_add(1, std::memory_order_release);
         } else {
           until(columns_done, columns_all);
-          for (int64_t t = task.from; t < std::min(task.from + 16, m.tokens); t++) mix(t);
+          for (int64_t t = task.from; t < task.to; t++) mix(t);
         }
         now = next;
       }
@@ -249,16 +242,19 @@ class Mixture {
     }
   }
 
-  void plan() {
-    const int64_t many = groups.size();
+  // Whole rows of w_out are read fastest; where the experts do not go round, the threads share the last few.
+  void plan(int threads) {
+    const int64_t many = groups.size(), spare = many % threads;
     units_done = std::vector<std::atomic<int64_t>>(many);
-    tasks.reserve(many * (slices(m.units, UNITS) + slices(m.width, COLUMNS)) + slices(m.tokens, 16));
-    for (int64_t g = 0; g < many; g++)
-      for (int64_t i = 0; i < m.units; i += UNITS) tasks.push_back({Task::UNITS_OF, g, i});
-    for (int64_t g = 0; g < many; g++)
-      for (int64_t i = 0; i < m.width; i += COLUMNS) tasks.push_back({Task::COLUMNS_OF, g, i});
-    columns_all = many * slices(m.width, COLUMNS);
-    for (int64_t t = 0; t < m.tokens; t += 16) tasks.push_back({Task::TOKENS, 0, t});
+    for (int64_t g = 0; g < many; g++) cut(Task::UNITS_OF, g, m.units, UNITS);
+    const int64_t before = tasks.size();
+    for (int64_t g = 0; g < many; g++) cut(Task::COLUMNS_OF, g, m.width, g < many - spare ? COLUMNS : COLUMNS / 4);
+    columns_all = tasks.size() - before;
+    cut(Task::TOKENS, 0, m.tokens, 16);
+  }
+
+  void cut(Task::Kind kind, int64_t group, int64_t all, int64_t each) {
+    for (int64_t i = 0; i < all; i += each) tasks.push_back({kind, group, i, std::min(i + each, all)});
   }
 
   const char* in(int64_t expert, int64_t row) const {
@@ -278,33 +274,34 @@ class Mixture {
     return (const char*)m.w_out;
   }
 
-  void hidden_units(const Group& g, int64_t from, const char* ahead) const {
+  void hidden_units(const Group& g, int64_t from, int64_t to, const char* ahead) const {
     const int64_t tiles = slices(g.rows, HIGH);
     for (int64_t i = 0; i < tiles; i++) {
       const int64_t row = g.rows * i / tiles;
       const char* then = i + 1 < tiles ? in(g.expert, from) : ahead;
       switch (g.rows * (i + 1) / tiles - row) {
-        case 1: units_tile<1>(g, row, from, then); break;
-        case 2: units_tile<2>(g, row, from, then); break;
-        case 3: units_tile<3>(g, row, from, then); break;
-        case 4: units_tile<4>(g, row, from, then); break;
-        case 5: units_tile<5>(g, row, from, then); break;
-        default: units_tile<6>(g, row, from, then);
+        case 1: units_tile<1>(g, row, from, to, then); break;
+        case 2: units_tile<2>(g, row, from, to, then); break;
+        case 3: units_tile<3>(g, row, from, to, then); break;
+        case 4: units_tile<4>(g, row, from, to, then); break;
+        case 5: units_tile<5>(g, row, from, to, then); break;
+        default: units_tile<6>(g, row, from, to, then);
       }
     }
   }
 
   template <int R>
-  void units_tile(const Group& g, int64_t row, int64_t from, const char* ahead) const {
+  void units_tile(const Group& g, int64_t row, int64_t from, int64_t to, const char* ahead) const {
     const void* x[R];
     for (int r = 0; r < R; r++) x[r] = at<type>(m.x, token[g.start + row + r] * m.x_row);
-    const int64_t many = std::min(UNITS, m.units - from);
+    const int64_t many = to - from;
     float gate[R * UNITS], up[R * UNITS];
+    constexpr int C = R < 3 ? 2 : 4;
     int64_t i = 0;
-    for (; i + ACROSS <= many; i += ACROSS) {
-      const char* then = i + 2 * ACROSS <= many ? in(g.expert, from + i + ACROSS) : ahead;
-      dots<R, ACROSS>(x, in(g.expert, from + i), in(g.expert, m.units + from + i), gate + i);
-      dots<R, ACROSS>(x, in(g.expert, m.units + from + i), then, up + i);
+    for (; i + C <= many; i += C) {
+      const char* then = i + 2 * C <= many ? in(g.expert, from + i + C) : ahead;
+      dots<R, C>(x, in(g.expert, from + i), in(g.expert, m.units + from + i), gate + i);
+      dots<R, C>(x, in(g.expert, m.units + from + i), then, up + i);
     }
     for (; i < many; i++) {
       dots<R, 1>(x, in(g.expert, from + i), in(g.expert, m.units + from + i), gate + i);
@@ -316,7 +313,7 @@ class Mixture {
         const V b = rounded<type>(load<FLOAT32>(up + r * UNITS, i, many - i));
         store<type>(hidden(g.start + row + r, from + i), 0, a / (1.0f + exponential(-a)) * b, many - i);
       }
-      if (from + many == m.units && m.units < hidden_row) std::memset(hidden(g.start + row + r, m.units), 0, size);
+      if (to == m.units && m.units < hidden_row) std::memset(hidden(g.start + row + r, m.units), 0, size);
     }
   }
 
@@ -329,46 +326,39 @@ class Mixture {
     for (int r = 0; r < R; r++) std::memcpy(y + r * UNITS, found + r * C, 4 * C);
   }
 
-  void columns(const Group& g, int64_t from, const char* ahead, float* room) const {
-    const int64_t many = std::min(COLUMNS, m.width - from), step = COLUMNS + 16;
-    for (int64_t row = 0; row < g.rows; row += ROWS) {
-      const int64_t rows = std::min(ROWS, g.rows - row);
-      const char* then = row + ROWS < g.rows ? out(g.expert, 0, from) : ahead;
-      std::memset(room, 0, 4 * rows * step);
-      int64_t k = 0;
-      for (; k + DEEP <= m.units; k += DEEP)
-        add_rows<DEEP>(g, row, rows, k, from, many, k + 2 * DEEP <= m.units ? out(g.expert, k + DEEP, from) : then, room);
-      for (; k < m.units; k += Sum::STEP) add_rows<Sum::STEP>(g, row, rows, k, from, many, then, room);
+  void columns(const Group& g, int64_t from, int64_t to, const char* ahead, float* room) const {
+    const int64_t many = to - from, row_of = COLUMNS + 16;
+    for (int64_t row = g.start; row < g.start + g.rows; row += ROWS) {
+      const int64_t rows = std::min(ROWS, g.start + g.rows - row);
+      const char* last = row + ROWS < g.start + g.rows ? out(g.expert, 0, from) : ahead;
+      std::memset(room, 0, 4 * rows * row_of);
+      for (int64_t k = 0; k < m.units; k += Sum::DEEP) {
+        const char* then = k + Sum::DEEP < m.units ? out(g.expert, k + Sum::DEEP, from) : last;
+        const char* w = out(g.expert, k, from);
+        int64_t r = 0;
+        for (; r + 4 <= rows; r += 4) add<4>(row + r, k, w, many, then, room + r * row_of);
+        switch (rows - r) {
+          case 1: add<1>(row + r, k, w, many, then, room + r * row_of); break;
+          case 2: add<2>(row + r, k, w, many, then, room + r * row_of); break;
+          case 3: add<3>(row + r, k, w, many, then, room + r * row_of); break;
+        }
+      }
       for (int64_t r = 0; r < rows; r++)
         for (int64_t i = 0; i < many; i += 32) {
           V sums[2];
-          Sum::ordered(room + r * step + i, sums);
+          Sum::ordered(room + r * row_of + i, sums);
           for (int64_t j = 0; j < 2 && i + 16 * j < many; j++)
-            store<type>(result(g.start + row + r, from + i + 16 * j), 0, sums[j], many - i - 16 * j);
+            store<type>(result(row + r, from + i + 16 * j), 0, sums[j], many - i - 16 * j);
         }
     }
   }
 
-  template <int deep>
-  void add_rows(const Group& g, int64_t row, int64_t rows, int64_t k, int64_t from, int64_t many, const char* ahead,
-                float* room) const {
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) add_tile<4, deep>(g, row, r, k, from, many, ahead, room);
-    switch (rows - r) {
-      case 1: add_tile<1, deep>(g, row, r, k, from, many, ahead, room); break;
-      case 2: add_tile<2, deep>(g, row, r, k, from, many, ahead, room); break;
-      case 3: add_tile<3, deep>(g, row, r, k, from, many, ahead, room); break;
-    }
-  }
-
-  template <int R, int deep>
-  void add_tile(const Group& g, int64_t row, int64_t r, int64_t k, int64_t from, int64_t many, const char* ahead,
-                float* room) const {
+  template <int R>
+  void add(int64_t row, int64_t k, const char* w, int64_t many, const char* ahead, float* sum) const {
     const void* h[R];
     float* sums[R];
-    for (int i = 0; i < R; i++)
-      h[i] = hidden(g.start + row + r + i, k), sums[i] = room + (r + i) * (COLUMNS + 16);
-    Sum::template add<R, deep>(h, out(g.expert, k, from), size * m.out_row, m.units - k, many, ahead, sums);
+    for (int r = 0; r < R; r++) h[r] = hidden(row + r, k), sums[r] = sum + r * (COLUMNS + 16);
+    Sum::template add<R>(h, w, size * m.out_row, m.units - k, many, ahead, sums);
   }
 
   void mix(int64_t t) const {
