@@ -37,6 +37,77 @@ def grouped_gemm_tile(rows: int, experts: int, element_size: int) -> Tile:
     return next(tile for bound, tile in tiles if mean <= bound or not bound)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpertTiles:
+    """The tiles of a layer of experts, all of one number of rows, so that one tile map serves them.
+
+    Args:
+        up: of the gate and, as large, of the up projection.
+        down: of the products whose result is written as it is.
+        back: of the hidden gradients, whose program also keeps the activations' tiles.
+    """
+
+    up: Tile
+    down: Tile
+    back: Tile
+
+
+# rows an expert has on average, up to which the tiles are used (the last have no bound)
+EXPERT_HALF_TILES = (
+    (
+        32,
+        ExpertTiles(
+            up=Tile(rows=16, columns=64, depth=64, warps=4, stages=4),
+            down=HALF_TILES[0][1],
+            back=Tile(rows=16, columns=64, depth=64, warps=4, stages=4),
+        ),
+    ),
+    (
+        96,
+        ExpertTiles(
+            up=Tile(rows=64, columns=64, depth=64, warps=4, stages=4),
+            down=HALF_TILES[1][1],
+            back=Tile(rows=64, columns=64, depth=64, warps=4, stages=4),
+        ),
+    ),
+    (
+        0,
+        ExpertTiles(
+            up=Tile(rows=128, columns=64, depth=64, warps=8, stages=4),
+            down=HALF_TILES[2][1],
+            back=Tile(rows=128, columns=64, depth=64, warps=8, stages=4),
+        ),
+    ),
+)
+EXPERT_FLOAT_TILES = (
+    (32, ExpertTiles(up=FLOAT_TILES[0][1], down=FLOAT_TILES[0][1], back=FLOAT_TILES[0][1])),
+    (0, ExpertTiles(up=FLOAT_TILES[1][1], down=FLOAT_TILES[1][1], back=FLOAT_TILES[1][1])),
+)
+# of weight gradients: `rows` x `columns` of a matrix, `depth` of an expert's rows at a time
+WEIGHT_HALF_TILE = Tile(rows=128, columns=128, depth=64, warps=8, stages=3)
+WEIGHT_FLOAT_TILE = Tile(rows=64, columns=64, depth=32, warps=8, stages=3)
+# of the few-token form: `rows` hidden columns a program, `columns` of the width at a time
+FEW_TILE = Tile(rows=16, columns=256, depth=1, warps=4, stages=3)
+MOST_FEW = 64  # assignments
+
+
+def expert_tiles(rows: int, experts: int, element_size: int) -> ExpertTiles:
+    """The tiles for a layer of experts with `rows` rows in all, with 2- or 4-byte operands."""
+    mean = -(-rows // experts)
+    tiles = EXPERT_HALF_TILES if element_size == 2 else EXPERT_FLOAT_TILES
+    return next(tile for bound, tile in tiles if mean <= bound or not bound)
+
+
+def weight_tile(element_size: int) -> Tile:
+    """The tile for the weight gradients, with 2- or 4-byte operands."""
+    return WEIGHT_HALF_TILE if element_size == 2 else WEIGHT_FLOAT_TILE
+
+
+def few(tokens: int, choices: int, experts: int) -> bool:
+    """Whether so few assignments hardly share an expert, so that each may read its own weights."""
+    return tokens == 1 or tokens * choices <= min(MOST_FEW, experts // 4)
+
+
 def row_columns(width: int, most: int = 1024) -> int:
     """Columns of a row that a program which walks over rows takes at a time: a power of two, up to `most`."""
     return min(most, max(16, 1 << (width - 1).bit_length()))

@@ -62,6 +62,7 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "moe_mlp": {
             "reference": "reference.experts",
             "torch": "torch_ops.composition",
+            "triton": "triton.experts",
             "cpp": "cpp.moe",
         },
         "quantized_linear": {

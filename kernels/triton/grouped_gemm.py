@@ -3,6 +3,8 @@
 N rows, K input width, M output width, E experts.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from ..configs import Tile, grouped_gemm_tile
 from ..torch_ops.grouped_gemm import GroupedGemm
-from . import interpreter
+from .probe import runs
 
 MAP_BLOCK = 64
 
@@ -69,9 +71,7 @@ def grouped_gemm_kernel(  # type: ignore[no-untyped-def]
 
 
 def grouped_gemm_fits(x_NK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> bool:
-    """On a GPU, or interpreted by the corrected interpreter; no float64."""
-    runs = x_NK.is_cuda or interpreter.active()
-    return runs and x_NK.dtype in (torch.float32, torch.bfloat16, torch.float16) and x_NK.dtype == w_EKM.dtype
+    return runs(x_NK) and x_NK.dtype == w_EKM.dtype
 
 
 def grouped_gemm(x_NK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
@@ -80,20 +80,44 @@ def grouped_gemm(x_NK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
 
 def launch(x_NK: Tensor, w_EKM: Tensor, ends_E: Tensor, tile: Tile | None = None) -> Tensor:
     """The forward pass, with the tile of the table unless one is given."""
-    N, K = x_NK.shape
-    E, _, M = w_EKM.shape
-    y_NM = x_NK.new_empty(N, M)
-    if y_NM.numel() == 0:
-        return y_NM
-    tile = tile or grouped_gemm_tile(N, E, x_NK.element_size())
-    most = triton.cdiv(N, tile.rows) + min(N, E)  # known without asking the device: each expert pads less than a tile
+    tile = tile or grouped_gemm_tile(len(x_NK), len(w_EKM), x_NK.element_size())
+    return product(x_NK, w_EKM, tile_map(ends_E, len(x_NK), tile.rows), tile)
+
+
+@dataclass(frozen=True)
+class TileMap:
+    """Tile → its expert (-1 past the last tile), its first row and its expert's end; `most` is a bound on the tiles."""
+
+    most: int
+    expert_of: Tensor
+    first_of: Tensor
+    end_of: Tensor
+
+    @property
+    def columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.expert_of, self.first_of, self.end_of
+
+
+def tile_map(ends_E: Tensor, rows: int, tile_rows: int) -> TileMap:
+    """The tiles of at most `rows` rows. Each expert pads less than a tile, so nothing need be asked of the device."""
+    E = len(ends_E)
+    most = triton.cdiv(rows, tile_rows) + min(rows, E)
     programs = triton.cdiv(most, MAP_BLOCK)
-    tiles = torch.empty(3, programs * MAP_BLOCK, dtype=torch.int32, device=x_NK.device).unbind(0)
-    tile_map_kernel[(programs,)](ends_E, *tiles, E, triton.next_power_of_2(E), tile.rows, MAP_BLOCK)
-    grouped_gemm_kernel[(most * triton.cdiv(M, tile.columns),)](
-        x_NK, w_EKM, y_NM, *tiles, K, M,
-        *x_NK.stride(), *w_EKM.stride(), y_NM.stride(0),
-        tile.rows, tile.columns, tile.depth, K % tile.depth == 0,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    tiles = torch.empty(3, programs * MAP_BLOCK, dtype=torch.int32, device=ends_E.device).unbind(0)
+    if programs:
+        tile_map_kernel[(programs,)](ends_E, *tiles, E, triton.next_power_of_2(E), tile_rows, MAP_BLOCK)
+    return TileMap(most, *tiles)
+
+
+def product(x_NK: Tensor, w_EKM: Tensor, tiles: TileMap, tile: Tile) -> Tensor:
+    """y[n] = x[n] @ w[e] for the rows that are in a tile; the others are left as they are."""
+    K, M = w_EKM.shape[1:]
+    y_NM = x_NK.new_empty(len(x_NK), M)
+    if y_NM.numel():
+        grouped_gemm_kernel[(tiles.most * triton.cdiv(M, tile.columns),)](
+            x_NK, w_EKM, y_NM, *tiles.columns, K, M,
+            *x_NK.stride(), *w_EKM.stride(), y_NM.stride(0),
+            tile.rows, tile.columns, tile.depth, K % tile.depth == 0,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     return y_NM
