@@ -57,10 +57,12 @@ class Maker:
     Args:
         device: a CPU or a GPU.
         huge: weights and pages of a CPU lie in huge pages.
+        cold: bytes of weights or pages that calls go round in; None = COLD.
     """
 
-    def __init__(self, device: torch.device, *, huge: bool = True) -> None:
+    def __init__(self, device: torch.device, *, huge: bool = True, cold: int | None = None) -> None:
         self.device, self.huge = device, huge
+        self.cold = COLD if cold is None else cold
         self._generator = torch.Generator(device).manual_seed(0)
 
     def rows(self, *shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
@@ -68,8 +70,8 @@ class Maker:
         return torch.randn(shape, generator=self._generator, device=self.device).to(dtype)
 
     def weights(self, *shape: int) -> list[Tensor]:
-        """As many copies of a weight as are COLD together, sixteen at most."""
-        return [self.weight(*shape) for _ in range(min(ceil(COLD / (2 * prod(shape))), 16))]
+        """As many copies of a weight as are cold together, one at least and sixteen at most."""
+        return [self.weight(*shape) for _ in range(min(ceil(self.cold / (2 * prod(shape))), 16) or 1)]
 
     def weight(self, *shape: int) -> Tensor:
         """One weight; a row of random numbers again and again, since drawing hundreds of megabytes takes long."""
@@ -234,7 +236,7 @@ def _paged(m: Maker) -> Iterator[Case]:
 def _pages_case(m: Maker, batch: int, queries: int, context: int) -> Case:
     each = -(-context // PAGE)
     size = 4 * batch * context * G * HEAD
-    copies = max(min(COLD // size, 16), 1)
+    copies = max(min(m.cold // size, 16), 1)
 
     def make() -> Arguments:
         q = m.rows(batch * queries, H, HEAD)

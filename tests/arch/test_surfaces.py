@@ -13,6 +13,7 @@ from turnout.launch import compose, main
 from turnout.launch.bench import BenchOptions
 from turnout.launch.cli import Options
 from turnout.launch.convert import ConvertOptions
+from turnout.launch.doctor import DoctorOptions
 from turnout.launch.evaluate import EvaluateOptions
 from turnout.launch.generate import GenerateOptions
 from turnout.launch.plan import PlanOptions
@@ -27,6 +28,7 @@ OPTIONS = {
     "evaluate": EvaluateOptions,
     "convert": ConvertOptions,
     "bench": BenchOptions,
+    "doctor": DoctorOptions,
 }
 
 

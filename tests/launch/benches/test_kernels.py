@@ -14,7 +14,8 @@ from turnout.launch.benches.moe import composed
 def _small(monkeypatch):
     for name, value in {
         "COLD": 1 << 12, "MOST": 1 << 20, "ROWS": (1, 3), "D": 64, "F": 32, "VOCABULARY": 96, "E": 4, "HIDDEN": 16,
-        "K": 2, "H": 4, "G": 2, "HEAD": 32, "CONTEXTS": (20,), "BATCHES": (1, 3), "PROMPTS": (7,), "SCALE": {"scale": 0.2},
+        "K": 2, "H": 4, "G": 2, "HEAD": 32, "CONTEXTS": (20,), "BATCHES": (1, 3), "PROMPTS": (7,),
+        "SCALE": {"scale": 0.2},
     }.items():  # fmt: skip
         monkeypatch.setattr(shapes, name, value)
 
