@@ -32,9 +32,13 @@ class Attention(ctypes.Structure):
 
 def fits(*tensors: Tensor | None) -> bool:
     """On a CPU, of a type that the kernels know, all of one type; and there are kernels."""
-    known = [t for t in tensors if t is not None]
-    alike = all(t.dtype == known[0].dtype and t.device.type == "cpu" for t in known)
-    return alike and known[0].dtype in TYPES and library() is not None
+    dtype = None
+    for t in tensors:  # in a loop, because it is asked before every operation
+        if t is not None:
+            if not t.is_cpu or t.dtype not in TYPES or dtype not in (None, t.dtype):
+                return False
+            dtype = t.dtype
+    return library() is not None
 
 
 def call(name: str, *arguments: Any) -> None:

@@ -11,8 +11,8 @@
 
 #include "tiles.h"
 
-constexpr int64_t FEW_DOT = 32, FEW_AXPY = 8;  // rows of an expert for which w streams
-constexpr int64_t ROWS = 64 * TALL;            // of a task otherwise
+constexpr int64_t FEW = 16;                          // rows of an expert for which w streams
+constexpr int64_t ROWS = 64 * TALL;                  // of a task otherwise
 constexpr int64_t PIECE = 1 << 17, NEAR = 1 << 18;  // bytes of w that stream, that stay near
 constexpr int64_t ROOM = 1 << 13;                   // results at hand, no more
 
@@ -35,16 +35,16 @@ struct Plan {
   std::vector<int64_t> before;  // tasks of the experts before it
 
   bool dot() const { return g.w_k == 1; }
-  bool few(const Task& t) const { return t.end - t.row <= (dot() ? FEW_DOT : FEW_AXPY); }
+  bool few(const Task& t) const { return t.end - t.row <= FEW; }
   int64_t rows(const Task& t) const { return few(t) ? t.end - t.row : ROWS; }
 
   int64_t columns(const Task& t) const {
     const int64_t unit = dot() ? BROAD : PANEL, bytes = few(t) ? PIECE : NEAR;
     const int64_t fit = bytes / (SIZE<type> * std::max<int64_t>(g.depth, 1)) / unit * unit;
     if (!few(t)) return std::clamp<int64_t>(fit, unit, 4 * PANEL);
-    if (dot()) return std::clamp<int64_t>(fit, unit, ROOM / FEW_DOT);
+    if (dot()) return std::clamp<int64_t>(fit, unit, ROOM / FEW);
     const int64_t share = (g.columns / (2 * threads) + unit - 1) / unit * unit;
-    return std::clamp<int64_t>(g.experts < 4 * threads ? share : g.columns, unit, ROOM / FEW_AXPY);
+    return std::clamp<int64_t>(g.experts < 4 * threads ? share : g.columns, unit, ROOM / FEW);
   }
 
   Plan(const Gemm& gemm, int64_t threads) : g(gemm), threads(threads), before(1, 0) {
@@ -99,26 +99,26 @@ template <Type type>
 static void run(const Plan<type>& plan, const Task& task, const void* next) {
   const Gemm& g = plan.g;
   const int64_t K = g.depth, M = task.last - task.column, y_row = (M + PANEL - 1) / PANEL * PANEL;
-  const bool few = task.end - task.row <= (plan.dot() ? FEW_DOT : FEW_AXPY);
+  const bool few = task.end - task.row <= FEW;
   const void* w = plan.w(task);
-  const void* x[FEW_DOT];
+  const void* x[FEW];
   alignas(64) float y[ROOM];
   auto point = [&](int64_t row, int64_t rows) {
     for (int64_t t = 0; t < rows; t++) x[t] = at<type>(g.x, task.expert * g.x_expert + (row + t) * g.x_row);
   };
-  const int64_t panel = panel_size<type>(K), tall = few ? task.end - task.row : TALL;
+  const int64_t panel = panel_size<type>(K), rows = task.end - task.row, tall = few ? rows : TALL;
   const bool pack = !few && !plan.dot();
   char* panels = pack ? (char*)scratch(panel * ((M + PANEL - 1) / PANEL)) : nullptr;
-  if (pack)
-    for (int64_t m = 0; m < M; m += PANEL)
-      pack_panel<type>(at<type>(w, m), g.w_k, M - m, K, panels + m / PANEL * panel);
+  if (pack) pack_panels<type>(w, g.w_k, M, K, panels);
   for (int64_t row = task.row; row < task.end; row += tall) {
     const int64_t T = std::min(tall, task.end - row);
     point(row, T);
     if (pack)
       for (int64_t m = 0; m < M; m += PANEL) panel_block<type>(x, T, panels + m / PANEL * panel, K, y + m, y_row);
+    else if (plan.dot() && few)
+      dot_block<type>(x, T, w, g.w_column, M, K, y, y_row, next);
     else if (plan.dot())
-      dot_block<type>(x, T, w, g.w_column, M, K, y, y_row, row == task.row ? next : nullptr);
+      dot_pass<type>(x, T, w, g.w_column, M, K, y, y_row, next, (row - task.row) / tall, (rows + tall - 1) / tall);
     else
       axpy_block<type>(x, T, w, g.w_k, M, K, y, y_row, next);
     finish<type>(g, task.expert, row, T, task.column, M, y, y_row);

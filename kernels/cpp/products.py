@@ -20,7 +20,7 @@ FEW = 16  # rows up to which the library's product takes longer
 
 
 def linear_fits(x_TD: Tensor, w_FD: Tensor, bias_F: Tensor | None = None) -> bool:
-    return fits(*autocast(x_TD, w_FD, *(() if bias_F is None else (bias_F,))))
+    return _fits(x_TD, w_FD, bias_F)
 
 
 def linear_pays(x_TD: Tensor, w_FD: Tensor, bias_F: Tensor | None = None) -> bool:
@@ -28,12 +28,14 @@ def linear_pays(x_TD: Tensor, w_FD: Tensor, bias_F: Tensor | None = None) -> boo
 
 
 def linear(x_TD: Tensor, w_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
-    x_TD, w_FD, *bias = autocast(x_TD, w_FD, *(() if bias_F is None else (bias_F,)))
-    return differentiable(_linear, library_linear.linear, x_TD, w_FD, *bias)
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        x_TD, w_FD, *bias = autocast(x_TD, w_FD, *(() if bias_F is None else (bias_F,)))
+        return differentiable(_linear, library_linear.linear, x_TD, w_FD, *bias)
+    return _linear(x_TD, w_FD, bias_F)
 
 
 def head_gemm_fits(x_THK: Tensor, w_HKM: Tensor) -> bool:
-    return fits(*autocast(x_THK, w_HKM))
+    return _fits(x_THK, w_HKM)
 
 
 def head_gemm_pays(x_THK: Tensor, w_HKM: Tensor) -> bool:
@@ -56,6 +58,12 @@ def grouped_gemm(x_NK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
     if torch.is_grad_enabled() and (x_NK.requires_grad or w_EKM.requires_grad):
         return library_grouped.GroupedGemm.apply(x_NK, w_EKM, ends_E, _grouped)
     return _grouped(x_NK, w_EKM, ends_E)
+
+
+def _fits(x: Tensor, w: Tensor, bias: Tensor | None = None) -> bool:
+    """As autocast makes them."""
+    known = (x, w) if bias is None else (x, w, bias)
+    return fits(*(autocast(*(t.new_empty(0) for t in known)) if torch.is_autocast_enabled("cpu") else known))
 
 
 def _inference(x: Tensor, w: Tensor, bias: Tensor | None = None) -> bool:

@@ -200,7 +200,7 @@ static void dot_rows(const void* const* x, int64_t T, const void* const* w, int6
   const int64_t tiles = (T + TALL - 1) / TALL;
   if (ahead.at) ahead.by = (ahead.by + tiles - 1) / tiles;
   for (int64_t t = 0, n; t < T; t += n) {
-    n = std::min<int64_t>(T - t, TALL);
+    n = T - t == 8 ? 4 : std::min<int64_t>(T - t, TALL);
     float* to = y + t * y_row;
     if constexpr (TALL == 6) {
       if (n == 6) dot_tile<type, 6, C>(x + t, w, K, to, y_row, ahead);
@@ -213,8 +213,8 @@ static void dot_rows(const void* const* x, int64_t T, const void* const* w, int6
   }
 }
 
-// y[t, m] of T rows and M columns that lie `w_column` numbers apart. With `next`, the columns that come next are fetched
-// meanwhile in the order in which they lie: at the end, what lies there.
+// y[t, m] of T rows and M columns that lie `w_column` numbers apart: for few rows. With `next`, the columns that come
+// next are fetched meanwhile in the order in which they lie: at the end, what lies there.
 template <Type type>
 static void dot_block(const void* const* x, int64_t T, const void* w, int64_t w_column, int64_t M, int64_t K, float* y,
                       int64_t y_row, const void* next = nullptr) {
@@ -226,6 +226,23 @@ static void dot_block(const void* const* x, int64_t T, const void* w, int64_t w_
     const Ahead ahead = {next ? (const char*)after : nullptr, STEP<type> * SIZE<type>};
     if (n == 1) dot_rows<type, 1>(x, T, columns, K, y + m, y_row, ahead);
     else dot_rows<type, BROAD>(x, T, columns, K, y + m, y_row, ahead);
+  }
+}
+
+// The same for rows up to TALL of many, which pass M columns that stay near: part `part` of `parts` of the M columns
+// from `next` on is fetched.
+template <Type type>
+static void dot_pass(const void* const* x, int64_t T, const void* w, int64_t w_column, int64_t M, int64_t K, float* y,
+                     int64_t y_row, const void* next = nullptr, int64_t part = 0, int64_t parts = 1) {
+  const void* columns[BROAD];
+  const int64_t bytes = M * K * SIZE<type>;
+  Ahead ahead = {next ? (const char*)next + bytes * part / parts : nullptr, STEP<type> * SIZE<type> / parts + 1};
+  for (int64_t m = 0, n; m < M; m += n) {
+    n = M - m < BROAD ? 1 : BROAD;
+    for (int64_t c = 0; c < n; c++) columns[c] = at<type>(w, (m + c) * w_column);
+    if (n == 1) dot_rows<type, 1>(x, T, columns, K, y + m, y_row, ahead);
+    else dot_rows<type, BROAD>(x, T, columns, K, y + m, y_row, ahead);
+    if (ahead.at) ahead.at += ahead.by * n * (K / STEP<type>);
   }
 }
 
@@ -274,16 +291,19 @@ template <Type type, int S, bool whole = true>
 static void axpy_rows(const void* const* x, int64_t T, int64_t k, const void* w, int64_t w_k, int64_t M, float* y,
                       int64_t y_row, const char* next = nullptr) {
   for (int64_t t = 0, n; t < T; t += n, next = nullptr) {
-    n = T - t >= TALL ? TALL : T - t >= 2 ? 2 : 1;
+    n = T - t >= TALL ? TALL : T - t >= 4 ? 4 : T - t >= 2 ? 2 : 1;
     float* to = y + t * y_row;
     const int64_t full = M / SPAN<type> * SPAN<type>;
 #define TILE_OF(R)                                                                                                  \
   axpy_tile<type, R, S, whole, true>(x + t, k, w, w_k, full, to, y_row, next);                                      \
   if (full < M) axpy_tile<type, R, S, whole, false>(x + t, k, at<type>(w, full), w_k, M - full, to + full, y_row,   \
                                                nullptr)
-    if (TALL > 2 && n == TALL) { TILE_OF(TALL); }
-    else if (n == 2) { TILE_OF(2); }
-    else { TILE_OF(1); }
+    if constexpr (TALL > 4) {
+      if (n == TALL) { TILE_OF(TALL); }
+      else if (n == 4) { TILE_OF(4); }
+    }
+    if (n == 2) { TILE_OF(2); }
+    else if (n == 1) { TILE_OF(1); }
 #undef TILE_OF
   }
 }
@@ -306,21 +326,23 @@ static void axpy_block(const void* const* x, int64_t T, const void* w, int64_t w
   }
 }
 
-// PANEL columns of w, M of them there, as operands one after another: for many rows. `room`: panel_size<type>(K) bytes.
+// Columns of w as operands one after another, in panels of PANEL columns: for many rows. A panel has panel_size bytes;
+// columns past M are zero.
 template <Type type>
 static inline int64_t panel_size(int64_t K) {
   return (K + DEEP<type> - 1) / DEEP<type> * BROAD * sizeof(V);
 }
 
 template <Type type>
-static void pack_panel(const void* w, int64_t w_k, int64_t M, int64_t K, void* room) {
-  constexpr int64_t L = DEEP<type>;
-  auto* out = (Operand<type>*)room;
-  for (int64_t k = 0; k < K; k += L, out += BROAD)
-    for (int64_t m = 0; m < PANEL; m += SPAN<type>) {
-      const void* from = at<type>(w, k * w_k + m);
-      Operand<type>* to = out + m / 16;
+static void pack_panels(const void* w, int64_t w_k, int64_t M, int64_t K, void* room) {
+  constexpr int64_t L = DEEP<type>, SOON = 16;
+  const int64_t panel = panel_size<type>(K);
+  for (int64_t k = 0; k < K; k += L)
+    for (int64_t m = 0; m < M || m % PANEL; m += SPAN<type>) {
+      const char* from = (const char*)at<type>(w, k * w_k + m);
+      auto* to = (Operand<type>*)((char*)room + m / PANEL * panel) + k / L * BROAD + m % PANEL / 16;
       const int64_t n = std::clamp<int64_t>(M - m, 0, SPAN<type>);
+      for (int64_t l = 0; l < L; l++) fetch(from + (SOON + l) * w_k * SIZE<type>);
       const bool whole = k + L <= K, full = n == SPAN<type>;
       if (whole && full) weave<type, true, true>(from, w_k, n, to);
       else if (whole) weave<type, true, false>(from, w_k, n, to);
