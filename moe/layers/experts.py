@@ -1,12 +1,12 @@
 """The stack of experts, run as one grouped GEMM, so an expert without tokens is an ordinary case.
 
-N rows sorted by expert, D width, F hidden width, E experts held here.
+N rows sorted by expert, T tokens, K choices, D width, F hidden width, E experts held here.
 """
 
 import torch
 from torch import Tensor, nn
 
-from ...kernels import grouped_gemm
+from ...kernels import grouped_gemm, moe_mlp
 from ..config import MoEConfig
 from .ffn import ACTIVATIONS, hidden_rows
 
@@ -51,6 +51,15 @@ class Experts(nn.Module):
         if dropped_NF is not None:
             h_NF = h_NF.masked_fill(dropped_NF, 0) / (1 - self.cfg.expert_dropout)
         return _plus(grouped_gemm(h_NF, self.w_out, ends_E), self.b_out, owner_N)
+
+    @property
+    def plain(self) -> bool:
+        """Whether they are what `mix` computes: SwiGLU without biases."""
+        return self.cfg.activation == "swiglu" and self.b_in is None
+
+    def mix(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        """Σ_k weights[t, k] · expert ids[t, k] of x[t], of the choices that are kept; for all experts, in one go."""
+        return moe_mlp(x_TD, ids_TK, weights_TK, kept_TK, self.w_in, self.w_out)
 
 
 def owners(ends_E: Tensor, rows: int) -> Tensor:

@@ -70,11 +70,16 @@ class MoE(nn.Module):
         return y_TD if loss is None else attach_loss(y_TD, context.loss_scale * loss), routing
 
     def send(self, x_TD: Tensor, context: RouteContext) -> tuple[Routing, Any]:
-        """Choose experts and let the rows set out for them; the routing, and what `mix` needs."""
+        """Choose experts and let the rows set out for them; the routing, and what `mix` needs.
+
+        Rows stay where they are if all experts live here and `moe_mlp` can do the whole: nobody wants a gradient.
+        """
         routing = self.router(x_TD, context)
         drops = self.training and self.cfg.expert_dropout > 0
         key_TK = row_keys(routing.ids_TK, context) if drops else None
         x_TD = _travelling(x_TD)
+        if type(self.dispatcher) is LocalDispatcher and self.experts.plain and not (drops or torch.is_grad_enabled()):
+            return routing, x_TD
         return routing, self.dispatcher.dispatch(x_TD, routing.ids_TK, routing.kept_TK, self.cfg.num_experts, key_TK)
 
     def always(self, x_TD: Tensor) -> Tensor | None:
@@ -86,6 +91,8 @@ class MoE(nn.Module):
 
     def mix(self, routing: Routing, sent: Any, context: RouteContext) -> Tensor:
         """Σ_k w_k · E_{id_k}(x), of the rows that were sent."""
+        if isinstance(sent, Tensor):
+            return self.experts.mix(sent, routing.ids_TK, routing.weights_TK, routing.kept_TK)
 
         def experts(rows_ND: Tensor, ends_E: Tensor, key_N: Tensor | None) -> Tensor:
             dropped_NF = None if key_N is None else dropped_units(self.cfg, self.router.layer, key_N, context)
