@@ -166,7 +166,8 @@ class ExpertPages:
         if not self.layers:
             return
         decided = [routings[layer] for layer in self.layers]
-        ids_TLK = torch.stack([torch.where(r.kept_TK, r.ids_TK, -1 - r.ids_TK) for r in decided], 1)
+        ids_TLK, kept_TLK = (torch.stack(t, 1) for t in zip(*((r.ids_TK, r.kept_TK) for r in decided), strict=True))
+        ids_TLK = torch.where(kept_TLK, ids_TLK, -1 - ids_TLK)
         self.ids[slots_T] = ids_TLK.to(self.ids.dtype)
         if self.taken is None or taken_BLE is None:
             return

@@ -5,8 +5,9 @@ Everything is a sum that adds up over forward passes, micro-batches and ranks; w
 L MoE layers, T tokens, E experts, K choices, N numbers a layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from .record import Routing
 
 # After a layer's E wanted assignments: dropped ones, valid tokens · K, summed entropy and logit norm, valid tokens.
 REST = 5
+
+TOGETHER = 2**20
+"""Router probabilities that are looked at in one piece: many small layers cost what one does, large ones no copies."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,9 +100,15 @@ class RoutingStats:
             routings: layer id → its routing, of every layer that this rank holds.
             valid_T: bool, False for padding, for which the routings want nothing; None = all valid.
         """
-        for row_N, layer in zip(self.tensor, self.layers, strict=True):
-            if layer in routings:
-                row_N += _sums(routings[layer], valid_T).to(row_N.device)
+        held = [(row, routings[layer]) for row, layer in enumerate(self.layers) if layer in routings]
+        for piece in _pieces(held):
+            rows, found = zip(*piece, strict=True)
+            sums_LN = _sums(found, valid_T).to(self.tensor.device)
+            if len(rows) == len(self.layers):
+                self.tensor += sums_LN
+            else:
+                for row, sums_N in zip(rows, sums_LN, strict=True):
+                    self.tensor[row] += sums_N
 
     def fields(self, total_LN: Tensor | None = None) -> dict[str, Any]:
         """`RoutingSnapshot.fields` of these sums, or of their total over ranks."""
@@ -109,17 +119,28 @@ class RoutingStats:
         return RoutingSnapshot(self.layers, self.tensor.clone())
 
 
-def _sums(routing: Routing, valid_T: Tensor | None) -> Tensor:
-    """One layer's numbers of one forward pass, float64 [N]."""
-    tokens, top_k = routing.ids_TK.shape
-    valid_T = routing.ids_TK.new_ones(tokens, dtype=torch.bool) if valid_T is None else valid_T
-    entropy_T = torch.special.entr(routing.probs_TE).sum(1)
-    norm_T = torch.linalg.vector_norm(routing.logits_TE, dim=1)
-    rest = (
-        (routing.wanted_TK & ~routing.kept_TK).sum(),
-        valid_T.sum() * top_k,
-        torch.where(valid_T, entropy_T, 0).double().sum(),
-        torch.where(valid_T, norm_T, 0).double().sum(),
-        valid_T.sum(),
+def _pieces(held: Sequence[tuple[int, Routing]]) -> Iterator[Sequence[tuple[int, Routing]]]:
+    """Neighbouring layers with equally many tokens, as many at once as are small enough."""
+    for shape, layers in groupby(held, key=lambda pair: pair[1].probs_TE.shape):
+        piece = list(layers)
+        together = max(1, TOGETHER // max(shape.numel(), 1))
+        yield from (piece[first : first + together] for first in range(0, len(piece), together))
+
+
+def _sums(routings: Sequence[Routing], valid_T: Tensor | None) -> Tensor:
+    """Some layers' numbers of one forward pass, float64 [L, N]."""
+    tokens, top_k = routings[0].ids_TK.shape
+    entropy_LT = torch.special.entr(torch.stack([routing.probs_TE for routing in routings])).sum(2)
+    norm_LT = torch.linalg.vector_norm(torch.stack([routing.logits_TE for routing in routings]), dim=2)
+    wanted_LTK, kept_LTK = (
+        torch.stack(flags) for flags in zip(*((r.wanted_TK, r.kept_TK) for r in routings), strict=True)
     )
-    return torch.cat([routing.counts_E.double(), torch.stack([number.double() for number in rest])])
+    dropped_L = (wanted_LTK & ~kept_LTK).sum((1, 2))
+    if valid_T is None:
+        tokens_L = dropped_L.new_full((len(routings),), tokens)
+    else:
+        entropy_LT, norm_LT = torch.where(valid_T, entropy_LT, 0), torch.where(valid_T, norm_LT, 0)
+        tokens_L = valid_T.sum().expand(len(routings))
+    counts_LE = torch.stack([routing.counts_E for routing in routings])
+    rest = (dropped_L, tokens_L * top_k, entropy_LT.double().sum(1), norm_LT.double().sum(1), tokens_L)
+    return torch.cat([counts_LE.double(), torch.stack([number_L.double() for number_L in rest], 1)], 1)

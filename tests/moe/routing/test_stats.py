@@ -63,6 +63,18 @@ def test_every_field_by_hand():
     assert stats.snapshot().counts() == [[3, 1, 1, 0], [2, 0, 0, 0]]
 
 
+@pytest.mark.parametrize("together", [1, 8, 12, 2**20])
+def test_layers_in_one_piece_are_the_layers_one_by_one(together, monkeypatch):
+    layers = {0: two_tokens(), 1: two_tokens(), 2: one_token(), 3: one_token(), 4: one_token()}
+    stats = RoutingStats((0, 1, 2, 3, 4, 5), 4, CPU)
+    monkeypatch.setattr("turnout.moe.routing.stats.TOGETHER", together)
+    stats.add(layers)
+    for row, layer in enumerate(stats.layers):
+        alone = RoutingStats((layer,), 4, CPU)
+        alone.add(layers)
+        assert torch.equal(stats.tensor[row], alone.tensor[0])
+
+
 def test_even_load_is_1_and_0():
     stats = RoutingStats((0,), 4, CPU)
     stats.add({0: routing([[0, 1], [2, 3]], [[True, True]] * 2, [UNDECIDED] * 2, [[0.0] * 4] * 2)})
