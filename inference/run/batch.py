@@ -4,7 +4,8 @@ T tokens, B scheduled requests, M blocks of the longest table, R rows whose logi
 an encoder.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from types import MappingProxyType
@@ -77,31 +78,32 @@ def build_batch(
     Args:
         newest: the tokens that the step before sampled, by request, for those that the plan does not know.
     """
-    tokens: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
+    tokens, positions, slots = array("q"), array("q"), array("q")
     for item in plan.scheduled:
-        span = range(item.start, item.start + item.count)
-        tokens += item.token_ids
+        tokens.extend(item.token_ids)
         if len(item.token_ids) < item.count:
             tokens.append(newest[item.request.id])
-        positions += span
-        slots += _slots(item.block_table, span, block_size)
-    ends = [0, *accumulate(item.count for item in plan.scheduled)]
-    lengths = [item.end for item in plan.scheduled]
-    rows = [end - 1 for item, end in zip(plan.scheduled, ends[1:], strict=True) if item.samples]
-
-    def tensor(values: object, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
-
+        if item.count == 1:
+            positions.append(item.start)
+            slots.append(item.block_table[item.start // block_size] * block_size + item.start % block_size)
+        else:
+            span = range(item.start, item.start + item.count)
+            positions.extend(span)
+            slots.extend(_slots(item.block_table, span, block_size))
+    ends = array("i", [0, *accumulate(item.count for item in plan.scheduled)])
+    lengths = array("i", [item.end for item in plan.scheduled])
+    rows = array("q", [end - 1 for item, end in zip(plan.scheduled, ends[1:], strict=True) if item.samples])
+    longest, tables = _tables([item.block_table for item in plan.scheduled])
+    tokens_T, positions_T, slots_T, logit_rows_R = _tensors((tokens, positions, slots, rows), torch.int64, device)
+    tables_N, context_lens_B, cu_q_B1 = _tensors((tables, lengths, ends), torch.int32, device)
     return Batch(
-        tokens_T=tensor(tokens, torch.int64),
-        positions_T=tensor(positions, torch.int64),
-        slots_T=tensor(slots, torch.int64),
-        block_tables_BM=_tables([item.block_table for item in plan.scheduled], device),
-        context_lens_B=tensor(lengths, torch.int32),
-        cu_q_B1=tensor(ends, torch.int32),
-        logit_rows_R=tensor(rows, torch.int64),
+        tokens_T=tokens_T,
+        positions_T=positions_T,
+        slots_T=slots_T,
+        block_tables_BM=tables_N.view(len(lengths), longest),
+        context_lens_B=context_lens_B,
+        cu_q_B1=cu_q_B1,
+        logit_rows_R=logit_rows_R,
         sampling=tuple(item for item in plan.scheduled if item.samples),
         memory=_memory(plan, block_size, device) if encoder else None,
     )
@@ -110,20 +112,22 @@ def build_batch(
 def _memory(plan: StepPlan, block_size: int, device: torch.device) -> Memory:
     inputs = [item.request.encoder_token_ids or () for item in plan.scheduled]
     fresh = [(item, ids) for item, ids in zip(plan.scheduled, inputs, strict=True) if item.encoded]
-
-    def tensor(values: Iterable[int], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(list(values), dtype=dtype, device=device)
-
+    tokens, positions, slots = array("q"), array("q"), array("q")
+    for item, ids in fresh:
+        tokens.extend(ids)
+        positions.extend(range(len(ids)))
+        slots.extend(_slots(item.memory_table, range(len(ids)), block_size))
+    starts, lengths = array("i", [0, *accumulate(len(ids) for _, ids in fresh)]), array("i", map(len, inputs))
+    longest, tables = _tables([item.memory_table for item in plan.scheduled])
+    tokens_S, positions_S, slots_S = _tensors((tokens, positions, slots), torch.int64, device)
+    tables_N, lens_B, cu_N1 = _tensors((tables, lengths, starts), torch.int32, device)
     return Memory(
-        tokens_S=tensor((token for _, ids in fresh for token in ids), torch.int64),
-        positions_S=tensor((at for _, ids in fresh for at in range(len(ids))), torch.int64),
-        cu_N1=tensor([0, *accumulate(len(ids) for _, ids in fresh)], torch.int32),
-        slots_S=tensor(
-            (slot for item, ids in fresh for slot in _slots(item.memory_table, range(len(ids)), block_size)),
-            torch.int64,
-        ),
-        tables_BM=_tables([item.memory_table for item in plan.scheduled], device),
-        lens_B=tensor((len(ids) for ids in inputs), torch.int32),
+        tokens_S=tokens_S,
+        positions_S=positions_S,
+        cu_N1=cu_N1,
+        slots_S=slots_S,
+        tables_BM=tables_N.view(len(inputs), longest),
+        lens_B=lens_B,
     )
 
 
@@ -131,7 +135,17 @@ def _slots(table: Sequence[int], span: range, block_size: int) -> list[int]:
     return [table[at // block_size] * block_size + at % block_size for at in span]
 
 
-def _tables(tables: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    longest = max(map(len, tables), default=0)
-    rows = [[*table, *[0] * (longest - len(table))] for table in tables]
-    return torch.tensor(rows, dtype=torch.int32, device=device).view(len(rows), longest)
+def _tables(tables: Sequence[Sequence[int]]) -> "tuple[int, array[int]]":
+    """The longest table's blocks, and all tables one after another, padded to it."""
+    longest, rows = max(map(len, tables), default=0), array("i")
+    for table in tables:
+        rows.extend(table)
+        rows.frombytes(bytes(rows.itemsize * (longest - len(table))))
+    return longest, rows
+
+
+def _tensors(parts: "Sequence[array[int]]", dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """One tensor a part; they travel to the device together."""
+    joined = sum(parts[1:], parts[0])
+    whole_N = torch.frombuffer(joined, dtype=dtype).to(device) if joined else torch.empty(0, dtype=dtype, device=device)
+    return whole_N.split([len(part) for part in parts])
