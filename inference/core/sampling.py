@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 from ... import RequestError
@@ -97,6 +98,12 @@ class SamplingParams:
             kind = type(self.structured_outputs).__name__
             rule = "must be StructuredOutputs: wrap it"
             raise RequestError(f"structured_outputs ({kind}) {rule}", "structured_outputs")
+
+    @cached_property
+    def leaves_logits(self) -> bool:
+        """Tokens are chosen by the model's logits as they are, unless a grammar forbids some."""
+        words = self.bad_sequences or self.logit_bias or self.allowed_token_ids is not None
+        return not (words or self.min_tokens or self.penalised)
 
     @property
     def penalised(self) -> bool:

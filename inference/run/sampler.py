@@ -58,14 +58,16 @@ def sample(logits_RV: Tensor, items: Sequence[Scheduled]) -> list[Sampled]:
         return []
     params = [item.request.params for item in items]
     scores_RV = constrain(logits_RV, items)
-    possible_R = scores_RV.amax(-1).isfinite()
-    tokens_R = _lowest_argmax(scores_RV)
-    if any(p.temperature >= GREEDY for p in params):
-        temperature_R = logits_RV.new_tensor([min(p.temperature, FLAT) for p in params])
-        greedy_R = temperature_R < GREEDY
-        probs_RV = (scores_RV / temperature_R.masked_fill(greedy_R, 1.0)[:, None]).softmax(-1)
-        tokens_R = torch.where(greedy_R, tokens_R, _draw(_truncate(_above_min_p(probs_RV, params), params), items))
-    finite_R = logits_RV.amax(-1).isfinite()
+    top_R = scores_RV.amax(-1)
+    drawn = [row for row, p in enumerate(params) if p.temperature >= GREEDY]
+    if len(drawn) == len(items):
+        tokens_R = _random(scores_RV, items)
+    else:
+        tokens_R = _lowest_argmax(scores_RV, top_R)
+        if drawn:
+            tokens_R[drawn] = _random(scores_RV[drawn], [items[row] for row in drawn])
+    possible_R = top_R.isfinite()
+    finite_R = possible_R if scores_RV is logits_RV else logits_RV.amax(-1).isfinite()
     logprobs = _logprobs(logits_RV, tokens_R, params)
     rows = zip(tokens_R.tolist(), finite_R.tolist(), possible_R.tolist(), logprobs, strict=True)
     return [
@@ -74,12 +76,21 @@ def sample(logits_RV: Tensor, items: Sequence[Scheduled]) -> list[Sampled]:
     ]
 
 
-def _lowest_argmax(scores_RV: Tensor) -> Tensor:
-    """The lowest index among the highest scores (`torch.argmax` promises none of them)."""
+def _lowest_argmax(scores_RV: Tensor, top_R: Tensor) -> Tensor:
+    """The lowest index of each row's highest score (`torch.argmax` promises none of them); a row of NaN has any."""
+    if scores_RV.device.type == "cpu":
+        return torch.from_numpy(scores_RV.numpy().argmax(-1))  # NumPy promises the first, and is six times as fast
     vocabulary = scores_RV.shape[1]
     at_V = torch.arange(vocabulary, device=scores_RV.device)
-    lowest_R = torch.where(scores_RV == scores_RV.amax(-1, keepdim=True), at_V, vocabulary).amin(-1)
-    return lowest_R.clamp(max=vocabulary - 1)  # a row of NaN has no maximum
+    return torch.where(scores_RV == top_R[:, None], at_V, vocabulary - 1).amin(-1)
+
+
+def _random(scores_RV: Tensor, items: Sequence[Scheduled]) -> Tensor:
+    """A token of each row, by temperature, min-p, top-k and top-p."""
+    params = [item.request.params for item in items]
+    temperature_R1 = scores_RV.new_tensor([min(p.temperature, FLAT) for p in params])[:, None]
+    probs_RV = (scores_RV / temperature_R1).softmax(-1)
+    return _draw(_truncate(_above_min_p(probs_RV, params), params), items)
 
 
 def _above_min_p(probs_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor:

@@ -140,3 +140,15 @@ def test_O6_no_step_is_planned_ahead_of_a_token_whose_value_matters(bench):  # n
         scheduler.schedule()
         ahead.append(scheduler.schedule_ahead() is not None)
     assert ahead == [True] * 2 + [False] * 5
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"repetition_penalty": 1.1}, {"presence_penalty": 0.5}, {"frequency_penalty": -0.5}, {"logit_bias": {3: 1.0}},
+        {"bad_token_ids": [3]}, {"allowed_token_ids": [3]}, {"min_tokens": 1},
+    ],
+)  # fmt: skip
+def test_whoever_changes_logits_says_so(asked):
+    assert SamplingParams(temperature=0.5, top_k=3, top_p=0.5, min_p=0.1, logprobs=3, stop="x").leaves_logits
+    assert not SamplingParams(**asked).leaves_logits
