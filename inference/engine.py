@@ -8,7 +8,7 @@ uses it (`AsyncEngine` gives it one of its own).
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,6 +41,7 @@ from .text.grammar import GrammarCompiler
 from .text.tokenizer import TextTokenizer
 
 T = TypeVar("T")
+GAUGES = tuple(field.name for field in fields(SchedulerStats))
 IDLE_SECONDS = 0.01
 """The longest pause between two looks at whether anything can be scheduled."""
 
@@ -312,8 +313,9 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Gauges and counters as they stand."""
+        stats = self.scheduler.stats()
         return EngineStats(
-            **asdict(self.scheduler.stats()),
+            **{name: getattr(stats, name) for name in GAUGES},
             kv_utilisation_mean=self._utilisation.mean,
             steps=self._steps,
             computed_tokens=self._computed_tokens,
