@@ -8,6 +8,7 @@ from ..configs.typed import check
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 KVDtype = Literal["auto", "int8"]
+Kernels = Literal["auto", "reference", "triton", "cpp"]
 Batching = Literal["continuous", "static", "dynamic"]
 KVLayout = Literal["paged", "contiguous"]
 MoECapacity = Literal["dropless", "trained"]
@@ -29,6 +30,8 @@ class EngineConfig:
         dtype: precision of weights and KV cache; "auto" = the checkpoint's.
         kv_dtype: "int8" keeps keys and values as int8 with a float32 scale for each head of each token; "auto" = dtype.
         seed: key of the random numbers of requests that bring no seed of their own.
+        kernels: which forms of the operations run: those that are fastest for the arguments at hand, or one kind
+            wherever it fits (`kernels.table`); "cpp" on a CPU only, "triton" on a GPU or in its interpreter.
         deterministic: a request's output is the same bits whatever else the engine does; slower, on a CPU only.
         max_waiting: requests that may queue; more are refused (HTTP 429).
         queue_timeout: seconds that a request may wait for its first step before it expires (HTTP 503); None = for ever.
@@ -59,6 +62,7 @@ class EngineConfig:
     dtype: Dtype = "auto"
     kv_dtype: KVDtype = "auto"
     seed: int = 0
+    kernels: Kernels = "auto"
     deterministic: bool = False
     max_waiting: int = 1024
     queue_timeout: float | None = None
@@ -118,10 +122,20 @@ class EngineConfig:
             "must be positive",
             "use seconds, more than the longest step takes",
         )
-        choices = {"batching": Batching, "kv_layout": KVLayout, "kv_dtype": KVDtype, "moe_capacity": MoECapacity}
+        choices = {
+            "batching": Batching, "kv_layout": KVLayout, "kv_dtype": KVDtype, "kernels": Kernels,
+            "moe_capacity": MoECapacity,
+        }  # fmt: skip
         for name, values in ((name, get_args(choice)) for name, choice in choices.items()):
             value = getattr(self, name)
             check(value in values, name, value, "must be one of those known", f"use {', '.join(values)}")
+        check(
+            self.kernels == "auto" or not self.deterministic,
+            "kernels",
+            self.kernels,
+            "must be auto with deterministic=true, which takes the forms that are batch-invariant",
+            "leave one of them out",
+        )
         check(0 <= self.seed < 2**64, "seed", self.seed, "must fit 64 bits", "use 0 to 2**64 - 1")
         check(
             all(low < high for low, high in pairwise((0, *self.graph_buckets))),
@@ -130,3 +144,10 @@ class EngineConfig:
             "must be positive and ascend",
             "use numbers of requests such as 1, 2, 4, 8",
         )
+
+    @property
+    def form(self) -> str | None:
+        """What `kernels.using` is to prefer; None = what it finds best."""
+        if self.deterministic:
+            return "invariant"
+        return None if self.kernels == "auto" else self.kernels

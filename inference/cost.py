@@ -59,7 +59,7 @@ def _measure(model: Decoder, deterministic: bool, prompt: int, batch: int, steps
     )  # fmt: skip
     plan = plan_kv(model.cfg, config, prompt + steps, model.embed.weight.dtype, 1 << 40)
     blocks = BlockManager(plan.num_blocks, config.block_size, enable_prefix_caching=False)
-    scheduler, runner = Scheduler(config, blocks, time.monotonic), ModelRunner(model, plan, deterministic=deterministic)
+    scheduler, runner = Scheduler(config, blocks, time.monotonic), ModelRunner(model, plan, form=config.form)
     vocabulary, prefills, decodes = model.cfg.vocab_size, [], []
     for arrival in range(batch):
         text = [(arrival * 7919 + at * 31) % vocabulary for at in range(prompt)]

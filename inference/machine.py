@@ -3,8 +3,11 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
 from .. import ConfigError
 from ..configs.typed import digest
+from ..kernels.cpp.build import library
 from ..moe.models.decoder import Decoder
 from ..parallel.config import Layout
 from .config import EngineConfig
@@ -51,7 +54,7 @@ class Machine:
         width, encoder = -(-length // config.block_size), model.encoder is not None
         buckets = GraphBuckets(config.graph_buckets, width, weight.device, encoder=encoder)
         runner = ModelRunner if ranks is None else ranks.runner
-        self.runner = runner(model, self.memory.kv, config.moe_capacity, buckets, config.deterministic)
+        self.runner = runner(model, self.memory.kv, config.moe_capacity, buckets, config.form)
         fingerprint = f"{digest(model.cfg)} {weight.dtype} {self.memory.kv.dtype}".encode()
         pools = [block_manager(model.cfg, self.config, fingerprint) for _ in range(layout.dp)]
         self.blocks = pools[0]
@@ -69,7 +72,28 @@ def _check(model: Decoder, config: EngineConfig) -> int:
     if config.deterministic and device.type != "cpu":
         rule = f"has kernels for a CPU only, and the model is on {device}"
         raise ConfigError(f"deterministic (true) {rule}: use device=cpu, or deterministic=false")
+    _check_kernels(config.kernels, device)
     length = config.max_model_len or longest
     if length > longest:
         raise ConfigError(f"max_model_len ({length}) must not exceed the model's max_seq_len: use {longest}")
     return length
+
+
+def _check_kernels(kernels: str, device: torch.device) -> None:
+    """Refuse a form that can not run here: every operation would quietly take another."""
+    fix = "leave kernels at auto"
+    if kernels == "cpp" and device.type != "cpu":
+        raise ConfigError(f"kernels (cpp) are for a CPU only, and the model is on {device}: {fix}")
+    if kernels == "cpp" and library() is None:
+        raise ConfigError(f"kernels (cpp) can not be built here, the warning before says why: {fix}")
+    if kernels == "triton" and device.type == "cpu" and not _interpreted():
+        raise ConfigError(f"kernels (triton) need a GPU, and the model is on {device}: {fix}")
+
+
+def _interpreted() -> bool:
+    """Whether Triton's interpreter stands in for a GPU."""
+    try:
+        from ..kernels.triton.interpreter import active
+    except ImportError:
+        return False
+    return active()

@@ -26,7 +26,7 @@ CKPT is a run, a model directory or a GGUF file. The text streams to stdout, a l
   seed            0       equal seeds give equal texts
   stop            null    a string that ends the text
   ignore_eos      false   go on after the end-of-sequence token
-  engine.*                the engine's settings, such as engine.dtype=bfloat16
+  engine.*                the engine's settings, such as engine.dtype=bfloat16 or engine.kernels=reference
   nproc, parallel.* 1     ranks that compute together, and what they divide: nproc=2 parallel.tp=2
   json            null    write text, tokens, finish reason and timing there
 

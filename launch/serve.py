@@ -42,6 +42,7 @@ usage: turnout serve CKPT [key=value ...]
   nproc=1                      processes that compute together, each on a GPU of its own if there are as many
   parallel.ep=2                ranks over which the experts are spread
   parallel.tp=2                ranks that divide heads and hidden units; what is left of nproc are replicas
+  kernels=auto                 reference, triton or cpp: this form of every operation that has it
   deterministic=false          true: a request's bits do not depend on what runs beside it; on a CPU only
   json=PATH                    write the URL and the load times there once it is ready
 

@@ -32,8 +32,9 @@ class ModelRunner:
     Args:
         model: in evaluation mode, on its device.
         plan: the KV cache to allocate.
-        moe_capacity, deterministic: as `EngineConfig` has them.
+        moe_capacity: as `EngineConfig` has it.
         buckets: the shapes of decode steps; None = as they come.
+        form: what `kernels.using` is to prefer.
 
     Attributes:
         pages: where every cached token went.
@@ -46,7 +47,7 @@ class ModelRunner:
         plan: KVPlan,
         moe_capacity: MoECapacity = "dropless",
         buckets: GraphBuckets | None = None,
-        deterministic: bool = False,
+        form: str | None = None,
     ) -> None:
         assert not model.training, "serving runs the model in evaluation mode"
         self.model = model
@@ -56,8 +57,8 @@ class ModelRunner:
         experts = model.cfg.moe.num_experts if model.cfg.moe else 0
         self._newest: dict[str, int] = {}
         """The tokens that the last step sampled, by request."""
-        self.form = "invariant" if deterministic else None
-        if deterministic:
+        self.form = form
+        if self.device.type == "cpu" and form in (None, "cpp", "invariant"):
             library()  # compiled while nobody waits for a token
         self.dropless = moe_capacity == "dropless"
         self.pages = ExpertPages(model.cfg, plan.num_blocks, plan.block_size, self.device, counted=not self.dropless)

@@ -39,3 +39,14 @@ def test_an_unknown_precision_is_refused():
 def test_an_unknown_way_to_fill_experts_is_refused():
     with pytest.raises(ConfigError, match=r"moe_capacity \(evaluated\) must be .*dropless, trained"):
         EngineConfig(moe_capacity="evaluated")
+
+
+def test_kernels_are_one_kind_or_the_batch_invariant_ones():
+    assert [EngineConfig(kernels=kind).form for kind in ("auto", "reference", "triton", "cpp")] == [
+        None, "reference", "triton", "cpp",
+    ]  # fmt: skip
+    assert EngineConfig(deterministic=True).form == "invariant"
+    with pytest.raises(ConfigError, match=r"kernels \(fast\) must be .*auto, reference, triton, cpp"):
+        EngineConfig(kernels="fast")
+    with pytest.raises(ConfigError, match=r"kernels \(cpp\) must be auto with deterministic=true"):
+        EngineConfig(kernels="cpp", deterministic=True)

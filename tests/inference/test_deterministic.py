@@ -193,10 +193,12 @@ def test_fast_and_deterministic_engines_agree_within_rounding(make_engine):
 
 def test_kernels_are_compiled_before_the_engine_is_ready(make_engine):
     build.library.cache_clear()
-    make_engine()
+    make_engine(kernels="reference")
     assert build.library.cache_info().currsize == 0
-    make_engine(deterministic=True)
-    assert build.library.cache_info().currsize == 1
+    for settings in ({}, {"kernels": "cpp"}, {"deterministic": True}):
+        build.library.cache_clear()
+        make_engine(**settings)
+        assert build.library.cache_info().currsize == 1
 
 
 def test_a_model_that_is_not_on_a_cpu_is_refused(model, byte_level):
@@ -204,10 +206,25 @@ def test_a_model_that_is_not_on_a_cpu_is_refused(model, byte_level):
         Engine(build_model().to("meta"), byte_level, EngineConfig(deterministic=True))
 
 
-def test_the_engine_runs_what_it_is_told(make_engine):
-    """The bits of a fast engine are the library's, those of a deterministic one are ours."""
-    work = mixed(temperature=0)[:1]
-    with using("invariant"):
-        ours = complete(make_engine(), work)
-    assert exact(complete(make_engine(deterministic=True), work)[0]) == exact(ours[0])
-    assert exact(complete(make_engine(), work)[0]) != exact(ours[0])
+@pytest.mark.parametrize(
+    ("form", "settings"),
+    [("invariant", {"deterministic": True}), ("cpp", {"kernels": "cpp"}), ("reference", {"kernels": "reference"})],
+)
+def test_the_engine_runs_what_it_is_told(form, settings, make_engine):
+    """The bits of an engine are those of the forms that it was told to take."""
+    work, other = mixed(temperature=0)[:1], "reference" if form != "reference" else "cpp"
+    told, bits = make_engine(**settings), []
+    for kind in (form, other):
+        with using(kind):
+            bits.append(exact(complete(make_engine(), work)[0]))
+    assert exact(complete(told, work)[0]) == bits[0] != bits[1]
+
+
+def test_kernels_that_can_not_run_here_are_refused(make_engine, byte_level, monkeypatch):
+    with pytest.raises(ConfigError, match=r"kernels \(triton\) need a GPU.*on cpu: leave kernels at auto"):
+        make_engine(kernels="triton")
+    with pytest.raises(ConfigError, match=r"kernels \(cpp\) are for a CPU only.*on meta: leave"):
+        Engine(build_model().to("meta"), byte_level, EngineConfig(kernels="cpp"))
+    monkeypatch.setattr("turnout.inference.machine.library", lambda: None)
+    with pytest.raises(ConfigError, match=r"kernels \(cpp\) can not be built here.*leave"):
+        make_engine(kernels="cpp")
