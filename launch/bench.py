@@ -164,8 +164,62 @@ def _offline(path: str, options: BenchOptions) -> Found:
 
     for name in options.vary:
         check(name in engine.VALUES, "vary", name, "can not be varied", f"use {', '.join(engine.VALUES)}")
+    peers, rounds = _peers(options), options.rounds or 1
     jobs = _jobs(path, options)
-    return Found(engine.offline(path, jobs, options.engine, options.vary, options.rate, options.rounds or 1))
+    rows = engine.offline(path, jobs, options.engine, options.vary, options.rate, rounds)
+    if peers is None:
+        return Found(rows)
+    from .benches import generate, serve
+
+    theirs = serve.compare(path, serve.asks(jobs, options.rate), (), peers, rounds, own=False)
+    return Found(
+        [*({"server": "turnout, in process", **row} for row in rows), *theirs, generate.ask(peers, path, jobs)]
+    )
+
+
+def _serve(path: str, options: BenchOptions) -> Found:
+    from .benches import serve
+
+    rounds = options.rounds or 1
+    if options.url is None:
+        check(bool(path), "url", None, "is needed where no CKPT is named", "name a model or a running server")
+        peers, wanted = _peers(options), serve.asks(_jobs(path, options), options.rate)
+        return Found(serve.compare(path, wanted, _settings(options), peers, rounds))
+    check(options.peers is None, "peers", options.peers, "are started on a CKPT", "leave url out")
+    if path or options.workload:
+        wanted = serve.asks(_jobs(path, options), options.rate)
+    else:
+        from ..moe.data.corpus import read_documents
+
+        wanted = serve.texts("\n".join(read_documents("pydocs", "validation")), options.requests, options.rate)
+    return Found(serve.running_server(options.url, wanted, rounds))
+
+
+def _train(path: str, options: BenchOptions) -> Found:
+    from .benches import ceilings, train
+
+    config, before = train.config_of(path), ceilings.measure(ceilings.device())
+    rows = train.measure(config, options.rounds or 5, _peers(options))
+    found = before.or_better(ceilings.measure(ceilings.device()))
+    for row in rows:
+        if "flops" in row:
+            row["mfu"] = row.pop("flops") / row["step_s"] / found.bfloat16
+    return Found(rows, found)
+
+
+def _settings(options: BenchOptions) -> list[str]:
+    """What the engine's settings differ from their defaults in, as `turnout serve` takes them."""
+    given, usual = asdict(options.engine), asdict(EngineConfig())
+    return [f"{name}={value}" for name, value in given.items() if value != usual[name]]
+
+
+def _peers(options: BenchOptions) -> Path | None:
+    """The folder of other engines."""
+    if options.peers is None:
+        return None
+    folder = Path(options.peers).expanduser()
+    check(folder.is_dir(), "peers", options.peers, "is no folder", "name the one in which they are installed")
+    return folder
 
 
 def _scheduler(path: str, options: BenchOptions) -> Found:
@@ -195,6 +249,8 @@ MEASURES: Mapping[str, Measure] = {
     "kernels": Measure(_kernels, models=(0,)),
     "moe": Measure(_moe, models=(0,)),
     "offline": Measure(_offline),
+    "serve": Measure(_serve, models=(0, 1)),
+    "train": Measure(_train, models=(0, 1)),
     "scheduler": Measure(_scheduler),
     "deterministic": Measure(_deterministic),
 }
