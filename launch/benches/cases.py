@@ -7,7 +7,7 @@ cache either. Rows are small and warm.
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from typing import Any
 
@@ -156,6 +156,49 @@ def _moe_mlp(m: Maker) -> Iterator[Case]:
         yield Case(op="moe_mlp", shape=shape, size=size, flops=6 * T * K * D * HIDDEN, make=make)
 
 
+def _quantized_linear(m: Maker) -> Iterator[Case]:
+    for bits in (8, 4):
+        for T in ROWS[:3]:
+
+            def make(T: int = T, bits: int = bits) -> Arguments:
+                x, w = m.rows(T, D), _quantized(m, bits, F, D)
+                return [(x, w) for w in _copies(m, w)]
+
+            size, shape = F * D * bits // 8 + 2 * T * (D + F), f"{bits} bits, {T} x {D} -> {F}"
+            yield Case(op="quantized_linear", shape=shape, size=size, flops=2 * T * D * F, make=make)
+
+
+def _quantized_moe_mlp(m: Maker) -> Iterator[Case]:
+    for bits in (8, 4):
+        for T in ROWS[:3]:
+            ids, weights = m.routing(T, E, K)
+
+            def make(T: int = T, bits: int = bits, ids: Tensor = ids, weights: Tensor = weights) -> Arguments:
+                x = m.rows(T, D)
+                ins = _copies(m, _quantized(m, bits, 2 * HIDDEN, D, E))
+                outs = _copies(m, _quantized(m, bits, D, HIDDEN, E))
+                return [(x, ids, weights, None, *both) for both in zip(ins, outs, strict=False)]
+
+            size = 3 * D * HIDDEN * len(ids.unique()) * bits // 8 + 4 * T * D
+            shape = f"{bits} bits, {T} rows, {E} experts top-{K}, {D} x {HIDDEN}"
+            yield Case(op="quantized_moe_mlp", shape=shape, size=size, flops=6 * T * K * D * HIDDEN, make=make)
+
+
+def _quantized(m: Maker, bits: int, columns: int, depth: int, stack: int = 0) -> kernels.QuantizedWeight:
+    """A weight of so many bits, or a stack of the same one."""
+    one = kernels.quantize_weight(0.02 * m.rows(columns, depth), bits)
+    if not stack:
+        return one
+    scale = one.scale.repeat(stack, *[1] * one.scale.ndim)
+    sums = one.sums.repeat(stack, 1) if bits == 8 else one.sums
+    return replace(one, q=one.q.repeat(stack, 1, 1), scale=scale, sums=sums)
+
+
+def _copies(m: Maker, w: kernels.QuantizedWeight) -> list[kernels.QuantizedWeight]:
+    """As many as are cold together."""
+    return [w, *(replace(w, q=w.q.clone()) for _ in range(min(m.cold // w.q.numel(), 15)))]
+
+
 def _routing(op: str, m: Maker) -> Iterator[Case]:
     for T in (16, 2048):
         ids, weights = m.routing(T, E, K)
@@ -280,6 +323,8 @@ CASES: Mapping[str, Callable[[Maker], Iterator[Case]]] = {
     "head_gemm": _head_gemm,
     "grouped_gemm": _grouped_gemm,
     "moe_mlp": _moe_mlp,
+    "quantized_linear": _quantized_linear,
+    "quantized_moe_mlp": _quantized_moe_mlp,
     **{op: functools.partial(_routing, op) for op in ("sort_by_expert", "permute", "combine")},
     **{op: functools.partial(_rowwise, op) for op in ROWWISE},
     "rope": _rope,

@@ -16,7 +16,7 @@ EPYC = "processor : 0\nmodel name : AMD EPYC\nflags : fpu avx2 fma f16c avx512f\
 @pytest.fixture
 def _small(monkeypatch):
     for name, value in {
-        "MOST": 1 << 20, "ROWS": (1, 3), "D": 64, "F": 32, "VOCABULARY": 96, "E": 4, "HIDDEN": 16, "H": 4, "G": 2,
+        "MOST": 1 << 20, "ROWS": (1, 3), "D": 64, "F": 32, "VOCABULARY": 96, "E": 4, "HIDDEN": 64, "H": 4, "G": 2,
         "HEAD": 32, "CONTEXTS": (20,), "PROMPTS": (7,), "K": 2,
     }.items():  # fmt: skip
         monkeypatch.setattr(shapes, name, value)
