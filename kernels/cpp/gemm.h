@@ -36,7 +36,12 @@ struct Plan {
 
   bool dot() const { return g.w_k == 1; }
   bool few(const Task& t) const { return t.end - t.row <= FEW; }
-  int64_t rows(const Task& t) const { return few(t) ? t.end - t.row : ROWS; }
+  int64_t rows(const Task& t) const {  // fewer where columns alone do not occupy every thread
+    const int64_t T = t.end - t.row, share = (T / (2 * threads) + TALL - 1) / TALL * TALL;
+    return few(t) ? T : g.experts * across(t) < 2 * threads ? std::clamp<int64_t>(share, 2 * TALL, ROWS) : ROWS;
+  }
+
+  int64_t across(const Task& t) const { return (g.columns + columns(t) - 1) / columns(t); }
 
   int64_t columns(const Task& t) const {
     const int64_t unit = dot() ? BROAD : PANEL, bytes = few(t) ? PIECE : NEAR;
@@ -59,7 +64,6 @@ struct Plan {
     }
   }
 
-  int64_t across(const Task& t) const { return (g.columns + columns(t) - 1) / columns(t); }
   int64_t count() const { return before.back(); }
 
   Task operator[](int64_t i) const {

@@ -16,7 +16,8 @@ from .build import INSTRUCTIONS, _cpu
 from .call import TYPES, call, differentiable, fits
 
 GEMM = struct.Struct("=16q")  # `Gemm` of gemm.h
-FEW = 16  # rows up to which the library's product takes longer
+# Measured: rows up to which the library takes longer, of one matrix and of each of several. With float32 it always does.
+ONE, SEVERAL = 256, 512
 
 
 def linear_fits(x_TD: Tensor, w_FD: Tensor, bias_F: Tensor | None = None) -> bool:
@@ -24,7 +25,7 @@ def linear_fits(x_TD: Tensor, w_FD: Tensor, bias_F: Tensor | None = None) -> boo
 
 
 def linear_pays(x_TD: Tensor, w_FD: Tensor, bias_F: Tensor | None = None) -> bool:
-    return x_TD.numel() <= FEW * x_TD.shape[-1] and _inference(x_TD, w_FD, bias_F)
+    return _faster(x_TD.numel() <= ONE * x_TD.shape[-1], x_TD, w_FD, bias_F)
 
 
 def linear(x_TD: Tensor, w_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
@@ -39,7 +40,7 @@ def head_gemm_fits(x_THK: Tensor, w_HKM: Tensor) -> bool:
 
 
 def head_gemm_pays(x_THK: Tensor, w_HKM: Tensor) -> bool:
-    return len(x_THK) <= FEW and _inference(x_THK, w_HKM)
+    return _faster(len(x_THK) <= ONE, x_THK, w_HKM)
 
 
 def head_gemm(x_THK: Tensor, w_HKM: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def grouped_gemm_fits(x_NK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> bool:
 
 
 def grouped_gemm_pays(x_NK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> bool:
-    return _inference(x_NK, w_EKM)
+    return _faster(len(x_NK) <= SEVERAL * len(w_EKM), x_NK, w_EKM)
 
 
 def grouped_gemm(x_NK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
@@ -66,16 +67,16 @@ def _fits(x: Tensor, w: Tensor, bias: Tensor | None = None) -> bool:
     return fits(*(autocast(*(t.new_empty(0) for t in known)) if torch.is_autocast_enabled("cpu") else known))
 
 
-def _inference(x: Tensor, w: Tensor, bias: Tensor | None = None) -> bool:
-    """bfloat16 that the CPU multiplies itself, without a gradient."""
-    if x.dtype != torch.bfloat16 or not x.is_cpu or torch.is_autocast_enabled("cpu") or not _multiplies_bfloat16():
+def _faster(few: bool, x: Tensor, *others: Tensor | None) -> bool:
+    """Without a gradient, on a CPU like the one that was measured."""
+    if not (x.dtype == torch.float32 or (few and x.dtype == torch.bfloat16)) or not x.is_cpu or not _measured():
         return False
-    known = (x, w) if bias is None else (x, w, bias)
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in known))
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others))
+    return not wanted and not torch.is_autocast_enabled("cpu")
 
 
 @functools.cache
-def _multiplies_bfloat16() -> bool:
+def _measured() -> bool:
     return INSTRUCTIONS[0][0] <= _cpu()
 
 

@@ -88,7 +88,7 @@ def test_S0_the_librarys_products_have_other_bits_among_other_rows():
 
 
 def test_invariant_prefers_cpp_and_falls_back_for_what_it_does_not_fit():
-    x, w = torch.randn(2, 8), torch.randn(3, 8)
+    x, w = torch.randn(2, 8), torch.randn(3, 8).requires_grad_()
     assert choose("linear", x, w) == "torch"
     with kernels.using("invariant"):
         assert choose("linear", x, w) == "cpp"
