@@ -16,7 +16,7 @@ from .build import INSTRUCTIONS, _cpu
 from .call import TYPES, call, differentiable, fits
 
 GEMM = struct.Struct("=16q")  # `Gemm` of gemm.h
-# Measured: rows up to which the library takes longer, of one matrix and of each of several. With float32 it always does.
+# Measured: rows up to which the library takes longer, of one matrix and of each of several; float32: it always does.
 ONE, SEVERAL = 256, 512
 
 
