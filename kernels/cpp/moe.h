@@ -8,15 +8,18 @@
 // D width, F hidden units, N rows (kept choices, sorted by expert).
 #pragma once
 #include <atomic>
+#include <memory>
 #include <thread>
 #include <vector>
 
-#include "simd.h"
+#include "tiles.h"
 
 namespace {  // other units have their own tasks
 
 constexpr int64_t UNITS = 32, COLUMNS = 2048;  // of a task, at most; multiples of 32
-constexpr int64_t ROWS = 16;                  // whose sums are kept while w_out streams past
+constexpr int64_t ROWS = 24;                  // that pass the rows of w_in together
+constexpr int64_t FEW = 8, HIGH = 96;         // rows that w_out streams past as it lies; at most, that pass a panel
+constexpr int64_t NEAR = 64;                  // rows of w_out in a panel
 
 struct Moe {
   const void* x;
@@ -28,126 +31,7 @@ struct Moe {
   int64_t tokens, choices, width, units, experts, x_row, in_expert, in_row, out_expert, out_row;
 };
 
-template <Type type>
-constexpr int64_t SIZE = type == FLOAT32 ? 4 : 2;
-
 static inline int64_t even(int64_t n) { return n + (n & 1); }
-
-static inline void soon(const char* address) { _mm_prefetch(address, _MM_HINT_T0); }
-
-// Products in float32, as gemm.h takes them: sixteen lanes along a row of w_in, one lane a column of w_out.
-template <Type T>
-struct Widened {
-  static constexpr Type type = T;
-  static constexpr int DEEP = 4;  // rows of w_out that are added at once
-
-  // sums[r · C + c] = x[r] · w[c]; `ahead` is read soon, in the same pattern
-  template <int R, int C>
-  static inline void dot(const void* const* x, const char* w, int64_t w_row, int64_t K, const char* ahead, V* sums) {
-    for (int i = 0; i < R * C; i++) sums[i] = V{};
-    for (int64_t k = 0; k < K; k += 16) {
-      V a[R];
-      for (int r = 0; r < R; r++) a[r] = load<type>(x[r], k, K - k);
-      for (int c = 0; c < C; c++) {
-        V b = load<type>(w + c * w_row, k, K - k);
-        soon(ahead + c * w_row + k * SIZE<type>);
-        for (int r = 0; r < R; r++) sums[r * C + c] = fma(a[r], b, sums[r * C + c]);
-      }
-    }
-  }
-
-  // sums[r][m] += Σ_k h[r][k] · w[k][m] for the next DEEP ks, if so many are left
-  template <int R>
-  static inline void add(const void* const* h, const char* w, int64_t w_row, int64_t left, int64_t M, const char* ahead,
-                         float* const* sums) {
-    float a[R][DEEP];
-    for (int r = 0; r < R; r++)
-      for (int k = 0; k < DEEP; k++) a[r][k] = k < left ? load<type>(h[r], k, 1)[0] : 0.0f;
-    for (int64_t m = 0; m < M; m += 16) {
-      V b[DEEP];
-      for (int k = 0; k < DEEP; k++) {
-        b[k] = k < left ? load<type>(w + k * w_row, m, M - m) : V{};
-        soon(ahead + k * w_row + m * SIZE<type>);
-      }
-      for (int r = 0; r < R; r++) {
-        V sum = load<FLOAT32>(sums[r], m);
-        for (int k = 0; k < DEEP; k++) sum = fma(all(a[r][k]), b[k], sum);
-        store<FLOAT32>(sums[r], m, sum);
-      }
-    }
-  }
-
-  static inline void ordered(const float* sums, V* out) { std::memcpy(out, sums, 128); }
-};
-
-#if defined(__AVX512BF16__)
-// bfloat16 by its own instruction: two products a lane, neighbours along K.
-struct Pairs {
-  static constexpr Type type = BFLOAT16;
-  static constexpr int DEEP = 2;
-
-  static inline __m512bh numbers(const void* row, int64_t i) {
-    return (__m512bh)_mm512_loadu_si512((const uint16_t*)row + i);
-  }
-  static inline __m512bh numbers(const void* row, int64_t i, __mmask32 some) {
-    return (__m512bh)_mm512_maskz_loadu_epi16(some, (const uint16_t*)row + i);
-  }
-  static inline __mmask32 first(int64_t n) { return n >= 32 ? ~0u : (1u << n) - 1; }
-
-  template <int R, int C>
-  static inline void dot(const void* const* x, const char* w, int64_t w_row, int64_t K, const char* ahead, V* sums) {
-    __m512 sum[R * C];
-    for (int i = 0; i < R * C; i++) sum[i] = _mm512_setzero_ps();
-    int64_t k = 0;
-    for (; k + 32 <= K; k += 32) {
-      __m512bh b[C];
-      for (int c = 0; c < C; c++) {
-        b[c] = numbers(w + c * w_row, k);
-        soon(ahead + 2 * (C * k + 32 * c));
-      }
-      for (int r = 0; r < R; r++) {
-        __m512bh a = numbers(x[r], k);
-        for (int c = 0; c < C; c++) sum[r * C + c] = _mm512_dpbf16_ps(sum[r * C + c], a, b[c]);
-      }
-    }
-    if (k < K)
-      for (int c = 0; c < C; c++) {
-        __m512bh b = numbers(w + c * w_row, k, first(K - k));
-        for (int r = 0; r < R; r++)
-          sum[r * C + c] = _mm512_dpbf16_ps(sum[r * C + c], numbers(x[r], k, first(K - k)), b);
-      }
-    for (int i = 0; i < R * C; i++) sums[i] = (V)sum[i];
-  }
-
-  // Two rows of w turn into pairs; the lanes of the sums lie as unpacking leaves them. An odd last k is paired with zero.
-  template <int R>
-  static inline void add(const void* const* h, const char* w, int64_t w_row, int64_t left, int64_t M,
-                         const char* ahead, float* const* sums) {
-    __m512bh a[R];
-    for (int r = 0; r < R; r++) a[r] = (__m512bh)_mm512_set1_epi32(*(const int32_t*)h[r]);
-    for (int64_t m = 0; m < M; m += 32) {
-      const __mmask32 some = first(M - m);
-      const __m512i even = (__m512i)numbers(w, m, some), odd = (__m512i)numbers(w + w_row, m, left > 1 ? some : 0);
-      const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(even, odd), high = (__m512bh)_mm512_unpackhi_epi16(even, odd);
-      const char* then = ahead + (m + m < M ? 4 * m : w_row + 4 * m - 2 * M);  // in the order in which they lie
-      soon(then), soon(then + 64);
-      for (int r = 0; r < R; r++) {
-        float* at = sums[r] + m;
-        _mm512_storeu_ps(at, _mm512_dpbf16_ps(_mm512_loadu_ps(at), a[r], low));
-        _mm512_storeu_ps(at + 16, _mm512_dpbf16_ps(_mm512_loadu_ps(at + 16), a[r], high));
-      }
-    }
-  }
-
-  // The sums of 32 columns, as the columns lie.
-  static inline void ordered(const float* sums, V* out) {
-    const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i back = _mm512_add_epi32(front, _mm512_set1_epi32(8));
-    const __m512 s = _mm512_loadu_ps(sums), t = _mm512_loadu_ps(sums + 16);
-    out[0] = (V)_mm512_permutex2var_ps(s, front, t), out[1] = (V)_mm512_permutex2var_ps(s, back, t);
-  }
-};
-#endif
 
 template <Type type>
 static inline V rounded(V x) {
@@ -155,14 +39,39 @@ static inline V rounded(V x) {
   else return widen<type>(narrow<type>(x));
 }
 
-template <int n>
-static inline void lanes(V* sums, float* out) {  // out[i] = reduce(sums[i])
-  if constexpr (n < 16) {
-    reduce_all<n>(sums, out);
-  } else {
-    reduce_all<16>(sums, out);
-    if constexpr (n > 16) lanes<n - 16>(sums + 16, out + 16);
+// The lines of a block of rows of w, asked for in the order in which they lie.
+struct Walk {
+  const char *at, *end;
+  int64_t wide, skip;  // bytes of a row that are read, and from there to the next
+
+  inline void step() {
+    fetch(at);
+    at += 64;
+    if (at >= end) at += skip, end = at + wide;
   }
+};
+
+// y[r, m] += Σ_k x[r][k] · w[k][m] for some steps from k on and the columns of a panel. `lines` are walked meanwhile.
+template <Type type, int R>
+[[gnu::noinline]] static void panel_add(const void* const* x, int64_t k, int64_t steps, const void* panel, float* y,
+                                        int64_t y_row, Walk& ahead, int64_t lines) {
+  Walk walk = ahead;
+  V sum[R * BROAD];
+#pragma GCC unroll 32
+  for (int i = 0; i < R * BROAD; i++) sum[i] = load<FLOAT32>(y + i / BROAD * y_row, 16 * (i % BROAD));
+  auto* b = (const Operand<type>*)panel;
+  for (int64_t s = 0; s < steps; s++, k += DEEP<type>, b += BROAD) {
+    for (int64_t i = s; i < lines; i += steps) walk.step();
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const Operand<type> a = spread<type>(x[r], k);
+#pragma GCC unroll 8
+      for (int c = 0; c < BROAD; c++) sum[r * BROAD + c] = mac(a, b[c], sum[r * BROAD + c]);
+    }
+  }
+#pragma GCC unroll 32
+  for (int i = 0; i < R * BROAD; i++) store<FLOAT32>(y + i / BROAD * y_row, 16 * (i % BROAD), sum[i]);
+  ahead = walk;
 }
 
 // The rows of one expert.
@@ -175,11 +84,9 @@ struct Task {
   int64_t group, from, to;
 };
 
-template <class Sum>
+template <Type type>
 class Mixture {
-  static constexpr Type type = Sum::type;
   static constexpr int64_t size = SIZE<type>;
-  static constexpr int HIGH = 6;  // rows of a tile
 
   const Moe m;
   const int64_t hidden_row;
@@ -188,7 +95,7 @@ class Mixture {
   std::vector<Task> tasks;
   std::vector<std::atomic<int64_t>> units_done;
   std::atomic<int64_t> taken{0}, columns_done{0};
-  int64_t columns_all = 0;  // tasks
+  int64_t columns_all = 0, room_size = 0;  // tasks; numbers
 
  public:
   Mixture(const Moe& m, int threads) : m(m), hidden_row(even(m.units)), slot(m.tokens * m.choices, -1) {
@@ -210,7 +117,7 @@ class Mixture {
     const int64_t work = (int64_t)token.size() * m.units * m.width;
 #pragma omp parallel num_threads(work < SMALL ? 1 : threads)
     {
-      std::vector<float> room(ROWS * (COLUMNS + 16));
+      const std::unique_ptr<float[]> room(new float[room_size]);
       int64_t now = taken++;
       while (now < (int64_t)tasks.size()) {
         const int64_t next = taken++;
@@ -221,7 +128,7 @@ class Mixture {
           units_done[task.group].fetch_add(1, std::memory_order_release);
         } else if (task.kind == Task::COLUMNS_OF) {
           until(units_done[task.group], slices(m.units, UNITS));
-          columns(groups[task.group], task.from, task.to, ahead, room.data());
+          columns(groups[task.group], task.from, task.to, ahead, room.get());
           columns_done.fetch_add(1, std::memory_order_release);
         } else {
           until(columns_done, columns_all);
@@ -242,16 +149,25 @@ class Mixture {
     }
   }
 
-  // Whole rows of w_out are read fastest; where the experts do not go round, the threads share the last few.
+  // Whole rows of w_out are read fastest; where the experts do not go round, the threads share the last few. Of many
+  // rows the sums of fewer columns stay near.
   void plan(int threads) {
     const int64_t many = groups.size(), spare = many % threads;
     units_done = std::vector<std::atomic<int64_t>>(many);
     for (int64_t g = 0; g < many; g++) cut(Task::UNITS_OF, g, m.units, UNITS);
     const int64_t before = tasks.size();
-    for (int64_t g = 0; g < many; g++) cut(Task::COLUMNS_OF, g, m.width, g < many - spare ? COLUMNS : COLUMNS / 4);
+    for (int64_t g = 0; g < many; g++) {
+      const int64_t rows = groups[g].rows, parts = g >= many - spare || rows > 48 ? 4 : rows > 24 ? 2 : 1;
+      cut(Task::COLUMNS_OF, g, m.width, COLUMNS / parts);
+      const int64_t wide = std::min(m.width, COLUMNS / parts);
+      room_size = std::max(room_size, std::min(rows, high(wide)) * (wide + 16));
+    }
     columns_all = tasks.size() - before;
     cut(Task::TOKENS, 0, m.tokens, 16);
   }
+
+  // Rows whose sums over so many columns stay near.
+  static int64_t high(int64_t columns) { return std::clamp<int64_t>(24 * COLUMNS / columns, FEW, HIGH); }
 
   void cut(Task::Kind kind, int64_t group, int64_t all, int64_t each) {
     for (int64_t i = 0; i < all; i += each) tasks.push_back({kind, group, i, std::min(i + each, all)});
@@ -275,90 +191,78 @@ class Mixture {
   }
 
   void hidden_units(const Group& g, int64_t from, int64_t to, const char* ahead) const {
-    const int64_t tiles = slices(g.rows, HIGH);
-    for (int64_t i = 0; i < tiles; i++) {
-      const int64_t row = g.rows * i / tiles;
-      const char* then = i + 1 < tiles ? in(g.expert, from) : ahead;
-      switch (g.rows * (i + 1) / tiles - row) {
-        case 1: units_tile<1>(g, row, from, to, then); break;
-        case 2: units_tile<2>(g, row, from, to, then); break;
-        case 3: units_tile<3>(g, row, from, to, then); break;
-        case 4: units_tile<4>(g, row, from, to, then); break;
-        case 5: units_tile<5>(g, row, from, to, then); break;
-        default: units_tile<6>(g, row, from, to, then);
+    const char *gate = in(g.expert, from), *up = in(g.expert, m.units + from);
+    const int64_t many = to - from, end = g.start + g.rows;
+    const void* x[ROWS];
+    alignas(64) float y[2][ROWS * UNITS];
+    for (int64_t row = g.start, rows; row < end; row += rows) {
+      rows = std::min(ROWS, end - row);
+      for (int64_t r = 0; r < rows; r++) x[r] = at<type>(m.x, token[row + r] * m.x_row);
+      dot_block<type>(x, rows, gate, m.in_row, many, m.width, y[0], UNITS, up);
+      dot_block<type>(x, rows, up, m.in_row, many, m.width, y[1], UNITS, row + rows < end ? gate : ahead);
+      for (int64_t r = 0; r < rows; r++) {
+        for (int64_t i = 0; i < many; i += 16) {
+          const V a = rounded<type>(load<FLOAT32>(y[0] + r * UNITS, i));
+          const V b = rounded<type>(load<FLOAT32>(y[1] + r * UNITS, i));
+          store<type>(hidden(row + r, from + i), 0, a / (1.0f + exponential(-a)) * b, many - i);
+        }
+        if (to == m.units && m.units < hidden_row) std::memset(hidden(row + r, m.units), 0, size);
       }
     }
-  }
-
-  template <int R>
-  void units_tile(const Group& g, int64_t row, int64_t from, int64_t to, const char* ahead) const {
-    const void* x[R];
-    for (int r = 0; r < R; r++) x[r] = at<type>(m.x, token[g.start + row + r] * m.x_row);
-    const int64_t many = to - from;
-    float gate[R * UNITS], up[R * UNITS];
-    constexpr int C = R < 3 ? 2 : 4;
-    int64_t i = 0;
-    for (; i + C <= many; i += C) {
-      const char* then = i + 2 * C <= many ? in(g.expert, from + i + C) : ahead;
-      dots<R, C>(x, in(g.expert, from + i), in(g.expert, m.units + from + i), gate + i);
-      dots<R, C>(x, in(g.expert, m.units + from + i), then, up + i);
-    }
-    for (; i < many; i++) {
-      dots<R, 1>(x, in(g.expert, from + i), in(g.expert, m.units + from + i), gate + i);
-      dots<R, 1>(x, in(g.expert, m.units + from + i), ahead, up + i);
-    }
-    for (int r = 0; r < R; r++) {
-      for (int64_t i = 0; i < many; i += 16) {
-        const V a = rounded<type>(load<FLOAT32>(gate + r * UNITS, i, many - i));
-        const V b = rounded<type>(load<FLOAT32>(up + r * UNITS, i, many - i));
-        store<type>(hidden(g.start + row + r, from + i), 0, a / (1.0f + exponential(-a)) * b, many - i);
-      }
-      if (to == m.units && m.units < hidden_row) std::memset(hidden(g.start + row + r, m.units), 0, size);
-    }
-  }
-
-  template <int R, int C>
-  void dots(const void* const* x, const char* w, const char* ahead, float* y) const {
-    alignas(64) V sums[R * C];
-    float found[R * C];
-    Sum::template dot<R, C>(x, w, size * m.in_row, m.width, ahead, sums);
-    lanes<R * C>(sums, found);
-    for (int r = 0; r < R; r++) std::memcpy(y + r * UNITS, found + r * C, 4 * C);
   }
 
   void columns(const Group& g, int64_t from, int64_t to, const char* ahead, float* room) const {
-    const int64_t many = to - from, row_of = COLUMNS + 16;
-    for (int64_t row = g.start; row < g.start + g.rows; row += ROWS) {
-      const int64_t rows = std::min(ROWS, g.start + g.rows - row);
-      const char* last = row + ROWS < g.start + g.rows ? out(g.expert, 0, from) : ahead;
-      std::memset(room, 0, 4 * rows * row_of);
-      for (int64_t k = 0; k < m.units; k += Sum::DEEP) {
-        const char* then = k + Sum::DEEP < m.units ? out(g.expert, k + Sum::DEEP, from) : last;
-        const char* w = out(g.expert, k, from);
-        int64_t r = 0;
-        for (; r + 4 <= rows; r += 4) add<4>(row + r, k, w, many, then, room + r * row_of);
-        switch (rows - r) {
-          case 1: add<1>(row + r, k, w, many, then, room + r * row_of); break;
-          case 2: add<2>(row + r, k, w, many, then, room + r * row_of); break;
-          case 3: add<3>(row + r, k, w, many, then, room + r * row_of); break;
-        }
-      }
+    const int64_t many = to - from, y_row = many + 16, end = g.start + g.rows;
+    const bool pack = g.rows > FEW && many % PANEL == 0;
+    const void* h[HIGH];
+    for (int64_t row = g.start, rows; row < end; row += rows) {
+      rows = std::min(pack ? high(many) : FEW, end - row);
+      const char* next = row + rows < end ? out(g.expert, 0, from) : ahead;
+      for (int64_t r = 0; r < rows; r++) h[r] = hidden(row + r, 0);
+      if (pack) panels(h, rows, g.expert, from, many, next, room);
+      else stream(h, rows, g.expert, from, many, next, room);
       for (int64_t r = 0; r < rows; r++)
-        for (int64_t i = 0; i < many; i += 32) {
-          V sums[2];
-          Sum::ordered(room + r * row_of + i, sums);
-          for (int64_t j = 0; j < 2 && i + 16 * j < many; j++)
-            store<type>(result(row + r, from + i + 16 * j), 0, sums[j], many - i - 16 * j);
-        }
+        for (int64_t i = 0; i < many; i += 16)
+          store<type>(result(row + r, from + i), 0, load<FLOAT32>(room + r * y_row, i), many - i);
     }
   }
 
-  template <int R>
-  void add(int64_t row, int64_t k, const char* w, int64_t many, const char* ahead, float* sum) const {
-    const void* h[R];
-    float* sums[R];
-    for (int r = 0; r < R; r++) h[r] = hidden(row + r, k), sums[r] = sum + r * (COLUMNS + 16);
-    Sum::template add<R>(h, w, size * m.out_row, m.units - k, many, ahead, sums);
+  // w_out as it lies, two rows at a time: then the next two come as fast as memory gives them.
+  void stream(const void* const* h, int64_t rows, int64_t expert, int64_t from, int64_t many, const char* ahead,
+              float* room) const {
+    const int64_t y_row = many + 16;
+    std::memset(room, 0, 4 * rows * y_row);
+    for (int64_t k = 0; k < m.units; k += DEEP<type>) {
+      const char* w = out(expert, k, from);
+      const char* next = k + DEEP<type> < m.units ? out(expert, k + DEEP<type>, from) : ahead;
+      if (k + DEEP<type> <= m.units) axpy_rows<type, 1>(h, rows, k, w, m.out_row, many, room, y_row, next);
+      else axpy_rows<type, 1, false>(h, rows, k, w, m.out_row, many, room, y_row, next);
+    }
+  }
+
+  // w_out a block of rows after another; a panel of it stays near while the rows of h pass.
+  void panels(const void* const* h, int64_t rows, int64_t expert, int64_t from, int64_t many, const char* ahead,
+              float* room) const {
+    const int64_t y_row = many + 16, tiles = slices(rows, TALL), lines = size * many * NEAR / 64;
+    const int64_t each = slices(lines, tiles * (many / PANEL));
+    alignas(64) char panel[NEAR * PANEL * 4];
+    std::memset(room, 0, 4 * rows * y_row);
+    for (int64_t k = 0; k < m.units; k += NEAR) {
+      const int64_t deep = std::min(NEAR, m.units - k), steps = slices(deep, DEEP<type>);
+      const char* next = k + NEAR < m.units ? out(expert, k + NEAR, from) : ahead;
+      Walk walk{next, next + size * many, size * many, size * (m.out_row - many)};
+      for (int64_t i = 0; i < many; i += PANEL) {
+        pack_panel<type>(out(expert, k, from + i), m.out_row, PANEL, deep, panel);
+        for (int64_t r = 0, n; r < rows; r += n) {
+          float* y = room + r * y_row + i;
+          n = rows - r;
+          if (TALL == 6 && n >= 6) n = 6, panel_add<type, 6>(h + r, k, steps, panel, y, y_row, walk, each);
+          else if (n >= 4) n = 4, panel_add<type, 4>(h + r, k, steps, panel, y, y_row, walk, each);
+          else if (n >= 2) n = 2, panel_add<type, 2>(h + r, k, steps, panel, y, y_row, walk, each);
+          else panel_add<type, 1>(h + r, k, steps, panel, y, y_row, walk, each);
+        }
+      }
+    }
   }
 
   void mix(int64_t t) const {
