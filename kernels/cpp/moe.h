@@ -1,7 +1,8 @@
 // y[t] = Σ_k weight[t, k] · swiglu(x[t] · w_in[e]ᵀ) · w_out[e], e = ids[t, k]: a whole mixture of experts.
 //
 // The rows of an expert go together, so its weights are read once. One list of tasks, taken in order by all threads: a
-// slice of an expert's hidden units, then a slice of its output columns, then the sums of a few tokens. A task waits
+// slice of an expert's hidden units, then a slice of its output columns, then the sums of a few tokens. Of very many rows the outputs do not lie there
+// whole: a stripe of columns is computed and summed up, then the next. A task waits
 // for those that it needs, which began before it; there is no other barrier. Each asks for the next one's weights.
 // Sums have the orders of gemm.h, and results are rounded where the separate operations round: the bits are theirs.
 //
@@ -17,6 +18,7 @@
 namespace {  // other units have their own tasks
 
 constexpr int64_t UNITS = 32, COLUMNS = 2048;  // of a task, at most; multiples of 32
+constexpr int64_t TOKENS = 16;                // of a task
 constexpr int64_t ROWS = 24;                  // that pass the rows of w_in together
 constexpr int64_t FEW = 8, HIGH = 96;         // rows that w_out streams past as it lies; at most, that pass a panel
 constexpr int64_t NEAR = 64;                  // rows of w_out in a panel
@@ -27,8 +29,8 @@ struct Moe {
   const float* weights;
   const uint8_t* kept;
   const void *w_in, *w_out;
-  void *hidden, *rows, *y;  // [N, F even], [N, D], [T, D]
-  int64_t tokens, choices, width, units, experts, x_row, in_expert, in_row, out_expert, out_row;
+  void *hidden, *rows, *y;  // [N, F even], [N, stripe], [T, D]
+  int64_t tokens, choices, width, units, experts, stripe, x_row, in_expert, in_row, out_expert, out_row;
 };
 
 static inline int64_t even(int64_t n) { return n + (n & 1); }
@@ -80,8 +82,8 @@ struct Group {
 };
 
 struct Task {
-  enum Kind { UNITS_OF, COLUMNS_OF, TOKENS } kind;
-  int64_t group, from, to;
+  enum Kind { UNITS_OF, COLUMNS_OF, TOKENS_OF } kind;
+  int64_t group, from, to;  // TOKENS_OF: a stripe
 };
 
 template <Type type>
@@ -94,8 +96,9 @@ class Mixture {
   std::vector<Group> groups;
   std::vector<Task> tasks;
   std::vector<std::atomic<int64_t>> units_done;
-  std::atomic<int64_t> taken{0}, columns_done{0};
-  int64_t columns_all = 0, room_size = 0;  // tasks; numbers
+  std::vector<int64_t> columns_due;  // tasks until a stripe is whole
+  std::atomic<int64_t> taken{0}, columns_done{0}, tokens_done{0};
+  int64_t room_size = 0;  // numbers
 
  public:
   Mixture(const Moe& m, int threads) : m(m), hidden_row(even(m.units)), slot(m.tokens * m.choices, -1) {
@@ -128,11 +131,13 @@ class Mixture {
           units_done[task.group].fetch_add(1, std::memory_order_release);
         } else if (task.kind == Task::COLUMNS_OF) {
           until(units_done[task.group], slices(m.units, UNITS));
+          until(tokens_done, task.from / m.stripe * slices(m.tokens, TOKENS));
           columns(groups[task.group], task.from, task.to, ahead, room.get());
           columns_done.fetch_add(1, std::memory_order_release);
         } else {
-          until(columns_done, columns_all);
-          for (int64_t t = task.from; t < task.to; t++) mix(t);
+          until(columns_done, columns_due[task.group]);
+          for (int64_t t = task.from; t < task.to; t++) mix(t, task.group * m.stripe);
+          tokens_done.fetch_add(1, std::memory_order_release);
         }
         now = next;
       }
@@ -154,23 +159,26 @@ class Mixture {
   void plan(int threads) {
     const int64_t many = groups.size(), spare = many % threads;
     units_done = std::vector<std::atomic<int64_t>>(many);
-    for (int64_t g = 0; g < many; g++) cut(Task::UNITS_OF, g, m.units, UNITS);
+    for (int64_t g = 0; g < many; g++) cut(Task::UNITS_OF, g, 0, m.units, UNITS);
     const int64_t before = tasks.size();
-    for (int64_t g = 0; g < many; g++) {
-      const int64_t rows = groups[g].rows, parts = g >= many - spare || rows > 48 ? 4 : rows > 24 ? 2 : 1;
-      cut(Task::COLUMNS_OF, g, m.width, COLUMNS / parts);
-      const int64_t wide = std::min(m.width, COLUMNS / parts);
-      room_size = std::max(room_size, std::min(rows, high(wide)) * (wide + 16));
+    for (int64_t first = 0, i = 0; first < m.width; first += m.stripe, i++) {
+      const int64_t last = std::min(first + m.stripe, m.width);
+      for (int64_t g = 0; g < many; g++) {
+        const int64_t rows = groups[g].rows, parts = g >= many - spare || rows > 48 ? 4 : rows > 24 ? 2 : 1;
+        const int64_t wide = std::min(last - first, COLUMNS / parts);
+        cut(Task::COLUMNS_OF, g, first, last, wide);
+        room_size = std::max(room_size, std::min(rows, high(wide)) * (wide + 16));
+      }
+      columns_due.push_back(tasks.size() - before - i * slices(m.tokens, TOKENS));
+      cut(Task::TOKENS_OF, i, 0, m.tokens, TOKENS);
     }
-    columns_all = tasks.size() - before;
-    cut(Task::TOKENS, 0, m.tokens, 16);
   }
 
   // Rows whose sums over so many columns stay near.
   static int64_t high(int64_t columns) { return std::clamp<int64_t>(24 * COLUMNS / columns, FEW, HIGH); }
 
-  void cut(Task::Kind kind, int64_t group, int64_t all, int64_t each) {
-    for (int64_t i = 0; i < all; i += each) tasks.push_back({kind, group, i, std::min(i + each, all)});
+  void cut(typename Task::Kind kind, int64_t group, int64_t from, int64_t to, int64_t each) {
+    for (int64_t i = from; i < to; i += each) tasks.push_back({kind, group, i, std::min(i + each, to)});
   }
 
   const char* in(int64_t expert, int64_t row) const {
@@ -180,7 +188,7 @@ class Mixture {
     return (const char*)m.w_out + size * (expert * m.out_expert + row * m.out_row + column);
   }
   void* hidden(int64_t row, int64_t i) const { return (char*)m.hidden + size * (row * hidden_row + i); }
-  void* result(int64_t row, int64_t i) const { return (char*)m.rows + size * (row * m.width + i); }
+  void* result(int64_t row, int64_t i) const { return (char*)m.rows + size * (row * m.stripe + i); }
 
   // The first weights that a task reads.
   const char* begin(int64_t task) const {
@@ -220,10 +228,11 @@ class Mixture {
       const char* next = row + rows < end ? out(g.expert, 0, from) : ahead;
       for (int64_t r = 0; r < rows; r++) h[r] = hidden(row + r, 0);
       if (pack) panels(h, rows, g.expert, from, many, next, room);
-      else stream(h, rows, g.expert, from, many, next, room);
+      else if (rows < 3) stream(h, rows, g.expert, from, many, next, room);
+      else axpy_block<type>(h, rows, out(g.expert, 0, from), m.out_row, many, m.units, room, y_row, next);
       for (int64_t r = 0; r < rows; r++)
         for (int64_t i = 0; i < many; i += 16)
-          store<type>(result(row + r, from + i), 0, load<FLOAT32>(room + r * y_row, i), many - i);
+          store<type>(result(row + r, from % m.stripe + i), 0, load<FLOAT32>(room + r * y_row, i), many - i);
     }
   }
 
@@ -265,14 +274,15 @@ class Mixture {
     }
   }
 
-  void mix(int64_t t) const {
-    for (int64_t i = 0; i < m.width; i += 16) {
+  void mix(int64_t t, int64_t first) const {
+    const int64_t many = std::min(m.stripe, m.width - first);
+    for (int64_t i = 0; i < many; i += 16) {
       V sum{};
       for (int64_t k = 0; k < m.choices; k++) {
         const int64_t row = slot[t * m.choices + k];
-        if (row >= 0) sum = sum + load<type>(result(row, i), 0, m.width - i) * m.weights[t * m.choices + k];
+        if (row >= 0) sum = sum + load<type>(result(row, i), 0, many - i) * m.weights[t * m.choices + k];
       }
-      store<type>((char*)m.y + size * (t * m.width + i), 0, sum, m.width - i);
+      store<type>((char*)m.y + size * (t * m.width + first + i), 0, sum, many - i);
     }
   }
 };

@@ -1,6 +1,6 @@
 """A mixture of experts behind its router in one call, for inference.
 
-T tokens, K choices, N kept choices, D width, E experts, F hidden width, H = 2F.
+T tokens, K choices, N choices of all tokens, D width, S width of a stripe, E experts, F hidden width, H = 2F.
 """
 
 import ctypes
@@ -12,6 +12,9 @@ from torch import Tensor
 from .build import library
 from .call import TYPES, call, fits, pointer
 
+LASTING = 8 << 20  # numbers that the allocator keeps between calls, whose pages are there already
+LEAST = 256  # columns
+
 
 class Moe(ctypes.Structure):
     """`Moe` of moe.h."""
@@ -21,7 +24,7 @@ class Moe(ctypes.Structure):
             "x", "ids", "weights", "kept", "w_in", "w_out", "hidden", "rows", "y",
         )),
         *((name, c_int64) for name in (
-            "tokens", "choices", "width", "units", "experts", "x_row", "in_expert", "in_row", "out_expert", "out_row",
+            "tokens", "choices", "width", "units", "experts", "stripe", "x_row", "in_expert", "in_row", "out_expert", "out_row",
         )),
     )  # fmt: skip
 
@@ -52,11 +55,12 @@ def moe_mlp(
     kept_TK = None if kept_TK is None else kept_TK.contiguous()
     (tokens, choices), (experts, hidden, width) = ids_TK.shape, w_out_EFD.shape
     h_NF = x_TD.new_empty(tokens * choices, hidden + hidden % 2)
-    y_ND = x_TD.new_empty(tokens * choices, width)
+    stripe = min(width, max(LEAST, LASTING // max(tokens * choices, 1) // LEAST * LEAST))
+    y_NS = x_TD.new_empty(tokens * choices, stripe)
     y_TD = x_TD.new_empty(tokens, width)
     moe = Moe(
-        *map(pointer, (x_TD, ids_TK, weights_TK, kept_TK, w_in_EHD, w_out_EFD, h_NF, y_ND, y_TD)),
-        tokens, choices, width, hidden, experts,
+        *map(pointer, (x_TD, ids_TK, weights_TK, kept_TK, w_in_EHD, w_out_EFD, h_NF, y_NS, y_TD)),
+        tokens, choices, width, hidden, experts, stripe,
         x_TD.stride(0), *w_in_EHD.stride()[:2], *w_out_EFD.stride()[:2],
     )  # fmt: skip
     call("moe_mlp", TYPES[x_TD.dtype], ctypes.byref(moe))
