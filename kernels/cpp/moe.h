@@ -19,7 +19,7 @@ namespace {  // other units have their own tasks
 
 constexpr int64_t UNITS = 32, COLUMNS = 2048;  // of a task, at most; multiples of 32
 constexpr int64_t TOKENS = 16;                // of a task
-constexpr int64_t ROWS = 24;                  // that pass the rows of w_in together
+constexpr int64_t ROWS = 96;                  // that pass the rows of w_in together
 constexpr int64_t FEW = 8, HIGH = 96;         // rows that w_out streams past as it lies; at most, that pass a panel
 constexpr int64_t NEAR = 64;                  // rows of w_out in a panel
 

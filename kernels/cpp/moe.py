@@ -24,7 +24,8 @@ class Moe(ctypes.Structure):
             "x", "ids", "weights", "kept", "w_in", "w_out", "hidden", "rows", "y",
         )),
         *((name, c_int64) for name in (
-            "tokens", "choices", "width", "units", "experts", "stripe", "x_row", "in_expert", "in_row", "out_expert", "out_row",
+            "tokens", "choices", "width", "units", "experts", "stripe",
+            "x_row", "in_expert", "in_row", "out_expert", "out_row",
         )),
     )  # fmt: skip
 
