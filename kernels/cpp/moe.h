@@ -261,7 +261,7 @@ class Mixture {
       const char* next = k + NEAR < m.units ? out(expert, k + NEAR, from) : ahead;
       Walk walk{next, next + size * many, size * many, size * (m.out_row - many)};
       for (int64_t i = 0; i < many; i += PANEL) {
-        pack_panel<type>(out(expert, k, from + i), m.out_row, PANEL, deep, panel);
+        pack_panels<type>(out(expert, k, from + i), m.out_row, PANEL, deep, panel);
         for (int64_t r = 0, n; r < rows; r += n) {
           float* y = room + r * y_row + i;
           n = rows - r;
