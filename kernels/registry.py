@@ -114,6 +114,7 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "store_kv": {
             "reference": "reference.attention",
+            "cpp": "cpp.store",
         },
         "copy_blocks": {
             "reference": "reference.attention",

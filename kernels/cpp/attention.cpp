@@ -88,14 +88,10 @@ struct Kernel {
     }
   }
 
-  // Keys lo to hi of the block that begins at `from`, of head g; and those that are read after it.
-  static Places places(const void* base, const int64_t* at, int64_t from, int64_t lo, int64_t hi, int64_t shift,
-                       const void* next_base, const int64_t* next, int64_t next_count, int64_t next_shift) {
+  // Keys lo to hi of the block that begins at `from`, of the head at `base`.
+  Places places(const char* base, const int64_t* at, int64_t from, int64_t lo, int64_t hi) const {
     Places found;
-    for (int64_t j = 0; j < BLOCK; j++) {
-      found.row[j] = from + j >= lo && from + j < hi ? (const char*)base + at[from + j] + shift : nullptr;
-      found.next[j] = j < next_count ? (const char*)next_base + next[j] + next_shift : nullptr;
-    }
+    for (int64_t j = 0; j < BLOCK; j++) found.row[j] = from + j >= lo && from + j < hi ? base + at[from + j] : nullptr;
     return found;
   }
 
@@ -112,41 +108,42 @@ struct Kernel {
     return span;
   }
 
+  // Few rows wait for memory: while a head's block is multiplied, the next head's or the next block is fetched.
+  Ahead ahead(const Unit& u, const void* base, const int64_t* at, int64_t rows, int64_t width) const {
+    return u.rows > 16 ? Ahead{} : Ahead{(const char*)base, at, std::min(rows, BLOCK), bytes(type) * width};
+  }
+
   void score(const Unit& u, Room& room, const Span& all, int64_t base) const {
+    const int64_t k_head = bytes(type) * a.k_head;
     for (int64_t from = all.lo / BLOCK * BLOCK; from < all.hi; from += BLOCK) {
       const int64_t lo = std::max(all.lo, from), hi = std::min(all.hi, from + BLOCK);
-      const bool more = from + BLOCK < all.hi;
-      const int64_t* next = more ? room.k_at + from + BLOCK : room.v_at + all.lo;
-      const int64_t count = std::min(BLOCK, more ? all.hi - from - BLOCK : all.hi - all.lo);
+      Ahead next = hi < all.hi ? ahead(u, a.k, room.k_at + hi, all.hi - hi, (u.heads - 1) * a.k_head + a.d)
+                               : ahead(u, a.v, room.v_at + all.lo, all.hi - all.lo, (u.heads - 1) * a.v_head + a.d_v);
       for (int64_t g = 0; g < u.heads; g++) {
-        const int64_t k_shift = bytes(type) * g * a.k_head, v_shift = bytes(type) * g * a.v_head;
-        pack_keys<pairs, type>(places(a.k, room.k_at, from, lo, hi, k_shift, more ? a.k : a.v, next, count,
-                                      more ? k_shift : v_shift),
-                               a.d, lo - from, hi - from, room.zeros, room.keys);
+        pack_keys<pairs, type>(places((const char*)a.k + g * k_head, room.k_at, from, lo, hi), a.d, lo - from,
+                               hi - from, room.zeros, room.keys, next);
         for (int64_t r = 0; r < u.rows; r += TALL) {
           const int64_t n = std::min<int64_t>(TALL, u.rows - r), i = g * u.rows + r;
           const Span own = seen(room.rows + r, n, base);
           if (own.lo < from + BLOCK && own.hi > from)
             product<pairs>(n, room.q + i * q_width, q_width, room.keys, BLOCK, depth, room.s + i * CHUNK + from, CHUNK,
-                           BLOCK, false);
+                           BLOCK, false, next);
         }
       }
     }
   }
 
-  // Shares of keys `all` times their values, for rows start to stop of every head.
+  // Shares of keys `all` times their values, for rows start to stop of every head; `after` keys follow the chunk.
   void weigh(const Unit& u, Room& room, const Span& all, int64_t base, int64_t start, int64_t stop, float* records,
-             int64_t next) const {
+             int64_t after) const {
+    const int64_t v_head = bytes(type) * a.v_head;
     for (int64_t from = all.lo / BLOCK * BLOCK; from < all.hi; from += BLOCK) {
       const int64_t lo = std::max(all.lo, from), hi = std::min(all.hi, from + BLOCK);
-      const bool more = from + BLOCK < all.hi;
+      Ahead next = hi < all.hi ? ahead(u, a.v, room.v_at + hi, all.hi - hi, (u.heads - 1) * a.v_head + a.d_v)
+                               : ahead(u, a.k, room.k_next, after, (u.heads - 1) * a.k_head + a.d);
       for (int64_t g = 0; g < u.heads; g++) {
-        const int64_t k_shift = bytes(type) * g * a.k_head, v_shift = bytes(type) * g * a.v_head;
-        pack_values<pairs, type>(
-            places(a.v, room.v_at, from, lo, hi, v_shift, more ? a.v : a.k,
-                   more ? room.v_at + from + BLOCK : room.k_next, more ? std::min(BLOCK, all.hi - from - BLOCK) : next,
-                   more ? v_shift : k_shift),
-            a.d_v, lanes, lo - from, hi - from, room.zeros, room.values);
+        pack_values<pairs, type>(places((const char*)a.v + g * v_head, room.v_at, from, lo, hi), a.d_v, lanes,
+                                 lo - from, hi - from, room.zeros, room.values, next);
         for (int64_t r = start; r < stop; r += TALL) {
           const int64_t n = std::min<int64_t>(TALL, stop - r), i = g * u.rows + r;
           const Span own = seen(room.rows + r, n, base);
@@ -154,7 +151,7 @@ struct Kernel {
           const int64_t last = up(std::min(own.hi, hi), PER) / PER;
           if (first < last)
             product<pairs>(n, room.p + i * p_width + first, p_width, room.values + (first - from / PER) * lanes, lanes,
-                           last - first, records + i * record, record, lanes, own.lo < from);
+                           last - first, records + i * record, record, lanes, own.lo < from, next);
         }
       }
     }
@@ -281,6 +278,15 @@ struct Kernel {
         tasks.push_back(u);
       }
     }
+    if (threads > 1 && (int64_t)tasks.size() < 4 * threads)  // too few to be shared well: halves of the heads
+      for (size_t i = tasks.size(); i--;) {
+        Unit u = tasks[i];
+        if (u.heads < 2 || u.work() * CHUNK * a.d <= 4 * SMALL) continue;
+        Unit half = u;
+        u.heads /= 2, half.head += u.heads, half.heads -= u.heads;
+        if (half.part >= 0) half.part += u.heads * u.rows * record;
+        tasks[i] = u, tasks.push_back(half);
+      }
     if ((int64_t)parts.size() < room) parts.resize(room);
     std::stable_sort(tasks.begin(), tasks.end(), [](const Unit& x, const Unit& y) { return x.work() > y.work(); });
     float* const at = parts.data();

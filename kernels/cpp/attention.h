@@ -98,16 +98,33 @@ static inline V spread(const float* x) {
 #endif
 }
 
+// Rows that are read next, fetched line by line while others are multiplied: all at once would wait for one another.
+struct Ahead {
+  const char* base = nullptr;
+  const int64_t* at = nullptr;
+  int64_t rows = 0, bytes = 0, line = 0;
+  void fetch() {
+    if (!rows) return;
+    _mm_prefetch(base + *at + line, _MM_HINT_T0);
+    line += 64;
+    if (line >= bytes) line = 0, at++, rows--;
+  }
+};
+
 // c[r, 16 n lanes] (+)= Σ_i a[r, i] · b[i, 16 n lanes], i ascending; with pairs a number is two of bfloat16.
 template <bool pairs, int rows, int n>
 static inline void tile(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t steps, float* c,
-                        int64_t c_row, bool add) {
+                        int64_t c_row, bool add, Ahead& ahead) {
+  Ahead next = ahead;
   V sum[rows][n];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
     for (int j = 0; j < n; j++) sum[r][j] = add ? load<FLOAT32>(c + r * c_row, 16 * j) : V{};
   for (int64_t i = 0; i < steps; i++) {
+    if (next.rows)
+#pragma GCC unroll 4
+      for (int j = 0; j < n / 2; j++) next.fetch();
     V y[n];
 #pragma GCC unroll 4
     for (int j = 0; j < n; j++) y[j] = load<FLOAT32>(b + i * b_row, 16 * j);
@@ -122,14 +139,16 @@ static inline void tile(const float* a, int64_t a_row, const float* b, int64_t b
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
     for (int j = 0; j < n; j++) store<FLOAT32>(c + r * c_row, 16 * j, sum[r][j]);
+  ahead = next;
 }
 
 // The same for up to TALL rows and any multiple of 64 lanes.
 template <bool pairs>
 static void product(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t steps, float* c,
-                    int64_t c_row, int64_t lanes, bool add) {
-#define TILE_OF(T, N)                                                                                    \
-  for (int64_t j = 0; j < lanes; j += 16 * N) tile<pairs, T, N>(a, a_row, b + j, b_row, steps, c + j, c_row, add); \
+                    int64_t c_row, int64_t lanes, bool add, Ahead& ahead) {
+#define TILE_OF(T, N)                                                                     \
+  for (int64_t j = 0; j < lanes; j += 16 * N)                                             \
+    tile<pairs, T, N>(a, a_row, b + j, b_row, steps, c + j, c_row, add, ahead);           \
   a += T * a_row, c += T * c_row, rows -= T;
   while (rows >= TALL) { TILE_OF(TALL, 2) }
 #if defined(__AVX512F__)
@@ -167,20 +186,16 @@ static inline void transpose(V* x) {  // sixteen by sixteen
 #endif
 }
 
-// Where the keys of a block lie; null where there is none, or none that is wanted.
+// Where the keys of a block lie; null where there is none that is wanted.
 struct Places {
   const char* row[BLOCK];
-  const char* next[BLOCK];  // of the block that is read after this one, to be fetched
 };
-
-static inline void fetch(const char* row) {
-  if (row) _mm_prefetch(row, _MM_HINT_T1);
-}
 
 // panel[i, j] = number (or pair) i of key j, zero past d and where there is no key.
 template <bool pairs, int type>
-static void pack_keys(const Places& at, int64_t d, int64_t lo, int64_t hi, const char* zeros, float* panel) {
-  constexpr int64_t numbers = pairs ? 32 : 16, line = 64 / (type == FLOAT32 ? 4 : type == INT8 ? 1 : 2);
+static void pack_keys(const Places& at, int64_t d, int64_t lo, int64_t hi, const char* zeros, float* panel,
+                      Ahead& ahead) {
+  constexpr int64_t numbers = pairs ? 32 : 16;
   for (int64_t key = lo / 16 * 16; key < hi; key += 16)
     for (int64_t i = 0; i < d; i += numbers) {
       V x[16];
@@ -190,8 +205,8 @@ static void pack_keys(const Places& at, int64_t d, int64_t lo, int64_t hi, const
         if constexpr (pairs) x[j] = (V)narrow_pairs<type>(row, i, d - i);
 #endif
         if constexpr (!pairs) x[j] = wide<type>(row, i, d - i);
-        if (i % line == 0 && at.next[key + j]) fetch(at.next[key + j] + i * 64 / line);
       }
+      for (int j = 0; j < 8 && ahead.rows; j++) ahead.fetch();
       transpose(x);
       for (int t = 0; t < 16; t++) store<FLOAT32>(panel + (i * 16 / numbers + t) * BLOCK, key, x[t]);
     }
@@ -200,8 +215,7 @@ static void pack_keys(const Places& at, int64_t d, int64_t lo, int64_t hi, const
 // panel[j, c] = column c of key j, or of the pair of keys j; zero where there is no key.
 template <bool pairs, int type>
 static void pack_values(const Places& at, int64_t d, int64_t width, int64_t lo, int64_t hi, const char* zeros,
-                        float* panel) {
-  constexpr int64_t line = 64 / (type == FLOAT32 ? 4 : type == INT8 ? 1 : 2);
+                        float* panel, Ahead& ahead) {
 #if defined(__AVX512BF16__)
   if constexpr (pairs) {
     alignas(64) static const uint16_t turn[2][32] = {
@@ -217,19 +231,15 @@ static void pack_values(const Places& at, int64_t d, int64_t width, int64_t lo, 
         const __m512i a = narrow_pairs<type>(row, i, d - i), b = narrow_pairs<type>(other, i, d - i);
         store<FLOAT32>(to, i, (V)_mm512_permutex2var_epi16(a, low, b));
         store<FLOAT32>(to, i + 16, (V)_mm512_permutex2var_epi16(a, high, b));
-        if (i % line == 0)
-          for (int j = 0; j < 2; j++)
-            if (at.next[key + j]) fetch(at.next[key + j] + i * 64 / line);
+        ahead.fetch();
       }
     }
     return;
   }
 #endif
   for (int64_t key = lo; key < hi; key++)
-    for (int64_t i = 0; i < d; i += 16) {
+    for (int64_t i = 0; i < d; i += 16)
       store<FLOAT32>(panel + key * width, i, wide<type>(at.row[key] ? at.row[key] : zeros, i, d - i));
-      if (i % line == 0 && at.next[key]) fetch(at.next[key] + i * 64 / line);
-    }
 }
 
 // Scores s of keys lo to hi of a chunk become shares p of all its keys, 0 where unseen. Returns their (most, sum).

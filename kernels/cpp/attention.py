@@ -5,7 +5,7 @@ Pages may lie in any order of tokens and heads: the kernel takes their strides. 
 T tokens, H query heads, G key/value heads, d head dim, B sequences, M blocks of a table.
 """
 
-import ctypes
+from struct import Struct
 from typing import Any
 
 import torch
@@ -13,7 +13,10 @@ from torch import Tensor
 
 from ..reference.attention import own_keys
 from ..torch_ops import attention as library_attention
-from .call import TYPES, Attention, call, differentiable, fits, pointer
+from .build import library
+from .call import INT8, TYPES, call, differentiable, fits, pointer
+
+ATTENTION = Struct("11P18qf4x")  # `Attention` of attention.h
 
 
 def varlen_attention_fits(
@@ -47,7 +50,7 @@ def varlen_attention_pays(
 ) -> bool:
     operands = (q_THd, k_TGd, v_TGd, sinks_H, bias_HR)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    return q_THd.device.type == "cpu" and not wanted
+    return q_THd.is_cpu and not wanted
 
 
 def varlen_attention(
@@ -91,7 +94,8 @@ def paged_attention_fits(
     scales_k: Tensor | None = None,
     scales_v: Tensor | None = None,
 ) -> bool:
-    return fits(q_THd) and (scales_k is not None or fits(cache_k, cache_v))
+    known = scales_k is not None or cache_k.dtype in TYPES
+    return known and q_THd.dtype in TYPES and q_THd.is_cpu and library() is not None
 
 
 def paged_attention_pays(
@@ -110,7 +114,7 @@ def paged_attention_pays(
     scales_k: Tensor | None = None,
     scales_v: Tensor | None = None,
 ) -> bool:
-    return q_THd.device.type == "cpu" and not (torch.is_grad_enabled() and q_THd.requires_grad)
+    return q_THd.is_cpu and not (torch.is_grad_enabled() and q_THd.requires_grad)
 
 
 def paged_attention(
@@ -139,22 +143,36 @@ def _attend(
     scales_k: Tensor | None = None, scales_v: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Keys and values are packed, [S, G, d], and `keys_B` their borders; or pages, and `keys_B` the lengths."""
-    q_THd, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q_THd, k, v))
+    q_THd, k, v = _rows(q_THd), _rows(k), _rows(v)
     cu_q_B1, keys_B = _int32(cu_q_B1), _int32(keys_B)
-    table_BM = None if table_BM is None else _int32(table_BM)
-    sinks_H, bias_HR = (None if t is None else t.float().contiguous() for t in (sinks_H, bias_HR))
-    o_THd = q_THd.new_empty(*q_THd.shape[:2], v.shape[-1])
-    k_strides, v_strides = ((0, *t.stride())[-4:] for t in (k, v))
-    it = Attention(
+    T, H, d = q_THd.shape
+    *_, page, G, _ = k.shape
+    table, longest, sinks, bias = 0, 0, 0, 0
+    if sinks_H is not None:
+        sinks_H = sinks_H.float().contiguous()
+        sinks = sinks_H.data_ptr()
+    if bias_HR is not None:
+        bias_HR = bias_HR.float().contiguous()
+        bias, longest = bias_HR.data_ptr(), bias_HR.shape[1] // 2
+    if table_BM is not None:
+        table_BM = _int32(table_BM)
+        table, blocks = table_BM.data_ptr(), table_BM.shape[1]
+    else:
+        page = blocks = 0
+    o_THd = q_THd.new_empty(T, H, v.shape[-1])
+    arguments = ATTENTION.pack(
         q_THd.data_ptr(), k.data_ptr(), v.data_ptr(), o_THd.data_ptr(), cu_q_B1.data_ptr(), keys_B.data_ptr(),
-        pointer(table_BM), pointer(sinks_H), pointer(bias_HR), pointer(scales_k), pointer(scales_v),
-        len(cu_q_B1) - 1, q_THd.shape[1], k.shape[-2], q_THd.shape[2], v.shape[-1], *q_THd.stride()[:2],
-        *k_strides[:3], *v_strides[:3], 0 if table_BM is None else table_BM.shape[1],
-        0 if table_BM is None else k.shape[1], 0 if bias_HR is None else bias_HR.shape[1] // 2,
-        causal, min(window or 0, 2**40), scale,
+        table, sinks, bias, pointer(scales_k) or 0, pointer(scales_v) or 0,
+        len(cu_q_B1) - 1, H, G, d, v.shape[-1], *q_THd.stride()[:2], *(0, *k.stride())[-4:-1],
+        *(0, *v.stride())[-4:-1], blocks, page, longest, causal, min(window or 0, 2**40), scale,
     )  # fmt: skip
-    call("attention", TYPES[q_THd.dtype], TYPES.get(k.dtype, 3), ctypes.byref(it))
+    call("attention", TYPES[q_THd.dtype], TYPES.get(k.dtype, INT8), arguments)
     return o_THd
+
+
+def _rows(t: Tensor) -> Tensor:
+    """Rows of neighbours."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def _int32(t: Tensor) -> Tensor:

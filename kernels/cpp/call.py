@@ -1,8 +1,6 @@
-"""How Python reaches the C++ kernels: structures of pointers and strides, types by number, gradients by a twin."""
+"""How Python reaches the C++ kernels: types by number, gradients by a twin."""
 
-import ctypes
 from collections.abc import Callable
-from ctypes import c_float, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -13,21 +11,7 @@ from torch.autograd.function import once_differentiable
 from .build import library
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-class Attention(ctypes.Structure):
-    """`Attention` of attention.h."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in (
-            "q", "k", "v", "out", "cu_q", "keys", "table", "sinks", "bias", "scales_k", "scales_v",
-        )),
-        *((name, c_int64) for name in (
-            "sequences", "heads", "kv_heads", "d", "d_v", "q_row", "q_head", "k_block", "k_row", "k_head", "v_block",
-            "v_row", "v_head", "table_row", "page", "longest", "causal", "window",
-        )),
-        ("scale", c_float),
-    )  # fmt: skip
+INT8 = 3  # of pages
 
 
 def fits(*tensors: Tensor | None) -> bool:
