@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .ops import (
+        add_rms_norm,
         combine,
         copy_blocks,
         cross_entropy,
         grouped_gemm,
         head_gemm,
+        heads,
         linear,
         moe_mlp,
         paged_attention,
@@ -23,9 +25,11 @@ if TYPE_CHECKING:
         quantized_moe_mlp,
         rms_norm,
         rope,
+        rotate,
         sort_by_expert,
         store_kv,
         swiglu,
+        top_k_gates,
         varlen_attention,
     )
     from .quantized import QuantizedWeight, quantize_weight
@@ -43,11 +47,13 @@ _ELSEWHERE = {
 
 __all__ = [
     "QuantizedWeight",
+    "add_rms_norm",
     "combine",
     "copy_blocks",
     "cross_entropy",
     "grouped_gemm",
     "head_gemm",
+    "heads",
     "linear",
     "moe_mlp",
     "normal",
@@ -59,10 +65,12 @@ __all__ = [
     "quantized_moe_mlp",
     "rms_norm",
     "rope",
+    "rotate",
     "sort_by_expert",
     "store_kv",
     "swiglu",
     "table",
+    "top_k_gates",
     "uniform",
     "using",
     "varlen_attention",

@@ -4,15 +4,13 @@ T tokens, D width, E experts, K choices, N rows (kept assignments, sorted by exp
 B sequences, H heads, G key/value heads (G divides H), d head dim, F expert hidden. Every operation takes T = 0.
 """
 
-import contextlib
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from . import registry
 from .quantized import QuantizedWeight
-from .reference.precision import autocast
+from .reference.precision import autocast, exact
 
 
 def linear(x_TD: Tensor, w_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
@@ -49,7 +47,7 @@ def grouped_gemm(x_NK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
         y_NM, of the dtype of the operands; differentiable in x and w.
     """
     x_NK, w_EKM = autocast(x_NK, w_EKM)
-    with _exact(x_NK):
+    with exact(x_NK):
         return registry.call("grouped_gemm", x_NK, w_EKM, ends_E)
 
 
@@ -72,7 +70,7 @@ def moe_mlp(
         y_TD in x's dtype (autocast's under autocast), differentiable in x, weights, w_in and w_out.
     """
     x_TD, w_in_EHD, w_out_EFD = autocast(x_TD, w_in_EHD, w_out_EFD)
-    with _exact(x_TD):
+    with exact(x_TD):
         return registry.call("moe_mlp", x_TD, ids_TK, weights_TK, kept_TK, w_in_EHD, w_out_EFD)
 
 
@@ -134,6 +132,11 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return registry.call("rms_norm", x_TD, weight_D, eps)
 
 
+def add_rms_norm(x_TD: Tensor, y_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """A residual sum and its norm: (x + y, rms_norm(x + y)); the sum is rounded to its dtype before."""
+    return registry.call("add_rms_norm", x_TD, y_TD, weight_D, eps)
+
+
 def rope(x_THd: Tensor, positions_T: Tensor, turns_h: Tensor, magnitude: float = 1.0) -> Tensor:
     """Rotary position embedding (Su et al. 2021) in the rotate-half convention of GPT-NeoX and Hugging Face.
 
@@ -143,6 +146,73 @@ def rope(x_THd: Tensor, positions_T: Tensor, turns_h: Tensor, magnitude: float =
         magnitude: factor on the result.
     """
     return registry.call("rope", x_THd, positions_T, turns_h, magnitude)
+
+
+def rotate(x_THd: Tensor, cos_Th: Tensor, sin_Th: Tensor) -> Tensor:
+    """`rope` whose angles are known: (a, b) → (a · cos - b · sin, b · cos + a · sin) of the halves a, b of each head.
+
+    In float32 (float64 stays), returned in x's dtype; differentiable in x.
+    """
+    return registry.call("rotate", x_THd, cos_Th, sin_Th)
+
+
+def heads(
+    x_TD: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    cos_Th: Tensor,
+    sin_Th: Tensor,
+    norm_q: Tensor | None = None,
+    norm_k: Tensor | None = None,
+    eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What attention is given: q = rotate(norm(x · w_qᵀ)), k = rotate(norm(x · w_kᵀ)), v = x · w_vᵀ.
+
+    Args:
+        w_q: [H · d, D]; w_k, w_v: [G · d, D], of x's dtype; under autocast the products have its.
+        cos_Th, sin_Th: of each token's angles, float32 (float64 for float64 x); d = 2h.
+        norm_q, norm_k: [d], weights of a root-mean-square norm of each head; None = there is none.
+
+    Returns:
+        q_THd, k_TGd, v_TGd; differentiable in all but the angles.
+    """
+    return registry.call("heads", x_TD, w_q, w_k, w_v, cos_Th, sin_Th, norm_q, norm_k, eps)
+
+
+def top_k_gates(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    ids_TK: Tensor | None = None,
+    score: str = "softmax",
+    bias_E: Tensor | None = None,
+    groups: int = 1,
+    top_groups: int = 1,
+    best: int = 1,
+    renormalize: bool = False,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """A router's decision: the k highest experts of each token, best first and ties to the lower id, and their weights.
+
+    Experts are ranked by logit, or with `sigmoid` by sigmoid(logit) + bias.
+
+    Args:
+        logits_TE: float32 (float64 stays).
+        ids_TK: int64, the experts if they are known; None = choose.
+        score: weights are `softmax` over all E, `sigmoid` of the logit, or a softmax over the `chosen` k.
+        groups, top_groups: choose within the `top_groups` of so many groups of neighbours whose `best` highest ranks
+            have the highest sum.
+        renormalize: divide the weights by their sum.
+        scale: multiplies them.
+
+    Returns:
+        ids_TK int64, and weights_TK of the logits' dtype, differentiable. A NaN ranks above all numbers.
+    """
+    return registry.call(
+        "top_k_gates", logits_TE, top_k, ids_TK=ids_TK, score=score, bias_E=bias_E, groups=groups,
+        top_groups=top_groups, best=best, renormalize=renormalize, scale=scale,
+    )  # fmt: skip
 
 
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
@@ -182,7 +252,7 @@ def varlen_attention(
         o_THd (d of v). Differentiable in q, k, v, sinks and bias. Under autocast the operands are cast to its dtype.
     """
     q_THd, k_TGd, v_TGd = autocast(q_THd, k_TGd, v_TGd)
-    with _exact(q_THd):
+    with exact(q_THd):
         return registry.call(
             "varlen_attention",
             q_THd,
@@ -257,7 +327,7 @@ def paged_attention(
         causal, window, sinks_H, bias_HR: as in `varlen_attention`.
         scales_k, scales_v: of pages of int8, as `store_kv` wrote them; a number is its page's times its row's scale.
     """
-    with _exact(q_THd):
+    with exact(q_THd):
         return registry.call(
             "paged_attention",
             q_THd,
@@ -274,10 +344,3 @@ def paged_attention(
             scales_k=scales_k,
             scales_v=scales_v,
         )
-
-
-def _exact(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Autocast off: the operands have their dtype already, and intermediate results keep theirs."""
-    kind = x.device.type
-    on = torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()  # which is 3 µs cheaper

@@ -93,9 +93,27 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "cpp": "cpp.rowwise",
             "rows": "rows.elements",
         },
+        "add_rms_norm": {
+            "reference": "reference.dense",
+            "torch": "torch_ops.layers",
+            "cpp": "cpp.rowwise",
+        },
         "rope": {
             "reference": "reference.dense",
             "rows": "rows.elements",
+        },
+        "rotate": {
+            "reference": "reference.dense",
+            "cpp": "cpp.rowwise",
+        },
+        "heads": {
+            "reference": "reference.dense",
+            "torch": "torch_ops.layers",
+            "cpp": "cpp.heads",
+        },
+        "top_k_gates": {
+            "reference": "reference.gates",
+            "cpp": "cpp.gates",
         },
         "swiglu": {
             "reference": "reference.dense",
@@ -161,8 +179,8 @@ def choose(op: str, *args: Any, **kwargs: Any) -> str:
     forms = FORMS[op]
     if len(forms) == 1:
         return "reference"
-    asked = torch.compiler.is_compiling() or _forced.get() is not None
-    for form in _order():
+    order, asked = _order()
+    for form in order:
         if form in forms:
             _, fits, pays = _load(op, form)
             unasked = asked or form in DEFAULT or (pays is not None and pays(*args, **kwargs))
@@ -173,7 +191,7 @@ def choose(op: str, *args: Any, **kwargs: Any) -> str:
 
 def table() -> dict[str, dict[str, str]]:
     """Operation → the forms it has, in the order in which they are tried now, with the module of each."""
-    order = _order()
+    order, _ = _order()
     return {op: {form: forms[form] for form in order if form in forms} for op, forms in FORMS.items()}
 
 
@@ -182,11 +200,12 @@ def invariant() -> bool:
     return not torch.compiler.is_compiling() and _forced.get() == "invariant"
 
 
-def _order() -> tuple[str, ...]:
+def _order() -> tuple[tuple[str, ...], bool]:
+    """The forms in the order in which they are tried, and whether somebody asked for that order."""
     if torch.compiler.is_compiling():  # it can not read a context variable
-        return DEFAULT
+        return DEFAULT, True
     forced = _forced.get()
-    return _unasked() if forced is None else PREFERENCES[forced]
+    return (_unasked(), False) if forced is None else (PREFERENCES[forced], True)
 
 
 @functools.cache

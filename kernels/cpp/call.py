@@ -32,6 +32,16 @@ def call(name: str, *arguments: Any) -> None:
     getattr(kernels, f"turnout_{name}")(*arguments, torch.get_num_threads())
 
 
+def kernel(name: str, types: tuple[Any, ...]) -> Callable[..., None]:
+    """A kernel that takes plain numbers for arguments of these types."""
+    kernels = library()
+    assert kernels is not None, "a form runs only where it fits"
+    found = getattr(kernels, name)
+    if found.argtypes is None:
+        found.argtypes, found.restype = types, None
+    return found
+
+
 def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 

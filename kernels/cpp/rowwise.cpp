@@ -1,23 +1,30 @@
-// Norm and activation, row by row.
-#include "kernels.h"
+// Norm, activation and rotation, row by row.
+#include "rowwise.h"
 
 template <Type type>
-static void rms_norm_rows(const void* x, const float* weight, void* y, int64_t rows, int64_t D, float eps,
-                          int threads) {
-#pragma omp parallel for num_threads(rows * D < SMALL ? 1 : threads)
-  for (int64_t t = 0; t < rows; t++) {
+static void norm_rows(const void* x, const void* y, int w_type, const void* w, void* sum, void* normed, int64_t T,
+                      int64_t D, float eps, int threads) {
+#pragma omp parallel for num_threads(T * D < SMALL ? 1 : threads)
+  for (int64_t t = 0; t < T; t++) {
     const void* row = at<type>(x, t * D);
-    V squares{};
-    for (int64_t i = 0; i < D; i += 16) {
-      V a = load<type>(row, i, D - i);
-      squares = fma(a, a, squares);
+    if (y) {
+      void* to = (void*)at<type>(sum, t * D);
+      for (int64_t i = 0; i < D; i += 16)
+        store<type>(to, i, load<type>(row, i, D - i) + load<type>(at<type>(y, t * D), i, D - i), D - i);
+      row = to;
     }
-    const float turn = 1.0f / std::sqrt(reduce(squares) / D + eps);
-    for (int64_t i = 0; i < D; i += 16) {
-      V a = load<type>(row, i, D - i) * turn * load<FLOAT32>(weight, i, D - i);
-      store<type>((void*)at<type>(y, t * D), i, a, D - i);
-    }
+    norm_row<type>(row, w_type, w, (void*)at<type>(normed, t * D), D, eps);
   }
+}
+
+template <Type type>
+static void turn_rows(const void* x, const float* cos, const float* sin, void* y, int64_t T, int64_t H, int64_t h,
+                      int64_t x_token, int64_t x_head, int threads) {
+#pragma omp parallel for num_threads(T * H * h < SMALL ? 1 : threads)
+  for (int64_t t = 0; t < T; t++)
+    for (int64_t j = 0; j < H; j++)
+      turn_row<type>(at<type>(x, t * x_token + j * x_head), cos + t * h, sin + t * h,
+                     (void*)at<type>(y, (t * H + j) * 2 * h), h);
 }
 
 template <Type type>
@@ -33,9 +40,17 @@ static void swiglu_rows(const void* x, void* y, int64_t rows, int64_t F, int thr
 
 extern "C" {
 
-void turnout_rms_norm(int type, const void* x, const float* weight, void* y, int64_t rows, int64_t D, float eps,
-                      int threads) {
-#define CALL(T) rms_norm_rows<T>(x, weight, y, rows, D, eps, threads)
+// normed = norm(x), or with y: sum = x + y, normed = norm(sum)
+void turnout_add_rms_norm(int type, const void* x, const void* y, int w_type, const void* w, void* sum, void* normed,
+                          int64_t T, int64_t D, float eps, int threads) {
+#define CALL(TYPE) norm_rows<TYPE>(x, y, w_type, w, sum, normed, T, D, eps, threads)
+  BY_TYPE(type, CALL)
+#undef CALL
+}
+
+void turnout_rotate(int type, const void* x, const float* cos, const float* sin, void* y, int64_t T, int64_t H,
+                    int64_t h, int64_t x_token, int64_t x_head, int threads) {
+#define CALL(TYPE) turn_rows<TYPE>(x, cos, sin, y, T, H, h, x_token, x_head, threads)
   BY_TYPE(type, CALL)
 #undef CALL
 }

@@ -1,7 +1,11 @@
 """The dtype in which sums are taken, and that of the operands."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
+
+AS_IT_IS = nullcontext()
 
 
 def wide(x: Tensor) -> Tensor:
@@ -16,3 +20,9 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def exact(x: Tensor) -> AbstractContextManager[None]:
+    """Autocast off: the operands have their dtype already, and intermediate results keep theirs."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else AS_IT_IS

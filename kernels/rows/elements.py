@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..reference import dense
-from ..reference.precision import wide
 
 LANES = 64
 """No CPU's vectors, unrolled as PyTorch unrolls them, are longer; a multiple leaves no remainder."""
@@ -33,7 +32,5 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def rope(x_THd: Tensor, positions_T: Tensor, turns_h: Tensor, magnitude: float = 1.0) -> Tensor:
-    angles_T1h = (positions_T[:, None] * turns_h)[:, None, :]
-    cos, sin = (pointwise(f, angles_T1h) * magnitude for f in (torch.cos, torch.sin))
-    first, second = wide(x_THd).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_THd.dtype)
+    angles_Th = positions_T[:, None] * turns_h
+    return dense.rotate(x_THd, *(pointwise(f, angles_Th) * magnitude for f in (torch.cos, torch.sin)))
