@@ -3,11 +3,13 @@
 T tokens, E experts, K choices.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
-from .groups import within_best_groups
+from ...kernels.reference.gates import within_best_groups
 from .record import RouteContext
 from .router import Scores
 from .topk_softmax import TopKSoftmaxRouter
@@ -30,3 +32,7 @@ class DeepSeekV2Router(TopKSoftmaxRouter):
 
     def weigh(self, scores: Scores, ids_TK: Tensor, kept_TK: Tensor) -> Tensor:
         return self.cfg.route_scale * super().weigh(scores, ids_TK, kept_TK)
+
+    def rule(self) -> Mapping[str, Any]:
+        cfg = self.cfg
+        return {**super().rule(), "groups": cfg.expert_groups, "top_groups": cfg.top_groups, "scale": cfg.route_scale}

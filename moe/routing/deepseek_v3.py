@@ -3,12 +3,14 @@
 T tokens, E experts, K choices.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import pointwise
-from .groups import within_best_groups
+from ...kernels.reference.gates import sigmoid_shares, within_best_groups
 from .record import RouteContext
 from .router import Router, Scores
 
@@ -36,14 +38,16 @@ class DeepSeekV3Router(Router):
         gates_TE = pointwise(torch.sigmoid, logits_TE)
         biased_TE = gates_TE.detach() + self.balance_bias.to(x_TD.dtype)
         rank_TE = within_best_groups(biased_TE, self.cfg.expert_groups, self.cfg.top_groups, best=2)
-        return Scores(logits=logits_TE, probs=_shares(logits_TE), rank=rank_TE, gates=gates_TE)
+        return Scores(logits=logits_TE, probs=sigmoid_shares(logits_TE), rank=rank_TE, gates=gates_TE)
 
     def weigh(self, scores: Scores, ids_TK: Tensor, kept_TK: Tensor) -> Tensor:
         if self.cfg.renormalize:
-            return self.cfg.route_scale * _shares(scores.logits.gather(1, ids_TK))
+            return self.cfg.route_scale * sigmoid_shares(scores.logits.gather(1, ids_TK))
         return self.cfg.route_scale * scores.gates.gather(1, ids_TK)
 
-
-def _shares(logits: Tensor) -> Tensor:
-    """s / Σ s of s = sigmoid(logits): through logarithms, so that scores which round to zero still sum to one."""
-    return pointwise(F.logsigmoid, logits).softmax(-1)
+    def rule(self) -> Mapping[str, Any]:
+        cfg = self.cfg
+        return {
+            "score": "sigmoid", "bias_E": self.balance_bias, "groups": cfg.expert_groups,
+            "top_groups": cfg.top_groups, "best": 2, "renormalize": cfg.renormalize, "scale": cfg.route_scale,
+        }  # fmt: skip

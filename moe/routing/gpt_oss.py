@@ -3,6 +3,9 @@
 T tokens, D width, E experts, K choices.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,3 +35,6 @@ class GptOssRouter(Router):
 
     def weigh(self, scores: Scores, ids_TK: Tensor, kept_TK: Tensor) -> Tensor:
         return scores.logits.gather(1, ids_TK).softmax(-1)
+
+    def rule(self) -> Mapping[str, Any]:
+        return {"score": "chosen"}

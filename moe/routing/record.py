@@ -8,12 +8,14 @@ T tokens, E experts, K choices, G groups.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ...kernels.reference.gates import sigmoid_shares
 from ...parallel.spread import Spread
 
 
@@ -104,9 +106,9 @@ class Routing:
         weights_TK: float32 gate values that multiply the experts' outputs; they carry the router's gradient.
         wanted_TK: bool, False where a token asked for nothing: padding, or a second choice that was not drawn.
         kept_TK: bool, wanted and within capacity.
-        counts_E: int64, wanted assignments of each expert, before drops and reroutes.
-        probs_TE: float32 router probabilities (sigmoid routers: scores divided by their sum).
         logits_TE: float32 router logits.
+        shares_TE: float32 router probabilities, where the router had them at hand; None = they follow from the logits.
+        sigmoid: how they follow: as sigmoid scores divided by their sum, not as a softmax.
         aux: name → this rank's part of each loss over the global batch, before its coefficient (`balance`, `z`, ...).
         asked_TK: int64, the experts first asked, where a reroute changed some; None = ids_TK.
     """
@@ -115,11 +117,23 @@ class Routing:
     weights_TK: Tensor
     wanted_TK: Tensor
     kept_TK: Tensor
-    counts_E: Tensor
-    probs_TE: Tensor
     logits_TE: Tensor
+    shares_TE: Tensor | None = None
+    sigmoid: bool = False
     aux: Mapping[str, Tensor] = field(default_factory=dict)
     asked_TK: Tensor | None = None
+
+    @cached_property
+    def probs_TE(self) -> Tensor:  # noqa: N802
+        """Router probabilities (sigmoid routers: scores divided by their sum), found when somebody asks."""
+        if self.shares_TE is not None:
+            return self.shares_TE
+        return sigmoid_shares(self.logits_TE) if self.sigmoid else self.logits_TE.softmax(-1)
+
+    @cached_property
+    def counts_E(self) -> Tensor:  # noqa: N802
+        """int64, wanted assignments of each expert, before drops and reroutes; found when somebody asks."""
+        return count(self.decision.choice, self.wanted_TK, self.logits_TE.shape[1])
 
     @property
     def decision(self) -> Decision:
@@ -140,6 +154,12 @@ def _unflatten(values: Any, _context: None) -> Routing:
 
 
 pytree.register_pytree_node(Routing, _flatten, _unflatten, serialized_type_name="turnout.Routing")
+
+
+def count(ids_TK: Tensor, wanted_TK: Tensor, num_experts: int) -> Tensor:
+    """int64 [E]: how many wanted assignments each expert has."""
+    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=ids_TK.device)
+    return counts_E.scatter_add_(0, ids_TK.flatten(), wanted_TK.flatten().long())
 
 
 def valid_tokens(context: RouteContext, tokens: int, device: torch.device) -> Tensor:

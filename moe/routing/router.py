@@ -6,6 +6,8 @@ A router is a Module because it has weights; what makes it THIS router are three
     select  `Scores` → ids, wanted         the decision, no gradient; then capacity drops
     weigh   `Scores`, ids → weights        differentiable
 
+In evaluation, where nothing is dropped and no loss is measured, a router that has a `rule` is one operation instead.
+
 The decision is made once: recomputation and replay take the recorded one and only score and weigh again. The whole
 computation is float32 whatever surrounds it ("selective precision", Switch 2101.03961 §2.4), and the router's
 parameters stay float32 when the model around them is cast.
@@ -14,7 +16,7 @@ T tokens, D width, E experts, K choices, G groups.
 """
 
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -22,8 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from ... import NonFiniteError
-from ...kernels import linear, uniform
+from ...kernels import linear, top_k_gates, uniform
 from ...kernels.random import JITTER
+from ...kernels.reference.gates import top_k_lowest_index
+from ...kernels.reference.precision import exact
 from ...parallel.spread import Spread
 from ..config import MoEConfig
 from .capacity import Room, keep
@@ -106,6 +110,10 @@ class Router(nn.Module, ABC):
         """weights_TK, differentiable. The base: the gates of the chosen experts, as they are."""
         return scores.gates.gather(1, ids_TK)
 
+    def rule(self) -> Mapping[str, Any] | None:
+        """The options of `top_k_gates` that make it score, select and weigh as this router does; None = none do."""
+        return None
+
     # What all of them do ----------------------------------------------------------------------------------------------
 
     def forward(self, x_TD: Tensor, context: RouteContext) -> Routing:
@@ -118,24 +126,48 @@ class Router(nn.Module, ABC):
         Raises:
             NonFiniteError: a valid token's scores hold a NaN (unless `context.propagate_nan`, or under torch.compile).
         """
-        valid_T = valid_tokens(context, x_TD.shape[0], x_TD.device)
         if context.valid_T is not None:  # padding may hold anything, and 0 · NaN in a backward pass is NaN
-            x_TD = x_TD.masked_fill(~valid_T[:, None], 0)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            scores = self.score(self.jitter(x_TD.to(self.dtype), context), context)
-            if not (context.propagate_nan or torch.compiler.is_compiling()):
-                self.refuse_nan(scores, valid_T)
+            x_TD = x_TD.masked_fill(~context.valid_T[:, None], 0)
+        with exact(x_TD):
+            x_TD, rule = x_TD.to(self.dtype), self.rule()
+            if rule is not None and not self.training and self.unlimited(context):
+                return self.gate(x_TD, rule, context)
+            valid_T = valid_tokens(context, x_TD.shape[0], x_TD.device)
+            scores = self.score(self.jitter(x_TD, context), context)
+            self.refuse_nan(scores, valid_T, context)
             recalled = recall(self)
             recorded = recalled or (context.replay or {}).get(self.layer)
             decision = recorded or self.decide(scores, valid_T, context)
             weights_TK = self.weigh(scores, decision.ids_TK, decision.kept_TK)
-            counts_E = count(decision.choice, decision.wanted_TK, self.cfg.num_experts)
             aux, sums = self.losses(scores, weights_TK, decision, valid_T, context) if self.training else ({}, {})
         if recalled is None:
             remember(self, replace(decision, sums=sums))
         return Routing(
             ids_TK=decision.ids_TK, weights_TK=weights_TK, wanted_TK=decision.wanted_TK, kept_TK=decision.kept_TK,
-            counts_E=counts_E, probs_TE=scores.probs, logits_TE=scores.logits, aux=aux, asked_TK=decision.asked_TK,
+            logits_TE=scores.logits, shares_TE=scores.probs, aux=aux, asked_TK=decision.asked_TK,
+        )  # fmt: skip
+
+    def gate(self, x_TD: Tensor, rule: Mapping[str, Any], context: RouteContext) -> Routing:
+        """Route without noise, drops and losses: all in one operation."""
+        scores = None if context.propagate_nan else self.score(x_TD, context)
+        if scores is not None:
+            self.refuse_nan(scores, valid_tokens(context, len(x_TD), x_TD.device), context)
+        logits_TE = self.logits(x_TD) if scores is None else scores.logits
+        again = torch.is_grad_enabled()  # nothing else is computed again
+        recalled = recall(self) if again else None
+        recorded = recalled or (context.replay or {}).get(self.layer)
+        known_TK = None if recorded is None else recorded.ids_TK
+        ids_TK, weights_TK = top_k_gates(logits_TE, self.cfg.top_k, ids_TK=known_TK, **rule)
+        decision = recorded
+        if decision is None:
+            wanted_TK = torch.ones(ids_TK.shape, dtype=torch.bool, device=ids_TK.device)
+            wanted_TK = wanted_TK if context.valid_T is None else wanted_TK & context.valid_T[:, None]
+            decision = Decision(ids_TK=ids_TK, wanted_TK=wanted_TK, kept_TK=wanted_TK)
+        if again and recalled is None:
+            remember(self, decision)
+        return Routing(
+            ids_TK=decision.ids_TK, weights_TK=weights_TK, wanted_TK=decision.wanted_TK, kept_TK=decision.kept_TK,
+            logits_TE=logits_TE, sigmoid=rule.get("score") == "sigmoid", asked_TK=decision.asked_TK,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -153,7 +185,7 @@ class Router(nn.Module, ABC):
         ids_TK, wanted_TK = self.select(scores, context)
         wanted_TK = wanted_TK & valid_T[:, None]
         factor = self.factor()
-        if factor is None or self.dropless or context.dropless:
+        if factor is None or self.unlimited(context):
             return Decision(ids_TK=ids_TK, wanted_TK=wanted_TK, kept_TK=wanted_TK)
         room = self.room(valid_T, factor, context)
         found_TK, kept_TK = keep(
@@ -164,10 +196,15 @@ class Router(nn.Module, ABC):
         asked_TK = None if found_TK is ids_TK else ids_TK
         return Decision(ids_TK=found_TK, wanted_TK=wanted_TK, kept_TK=kept_TK, asked_TK=asked_TK)
 
+    def unlimited(self, context: RouteContext) -> bool:
+        """Whether nothing is ever dropped in the present mode."""
+        return self.dropless or context.dropless or self.factor() is None
+
     def looks_around(self, context: RouteContext) -> bool:
         """Whether a decision of the present mode depends on other tokens of its group."""
-        limited = self.factor() is not None and not (self.dropless or context.dropless)
-        return (self.compares_tokens or limited) and not (self.cfg.group == "rank" and self.training)
+        return (self.compares_tokens or not self.unlimited(context)) and not (
+            self.cfg.group == "rank" and self.training
+        )
 
     @property
     def compares_tokens(self) -> bool:
@@ -216,11 +253,13 @@ class Router(nn.Module, ABC):
         """x · Wᵀ."""
         return linear(x_TD, self.weight.to(x_TD.dtype))
 
-    def refuse_nan(self, scores: Scores, valid_T: Tensor) -> None:
+    def refuse_nan(self, scores: Scores, valid_T: Tensor, context: RouteContext) -> None:
         """Raise on a NaN of a valid token: it must never become a silent choice.
 
         An infinite logit is NaN in the probabilities; noise or a bias that is NaN is so in the rank only.
         """
+        if context.propagate_nan or torch.compiler.is_compiling():
+            return
         bad_T = (scores.probs.isnan() | scores.rank.isnan()).any(-1) & valid_T
         if bad_T.any():
             first = int(bad_T.nonzero()[0])
@@ -264,14 +303,3 @@ class Router(nn.Module, ABC):
             return tensor.to(moved.device, torch.float32) if narrow else moved
 
         return super()._apply(keep_wide, recurse)
-
-
-def count(ids_TK: Tensor, wanted_TK: Tensor, num_experts: int) -> Tensor:
-    """int64 [E]: how many wanted assignments each expert has."""
-    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=ids_TK.device)
-    return counts_E.scatter_add_(0, ids_TK.flatten(), wanted_TK.flatten().long())
-
-
-def top_k_lowest_index(scores_TE: Tensor, top_k: int) -> Tensor:
-    """The ids of the k highest scores, best first, ties to the lower index: int64 [T, k]."""
-    return scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]

@@ -3,6 +3,9 @@
 T tokens, K choices.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from .router import Router, Scores
@@ -17,3 +20,6 @@ class TopKSoftmaxRouter(Router):
     def weigh(self, scores: Scores, ids_TK: Tensor, kept_TK: Tensor) -> Tensor:
         gates_TK = scores.gates.gather(1, ids_TK)
         return gates_TK / gates_TK.sum(-1, keepdim=True) if self.cfg.renormalize else gates_TK
+
+    def rule(self) -> Mapping[str, Any]:
+        return {"renormalize": self.cfg.renormalize}

@@ -49,8 +49,8 @@ def decided(went_TK: torch.Tensor) -> Routing:
     ids_TK = torch.where(kept_TK, went_TK, -1 - went_TK)
     nothing = torch.zeros(0)
     return Routing(
-        ids_TK=ids_TK, weights_TK=nothing, wanted_TK=torch.ones_like(kept_TK), kept_TK=kept_TK, counts_E=nothing,
-        probs_TE=nothing, logits_TE=nothing,
+        ids_TK=ids_TK, weights_TK=nothing, wanted_TK=torch.ones_like(kept_TK), kept_TK=kept_TK,
+        logits_TE=nothing,
     )  # fmt: skip
 
 

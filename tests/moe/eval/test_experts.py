@@ -8,7 +8,6 @@ import torch
 
 from turnout.moe.eval.experts import ExpertReport, ExpertTally
 from turnout.moe.routing.record import Routing
-from turnout.moe.routing.router import count
 from turnout.moe.routing.stats import RoutingStats
 
 
@@ -21,8 +20,7 @@ def routing(ids, kept, probs):
         weights_TK=torch.ones(ids_TK.shape),
         wanted_TK=wanted_TK,
         kept_TK=torch.tensor(kept),
-        counts_E=count(ids_TK, wanted_TK, 4),
-        probs_TE=probs_TE,
+        shares_TE=probs_TE,
         logits_TE=4 * probs_TE,
     )
 

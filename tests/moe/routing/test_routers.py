@@ -241,7 +241,7 @@ def test_routing_is_immutable_and_a_pytree():
     with pytest.raises(AttributeError):
         routing.ids_TK = None
     leaves, spec = torch.utils._pytree.tree_flatten(routing)
-    names = ("ids_TK", "weights_TK", "wanted_TK", "kept_TK", "counts_E", "probs_TE", "logits_TE")
+    names = ("ids_TK", "weights_TK", "wanted_TK", "kept_TK", "logits_TE", "shares_TE", "sigmoid")
     assert all(leaf is getattr(routing, name) for leaf, name in zip(leaves, names, strict=False))
     assert len(leaves) == len(names) + len(routing.aux) + 1
     assert leaves[-1] is routing.asked_TK is None

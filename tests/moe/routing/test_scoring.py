@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from turnout import NonFiniteError
+from turnout.kernels.reference.gates import within_best_groups
 from turnout.moe import MoEConfig, RouteContext
-from turnout.moe.routing.groups import within_best_groups
 from turnout.moe.routing.registry import build_router
 
 ROUTERS = ("dense", "softmax", "noisy_topk", "topk_softmax", "gpt_oss", "deepseek_v2", "deepseek_v3")

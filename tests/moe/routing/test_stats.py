@@ -11,7 +11,6 @@ import torch
 from turnout.moe.config import MoEConfig
 from turnout.moe.routing.record import RouteContext, Routing
 from turnout.moe.routing.registry import ROUTERS, build_router
-from turnout.moe.routing.router import count
 from turnout.moe.routing.stats import RoutingStats
 from turnout.parallel import process
 from turnout.tests.helpers.ranks import run_ranks
@@ -28,8 +27,7 @@ def routing(ids, kept, probs, logits, wanted=None):
         weights_TK=torch.ones(ids_TK.shape),
         wanted_TK=wanted_TK,
         kept_TK=torch.tensor(kept) & wanted_TK,
-        counts_E=count(ids_TK, wanted_TK, 4),
-        probs_TE=torch.tensor(probs),
+        shares_TE=torch.tensor(probs),
         logits_TE=torch.tensor(logits),
     )
 
@@ -98,7 +96,7 @@ def test_nothing_routed_is_all_zero_and_every_expert_dead():
     ids_TK = torch.zeros(0, 1, dtype=torch.int64)
     nothing = Routing(
         ids_TK=ids_TK, weights_TK=ids_TK.float(), wanted_TK=ids_TK.bool(), kept_TK=ids_TK.bool(),
-        counts_E=torch.zeros(4, dtype=torch.int64), probs_TE=torch.zeros(0, 4), logits_TE=torch.zeros(0, 4),
+        logits_TE=torch.zeros(0, 4),
     )  # fmt: skip
     stats = RoutingStats((0,), 4, CPU)
     fresh = stats.fields()

@@ -19,7 +19,6 @@ from turnout.moe.flops import flops_per_token
 from turnout.moe.models.decoder import Decoder
 from turnout.moe.routing.record import RouteContext, Routing
 from turnout.moe.routing.registry import ROUTERS, build_router
-from turnout.moe.routing.router import count
 from turnout.moe.routing.stats import RoutingStats
 from turnout.moe.train.alarm import Event
 from turnout.moe.train.config import LogConfig
@@ -48,8 +47,7 @@ def routing(ids, kept, balance=1.0, valid=None):
         weights_TK=torch.ones(len(ids), 1),
         wanted_TK=wanted_TK,
         kept_TK=torch.tensor(kept)[:, None],
-        counts_E=count(ids_TK, wanted_TK, 2),
-        probs_TE=torch.full((len(ids), 2), 0.5),
+        shares_TE=torch.full((len(ids), 2), 0.5),
         logits_TE=torch.zeros(len(ids), 2),
         aux={"balance": torch.tensor(balance), "z": torch.tensor(0.25)},
     )
