@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.ops import paged_attention, store_kv
-from ...moe.layers.context import AttentionSpec, Heads, Latent
+from ...moe.layers.context import AttentionSpec, Heads, Latent, Turns
 from ...moe.layers.latent import absorb, release
 from ...moe.routing.record import Decision, RouteContext, Routing
 from .batch import Batch
@@ -46,6 +46,7 @@ class PagedContext:
         self.logit_rows: Tensor | None = batch.logit_rows_R
         self.memory = memory
         self.routings: dict[int, Routing] = {}
+        self.turns: Turns = {}
         self._batch, self._cache = batch, cache
 
     def attend(

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ...kernels import heads
 from ..config import ModelConfig, check_heads
 from .context import AttentionSpec, Context, Heads
 from .linear import Linear
@@ -50,6 +51,7 @@ class Attention(nn.Module):
         self.rotary = Rotary(cfg, d) if rotary and not cross else None
         self.shared = () if relative is None else (relative,)  # in a tuple: not a submodule of this layer
         self.clip = own.clip
+        self.plain = own.clip is None and not own.qkv_bias and own.qk_norm != "width"  # what `heads` knows
         self.wq = Linear(cfg.width, cfg.heads * d, bias=own.qkv_bias)
         self.wk = Linear(cfg.width, cfg.kv_heads * d, bias=own.qkv_bias)
         self.wv = Linear(cfg.width, cfg.kv_heads * d, bias=own.qkv_bias)
@@ -60,6 +62,17 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(cfg.heads)) if own.sinks and not cross else None
 
     def forward(self, x_TD: Tensor, positions_T: Tensor, ctx: Context) -> Tensor:
+        q_THd, k_SGd, v_SGd = self._project(x_TD, positions_T, ctx)
+        bias_HR = self.shared[0]() if self.shared else None
+        o_THd = ctx.attend(self.spec, q_THd, Heads(k_SGd, v_SGd), self.sinks, bias_HR)
+        return self.wo(o_THd.flatten(1))
+
+    def _project(self, x_TD: Tensor, positions_T: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values by head, normalised, clamped and rotated."""
+        if self.rotary is not None and self.plain and self.wk.out_features == self.spec.kv_heads * self.spec.head_dim:
+            cos_Th, sin_Th = self.rotary.angles(positions_T, ctx.turns, x_TD.dtype)
+            norms = () if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+            return heads(x_TD, self.wq.weight, self.wk.weight, self.wv.weight, cos_Th, sin_Th, *norms)
         m_SD = x_TD
         if self.spec.cross:
             assert ctx.memory is not None, "cross-attention needs the encoder's hidden states"
@@ -68,10 +81,8 @@ class Attention(nn.Module):
         k_SGd = self._heads(self.wk(m_SD), self.spec.kv_heads, self.k_norm)
         v_SGd = self._heads(self.wv(m_SD), self.spec.kv_heads, None)
         if self.rotary is not None:
-            q_THd, k_SGd = self.rotary(positions_T, q_THd, k_SGd)
-        bias_HR = self.shared[0]() if self.shared else None
-        o_THd = ctx.attend(self.spec, q_THd, Heads(k_SGd, v_SGd), self.sinks, bias_HR)
-        return self.wo(o_THd.flatten(1))
+            q_THd, k_SGd = self.rotary(positions_T, ctx.turns, q_THd, k_SGd)
+        return q_THd, k_SGd, v_SGd
 
     def _heads(self, y: Tensor, heads: int, norm: RMSNorm | None) -> Tensor:
         """Normalised over a head or over all, clamped, and seen as heads."""

@@ -49,10 +49,12 @@ class Block(nn.Module):
 
     def compute(self, x_TD: Tensor, positions_T: Tensor, ctx: Context) -> tuple[Tensor, Routing | None]:
         """The block and its routing, which nobody has been shown: what may be computed again."""
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), positions_T, ctx)
+        y_TD = self.attention(self.attention_norm(x_TD), positions_T, ctx)
         if self.cross is not None and self.cross_norm is not None:
-            x_TD = x_TD + self.cross(self.cross_norm(x_TD), positions_T, ctx)
-        y_TD, routing = self.feed(self.ffn_norm(x_TD), ctx)
+            x_TD, normed_TD = self.cross_norm.after(x_TD, y_TD)
+            y_TD = self.cross(normed_TD, positions_T, ctx)
+        x_TD, normed_TD = self.ffn_norm.after(x_TD, y_TD)
+        y_TD, routing = self.feed(normed_TD, ctx)
         return x_TD + y_TD, routing
 
     def feed(self, x_TD: Tensor, ctx: Context) -> tuple[Tensor, Routing | None]:

@@ -4,12 +4,16 @@ Training attends over packed sequences, serving writes to paged slots and attend
 the context and never knows. T tokens, H heads, G kv heads, d head size.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from ..routing.record import RouteContext, Routing
+
+Turns = dict[Hashable, tuple[Tensor, Tensor, Tensor]]
+"""Of each kind of rotation: the positions [T], and the cosine and sine of each position's angles [T, d / 2]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +88,13 @@ class Context(Protocol):
         route: groups, valid tokens and random keys for the routers.
         logit_rows: int64 rows whose logits are wanted; None = all.
         memory: the encoder's hidden states [S, D] that cross-attention has not seen yet; None without an encoder.
+        turns: what the layers' `Rotary` have found of the pass's positions, for the next layers.
     """
 
     route: RouteContext
     logit_rows: Tensor | None
     memory: Tensor | None
+    turns: Turns
 
     def attend(
         self,

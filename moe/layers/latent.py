@@ -47,7 +47,7 @@ class LatentAttention(nn.Module):
         q_TQ = x_TD if self.wq_down is None or self.q_norm is None else self.q_norm(self.wq_down(x_TD))
         q_THd, q_THr = self.wq(q_TQ).unflatten(-1, (self.spec.heads, -1)).split((nope, own.rope_dim), -1)
         c_Tc, k_Tr = self.wkv_down(x_TD).split((own.rank, own.rope_dim), -1)
-        q_THr, k_T1r = self.rotary(positions_T, q_THr, k_Tr[:, None])
+        q_THr, k_T1r = self.rotary(positions_T, ctx.turns, q_THr, k_Tr[:, None])
         w_kv = self.wkv.weight.unflatten(0, (self.spec.heads, -1))
         latent = Latent(self.kv_norm(c_Tc), k_T1r[:, 0], w_kv, nope)
         return self.wo(ctx.attend(self.spec, torch.cat((q_THd, q_THr), -1), latent).flatten(1))

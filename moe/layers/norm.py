@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ...kernels import rms_norm
+from ...kernels import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -16,3 +16,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return rms_norm(x_TD, self.weight, self.eps)
+
+    def after(self, x_TD: Tensor, y_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """A residual sum and its norm: (x + y, norm(x + y))."""
+        return add_rms_norm(x_TD, y_TD, self.weight, self.eps)

@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from ...kernels import rope
+from ...kernels import pointwise, rotate
 from ..config import ModelConfig, RopeConfig
+from .context import Turns
 
 
 class Rotary:
@@ -21,11 +22,24 @@ class Rotary:
         self.theta, self.stretch, self.d = cfg.rope_theta, cfg.rope, d
         self.magnitude = magnitude(cfg.rope)
 
-    def __call__(self, positions_T: Tensor, *x_THd: Tensor) -> tuple[Tensor, ...]:
-        """Each of `x_THd` rotated, in its own dtype; angles are float32 (float64 for float64)."""
-        dtype = torch.promote_types(x_THd[0].dtype, torch.float32)
-        turns_h = frequencies(self.theta, self.stretch, self.d, dtype, positions_T.device)
-        return tuple(rope(x, positions_T, turns_h, self.magnitude) for x in x_THd)
+    def __call__(self, positions_T: Tensor, turns: Turns, *x_THd: Tensor) -> tuple[Tensor, ...]:
+        """Each of `x_THd` rotated, in its own dtype."""
+        cos_Th, sin_Th = self.angles(positions_T, turns, x_THd[0].dtype)
+        return tuple(rotate(x, cos_Th, sin_Th) for x in x_THd)
+
+    def angles(self, positions_T: Tensor, turns: Turns, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of each position's angles, times the magnitude: float32 [T, d / 2] (float64 for float64).
+
+        Found once for all layers that share `turns` and rotate alike.
+        """
+        dtype = torch.promote_types(dtype, torch.float32)
+        kind = self.theta, self.stretch, self.d, dtype
+        found = turns.get(kind)
+        if found is None or found[0] is not positions_T:
+            angles_Th = positions_T[:, None] * frequencies(*kind, positions_T.device)
+            cos_Th, sin_Th = (pointwise(f, angles_Th) * self.magnitude for f in (torch.cos, torch.sin))
+            found = turns[kind] = positions_T, cos_Th, sin_Th
+        return found[1], found[2]
 
 
 def frequencies(

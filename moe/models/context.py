@@ -12,7 +12,7 @@ from ...kernels import varlen_attention
 from ...kernels.registry import invariant
 from ...parallel.context import Piece, gather_keys, pieces
 from ...parallel.spread import Spread
-from ..layers.context import AttentionSpec, Heads, Latent
+from ..layers.context import AttentionSpec, Heads, Latent, Turns
 from ..layers.latent import absorb, expand, release
 from ..routing.record import RouteContext, Routing
 
@@ -48,6 +48,7 @@ class VarlenContext:
         self.memory = memory
         self.cu_memory_B1 = cu_memory_B1
         self.routings: dict[int, Routing] = {}
+        self.turns: Turns = {}
         self._found: dict[int | None, list[Piece]] = {}
 
     def attend(

@@ -25,7 +25,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from ... import ConfigError
 from ..layers.block import Block
-from ..layers.context import AttentionSpec, Context, Heads, Latent
+from ..layers.context import AttentionSpec, Context, Heads, Latent, Turns
 from ..models.decoder import Decoder
 from ..routing.record import Routing
 
@@ -58,6 +58,7 @@ class _Uncompiled:
 
     def __init__(self, ctx: Context) -> None:
         self.route = replace(ctx.route, loss_scale=torch.as_tensor(ctx.route.loss_scale))
+        self.turns: Turns = {}
         self._ctx = ctx
 
     @torch.compiler.disable

@@ -49,6 +49,6 @@ def test_queries_and_keys_turn_alike_and_grow_alike():
     rope = RopeConfig(kind="yarn", factor=8.0, original_len=16)
     rotary = Rotary(ModelConfig(**sizes, max_seq_len=128, rope=rope), 8)
     x = torch.randn(5, 2, 8, dtype=torch.float64)
-    q, k = rotary(torch.tensor([0, 1, 16, 100, 127]), x, x[:, :1])
+    q, k = rotary(torch.tensor([0, 1, 16, 100, 127]), {}, x, x[:, :1])
     torch.testing.assert_close(q[:, :1], k, rtol=0, atol=0)
     torch.testing.assert_close(q.norm(dim=-1), x.norm(dim=-1) * (0.1 * math.log(8) + 1))
