@@ -121,7 +121,7 @@ class RoutingStats:
 
 def _pieces(held: Sequence[tuple[int, Routing]]) -> Iterator[Sequence[tuple[int, Routing]]]:
     """Neighbouring layers with equally many tokens, as many at once as are small enough."""
-    for shape, layers in groupby(held, key=lambda pair: pair[1].probs_TE.shape):
+    for shape, layers in groupby(held, key=lambda pair: pair[1].logits_TE.shape):
         piece = list(layers)
         together = max(1, TOGETHER // max(shape.numel(), 1))
         yield from (piece[first : first + together] for first in range(0, len(piece), together))
@@ -130,8 +130,9 @@ def _pieces(held: Sequence[tuple[int, Routing]]) -> Iterator[Sequence[tuple[int,
 def _sums(routings: Sequence[Routing], valid_T: Tensor | None) -> Tensor:
     """Some layers' numbers of one forward pass, float64 [L, N]."""
     tokens, top_k = routings[0].ids_TK.shape
-    entropy_LT = torch.special.entr(torch.stack([routing.probs_TE for routing in routings])).sum(2)
-    norm_LT = torch.linalg.vector_norm(torch.stack([routing.logits_TE for routing in routings]), dim=2)
+    logits_LTE = torch.stack([routing.logits_TE for routing in routings])
+    entropy_LT = torch.special.entr(_probs(routings, logits_LTE)).sum(2)
+    norm_LT = torch.linalg.vector_norm(logits_LTE, dim=2)
     wanted_LTK, kept_LTK = (
         torch.stack(flags) for flags in zip(*((r.wanted_TK, r.kept_TK) for r in routings), strict=True)
     )
@@ -141,6 +142,15 @@ def _sums(routings: Sequence[Routing], valid_T: Tensor | None) -> Tensor:
     else:
         entropy_LT, norm_LT = torch.where(valid_T, entropy_LT, 0), torch.where(valid_T, norm_LT, 0)
         tokens_L = valid_T.sum().expand(len(routings))
-    counts_LE = torch.stack([routing.counts_E for routing in routings])
+    choice_LTK = torch.stack([r.ids_TK if r.asked_TK is None else r.asked_TK for r in routings])
+    counts_LE = wanted_LTK.new_zeros(len(routings), logits_LTE.shape[2], dtype=torch.int64)
+    counts_LE.scatter_add_(1, choice_LTK.flatten(1), wanted_LTK.flatten(1).long())
     rest = (dropped_L, tokens_L * top_k, entropy_LT.double().sum(1), norm_LT.double().sum(1), tokens_L)
     return torch.cat([counts_LE.double(), torch.stack([number_L.double() for number_L in rest], 1)], 1)
+
+
+def _probs(routings: Sequence[Routing], logits_LTE: Tensor) -> Tensor:
+    """The routers' distributions, at once where they follow from the logits alike."""
+    if any(routing.sigmoid or routing.shares_TE is not None for routing in routings):
+        return torch.stack([routing.probs_TE for routing in routings])
+    return logits_LTE.softmax(-1)
