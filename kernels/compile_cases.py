@@ -5,16 +5,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .configs import (
+    ATTENTION_FLOAT_TILES,
+    ATTENTION_HALF_TILES,
     EXPERT_FLOAT_TILES,
     EXPERT_HALF_TILES,
     FEW_TILE,
     FLOAT_TILES,
     HALF_TILES,
+    AttentionTile,
     Tile,
+    halves,
     row_columns,
     weight_tile,
 )
-from .triton import combine, decode_experts, experts, experts_backward, grouped_gemm, route
+from .triton import attention, combine, decode_experts, experts, experts_backward, grouped_gemm, route, store
 
 HGMMA_ROWS = 64  # from here on a half-precision tile must use the warpgroup instruction
 _ROWS = Tile(rows=1, columns=1, depth=1, warps=4, stages=3)  # of kernels that walk over rows: Triton's own options
@@ -47,6 +51,8 @@ def cases() -> Iterator[Case]:
     yield from _routing()
     yield from _experts()
     yield from _few_tokens()
+    yield from _attention()
+    yield from _store()
 
 
 def _case(
@@ -113,3 +119,54 @@ def _few_tokens() -> Iterator[Case]:
         yield _case(f"slice dropping {dtype}", decode_experts.slice_kernel, types, constants, FEW_TILE)
         columns = {"COLUMNS": row_columns(_WIDTH)}
         yield _case(f"slice_sum {dtype}", decode_experts.slice_sum_kernel, types, columns | {"kept": None})
+
+
+def _attention() -> Iterator[Case]:
+    """Heads of 128 and 256 numbers, latent ones of 576; one program a query, and one a chunk; pages of int8."""
+    for dtype, table, widths in (
+        ("bf16", ATTENTION_HALF_TILES, (128, 256, 576)),
+        ("fp32", ATTENTION_FLOAT_TILES, (128, 576)),
+    ):
+        for width, (_, low, high) in zip(widths, table, strict=True):
+            latent = width == 576
+            yield _attend(dtype, width, low, {"SPLIT": True, "LATENT": latent})
+            yield _attend(dtype, width, high, {"SPLIT": False, "LATENT": latent})
+    few, many = ATTENTION_HALF_TILES[0][1:]
+    yield _attend("bf16 int8", 128, few, {"SPLIT": True, "LATENT": False})
+    yield _attend("bf16 learned", 128, many, {"SPLIT": False, "LATENT": False})
+    types = dict.fromkeys(("parts", "tops", "totals", "sinks"), "*fp32") | {"out": "*bf16"}
+    yield _case("merge", attention.merge_kernel, types, {"WIDTH": 512, "LOG2E": attention.LOG2E})
+
+
+def _attend(kind: str, width: int, tile: AttentionTile, switches: dict[str, Any]) -> Case:
+    dtype, *special = kind.split()
+    value = 512 if switches["LATENT"] else width
+    types = dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}") | dict.fromkeys(("tables", "cu_q"), "*i32")
+    types |= dict.fromkeys(("tops", "totals"), "*fp32" if switches["SPLIT"] else f"*{dtype}")
+    types |= {"contexts": "*i32", "scale": "fp32"} | dict.fromkeys(("sinks", "bias", "scales_k", "scales_v"), "*fp32")
+    absent = {"sinks", "bias", "window", "scales_k", "scales_v"}
+    if "int8" in special:
+        types |= {"k": "*i8", "v": "*i8"}
+        absent -= {"scales_k", "scales_v"}
+    if "learned" in special:
+        absent -= {"sinks", "bias", "window"}
+    if switches["SPLIT"]:
+        types["out"] = "*fp32"
+    main, rest = halves(width)
+    constants = dict.fromkeys(absent) | switches | {"CAUSAL": True, "LOG2E": attention.LOG2E, "SIZE": 16}
+    constants |= {"ROWS": tile.rows, "HEADS": 8, "KEYS": tile.keys, "CHUNK": tile.chunk}
+    constants |= {"MAIN": main, "REST": rest, "WIDTH": value}
+    name = f"attention {kind} {width} {tile.rows}x{tile.keys}{' split' * switches['SPLIT']}"
+    options = Tile(rows=tile.rows, columns=tile.keys, depth=1, warps=tile.warps, stages=tile.stages)
+    return _case(
+        name, attention.attention_kernel, types, constants, options, dtype != "fp32" and tile.rows >= HGMMA_ROWS
+    )
+
+
+def _store() -> Iterator[Case]:
+    types = {"slots": "*i64", "k": "*bf16", "v": "*bf16", "scales_k": "*fp32", "scales_v": "*fp32"}
+    widths = {"WIDTH_K": 256, "WIDTH_V": 256, "ROUND": store.ROUND}
+    pages = dict.fromkeys(("cache_k", "cache_v"), "*bf16")
+    yield _case("store bf16", store.store_kernel, types | pages, widths | {"scales_k": None, "scales_v": None})
+    pages = dict.fromkeys(("cache_k", "cache_v"), "*i8")
+    yield _case("store int8", store.store_kernel, types | pages, widths)

@@ -108,6 +108,67 @@ def few(tokens: int, choices: int, experts: int) -> bool:
     return tokens == 1 or tokens * choices <= min(MOST_FEW, experts // 4)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttentionTile:
+    """`rows` queries' heads against `keys` keys at a time, in chunks of `chunk` keys.
+
+    Keys and chunks depend on the head's width and the dtype alone, so that a query's sums have one order.
+    """
+
+    rows: int
+    keys: int
+    chunk: int
+    warps: int
+    stages: int
+
+
+CHUNK = 512  # keys
+PROGRAMS = 264  # two for each of an H200's multiprocessors: with fewer, long contexts are divided among programs
+# of heads up to this wide (the last has no bound): the tile for few rows, then that for many
+ATTENTION_HALF_TILES = (
+    (
+        128,
+        AttentionTile(rows=16, keys=64, chunk=CHUNK, warps=4, stages=3),
+        AttentionTile(rows=64, keys=64, chunk=CHUNK, warps=8, stages=3),
+    ),
+    (
+        256,
+        AttentionTile(rows=16, keys=32, chunk=CHUNK, warps=4, stages=2),
+        AttentionTile(rows=64, keys=32, chunk=CHUNK, warps=8, stages=2),
+    ),
+    (
+        0,
+        AttentionTile(rows=16, keys=32, chunk=CHUNK, warps=8, stages=2),
+        AttentionTile(rows=16, keys=32, chunk=CHUNK, warps=8, stages=2),
+    ),
+)
+ATTENTION_FLOAT_TILES = (
+    (
+        128,
+        AttentionTile(rows=16, keys=16, chunk=CHUNK, warps=4, stages=2),
+        AttentionTile(rows=32, keys=16, chunk=CHUNK, warps=8, stages=2),
+    ),
+    (
+        0,
+        AttentionTile(rows=16, keys=16, chunk=CHUNK, warps=8, stages=1),
+        AttentionTile(rows=16, keys=16, chunk=CHUNK, warps=8, stages=1),
+    ),
+)
+
+
+def attention_tile(rows: int, width: int, element_size: int) -> AttentionTile:
+    """The tile for heads of `width` with `rows` rows a sequence and group on average, with 2- or 4-byte operands."""
+    tiles = ATTENTION_HALF_TILES if element_size == 2 else ATTENTION_FLOAT_TILES
+    low, high = next((low, high) for bound, low, high in tiles if width <= bound or not bound)
+    return low if rows <= low.rows else high
+
+
+def halves(width: int) -> tuple[int, int]:
+    """A row in two powers of two, the greatest that is in it and one that holds the rest (0 if there is none)."""
+    main = max(16, 1 << (width.bit_length() - 1))
+    return main, 0 if width <= main else max(16, 1 << (width - main - 1).bit_length())
+
+
 def row_columns(width: int, most: int = 1024) -> int:
     """Columns of a row that a program which walks over rows takes at a time: a power of two, up to `most`."""
     return min(most, max(16, 1 << (width - 1).bit_length()))

@@ -132,6 +132,7 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "store_kv": {
             "reference": "reference.attention",
+            "triton": "triton.store",
             "cpp": "cpp.store",
         },
         "copy_blocks": {
@@ -140,6 +141,7 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "paged_attention": {
             "reference": "reference.attention",
             "torch": "torch_ops.attention",
+            "triton": "triton.attention",
             "cpp": "cpp.attention",
             "rows": "rows.attention",
         },
