@@ -16,9 +16,21 @@ from .configs import (
     Tile,
     halves,
     row_columns,
+    row_warps,
     weight_tile,
 )
-from .triton import attention, combine, decode_experts, experts, experts_backward, grouped_gemm, route, store
+from .triton import (
+    attention,
+    combine,
+    decode_experts,
+    experts,
+    experts_backward,
+    grouped_gemm,
+    heads,
+    norm,
+    route,
+    store,
+)
 
 HGMMA_ROWS = 64  # from here on a half-precision tile must use the warpgroup instruction
 _ROWS = Tile(rows=1, columns=1, depth=1, warps=4, stages=3)  # of kernels that walk over rows: Triton's own options
@@ -53,6 +65,7 @@ def cases() -> Iterator[Case]:
     yield from _few_tokens()
     yield from _attention()
     yield from _store()
+    yield from _elements()
 
 
 def _case(
@@ -170,3 +183,22 @@ def _store() -> Iterator[Case]:
     yield _case("store bf16", store.store_kernel, types | pages, widths | {"scales_k": None, "scales_v": None})
     pages = dict.fromkeys(("cache_k", "cache_v"), "*i8")
     yield _case("store int8", store.store_kernel, types | pages, widths)
+
+
+def _elements() -> Iterator[Case]:
+    names = ("x", "weight", "out", "grad", "grad_x", "gate_up", "logits")
+    types = dict.fromkeys(names, "*bf16") | {"eps": "fp32", "targets": "*i64"}
+    types |= dict.fromkeys(("parts", "cosines", "sines", "losses", "norms"), "*fp32")
+    for width in (_WIDTH, norm.MOST):
+        line = replace(_ROWS, warps=row_warps(width))
+        yield _case(f"rms_norm {width}", norm.rms_norm_kernel, types, {"WIDTH": width}, line)
+        constants = {"WIDTH": width, "LINES": norm.LINES}
+        yield _case(f"rms_norm_backward {width}", norm.rms_norm_backward_kernel, types, constants, line)
+    turn = {"HALF": 64, "BACK": False}
+    yield _case("rope", norm.rope_kernel, types, turn, replace(_ROWS, warps=row_warps(64)))
+    columns = {"COLUMNS": row_columns(_WIDTH)}
+    yield _case("swiglu", norm.swiglu_kernel, types, columns)
+    yield _case("swiglu_backward", norm.swiglu_backward_kernel, types, columns)
+    columns = {"COLUMNS": heads.COLUMNS}
+    yield _case("cross_entropy", heads.cross_entropy_kernel, types, columns)
+    yield _case("cross_entropy_backward", heads.cross_entropy_backward_kernel, types | {"grad": "*fp32"}, columns)

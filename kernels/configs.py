@@ -172,3 +172,8 @@ def halves(width: int) -> tuple[int, int]:
 def row_columns(width: int, most: int = 1024) -> int:
     """Columns of a row that a program which walks over rows takes at a time: a power of two, up to `most`."""
     return min(most, max(16, 1 << (width - 1).bit_length()))
+
+
+def row_warps(width: int) -> int:
+    """Warps of a program that holds a whole row: each thread has about sixteen numbers."""
+    return min(16, max(1, width // 512))

@@ -90,6 +90,7 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "rms_norm": {
             "reference": "reference.dense",
+            "triton": "triton.norm",
             "cpp": "cpp.rowwise",
             "rows": "rows.elements",
         },
@@ -100,6 +101,7 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "rope": {
             "reference": "reference.dense",
+            "triton": "triton.norm",
             "rows": "rows.elements",
         },
         "rotate": {
@@ -117,12 +119,14 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "swiglu": {
             "reference": "reference.dense",
+            "triton": "triton.norm",
             "cpp": "cpp.rowwise",
             "rows": "rows.elements",
         },
         "cross_entropy": {
             "reference": "reference.dense",
             "torch": "torch_ops.loss",
+            "triton": "triton.heads",
         },
         "varlen_attention": {
             "reference": "reference.attention",
