@@ -130,30 +130,39 @@ def _head_gemm(m: Maker) -> Iterator[Case]:
 
 def _grouped_gemm(m: Maker) -> Iterator[Case]:
     for T in ROWS:
-        ids, _ = m.routing(T, E, K)
-        counts = torch.bincount(ids.flatten(), minlength=E)
-        ends = counts.cumsum(0).int()
+        counts = [torch.bincount(ids.flatten(), minlength=E) for ids, _ in _draws(m, T)]
 
-        def make(ends: Tensor = ends, rows: int = T * K) -> Arguments:
+        def make(counts: Sequence[Tensor] = counts, rows: int = T * K) -> Arguments:
             x, ws = m.rows(rows, D), m.weights(E, HIDDEN, D)
-            return [(x, w.mT, ends) for w in ws]
+            return [(x, ws[i % len(ws)].mT, of_E.cumsum(0).int()) for i, of_E in enumerate(counts)]
 
-        size = 2 * (int((counts > 0).sum()) * D * HIDDEN + T * K * (D + HIDDEN))
-        flops = 2 * T * K * D * HIDDEN
+        met = sum(int((of_E > 0).sum()) for of_E in counts) / len(counts)
+        size, flops = 2 * (met * D * HIDDEN + T * K * (D + HIDDEN)), 2 * T * K * D * HIDDEN
         yield Case(op="grouped_gemm", shape=f"{T * K} rows, {E} x {D} -> {HIDDEN}", size=size, flops=flops, make=make)
 
 
 def _moe_mlp(m: Maker) -> Iterator[Case]:
-    for T in (1, 16, 256):
-        ids, weights = m.routing(T, E, K)
+    for T in ROWS[:3]:
+        draws = _draws(m, T)
 
-        def make(T: int = T, ids: Tensor = ids, weights: Tensor = weights) -> Arguments:
+        def make(T: int = T, draws: Sequence[tuple[Tensor, Tensor]] = draws) -> Arguments:
             x, ins, outs = m.rows(T, D), m.weights(E, 2 * HIDDEN, D), m.weights(E, HIDDEN, D)
-            return [(x, ids, weights, None, w_in, w_out) for w_in, w_out in zip(ins, outs, strict=False)]
+            n = min(len(ins), len(outs))
+            return [(x, *draw, None, ins[i % n], outs[i % n]) for i, draw in enumerate(draws)]
 
-        size = 2 * (3 * D * HIDDEN * len(ids.unique()) + 2 * T * D)
+        size = 2 * (3 * D * HIDDEN * _met(draws) + 2 * T * D)
         shape = f"{T} rows, {E} experts top-{K}, {D} x {HIDDEN}"
         yield Case(op="moe_mlp", shape=shape, size=size, flops=6 * T * K * D * HIDDEN, make=make)
+
+
+def _draws(m: Maker, tokens: int) -> list[tuple[Tensor, Tensor]]:
+    """Routings that calls go round in: few rows meet few experts, and the next call's are to be others."""
+    return [m.routing(tokens, E, K) for _ in range(16)]
+
+
+def _met(draws: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """How many experts a routing meets in the mean."""
+    return sum(len(ids.unique()) for ids, _ in draws) / len(draws)
 
 
 def _quantized_linear(m: Maker) -> Iterator[Case]:
@@ -171,15 +180,16 @@ def _quantized_linear(m: Maker) -> Iterator[Case]:
 def _quantized_moe_mlp(m: Maker) -> Iterator[Case]:
     for bits in (8, 4):
         for T in ROWS[:3]:
-            ids, weights = m.routing(T, E, K)
+            draws = _draws(m, T)
 
-            def make(T: int = T, bits: int = bits, ids: Tensor = ids, weights: Tensor = weights) -> Arguments:
+            def make(T: int = T, bits: int = bits, draws: Sequence[tuple[Tensor, Tensor]] = draws) -> Arguments:
                 x = m.rows(T, D)
                 ins = _copies(m, _quantized(m, bits, 2 * HIDDEN, D, E))
                 outs = _copies(m, _quantized(m, bits, D, HIDDEN, E))
-                return [(x, ids, weights, None, *both) for both in zip(ins, outs, strict=False)]
+                n = min(len(ins), len(outs))
+                return [(x, *draw, None, ins[i % n], outs[i % n]) for i, draw in enumerate(draws)]
 
-            size = 3 * D * HIDDEN * len(ids.unique()) * bits // 8 + 4 * T * D
+            size = 3 * D * HIDDEN * _met(draws) * bits / 8 + 4 * T * D
             shape = f"{bits} bits, {T} rows, {E} experts top-{K}, {D} x {HIDDEN}"
             yield Case(op="quantized_moe_mlp", shape=shape, size=size, flops=6 * T * K * D * HIDDEN, make=make)
 

@@ -60,7 +60,8 @@ def test_a_machine_that_runs_these_tests_is_fit(tmp_path, capfd):
     assert "speed" not in said
     assert set(found["operations"]) == set(registry.FORMS)
     assert all("reference" in one["run"] for one in found["operations"].values())
-    assert "torch" in found["operations"]["linear"]["unasked"].values()
+    assert all(set(one["unasked"].values()) <= set(one["run"]) for one in found["operations"].values())
+    assert {"reference", "torch"} <= set(found["operations"]["linear"]["run"])
     out = capfd.readouterr().out.splitlines()
     assert out[-1] == "fit"
     assert any(line.split()[:1] == ["moe_mlp"] for line in out)

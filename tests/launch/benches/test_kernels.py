@@ -59,6 +59,14 @@ def test_weights_go_round_so_that_none_is_found_in_the_cache(monkeypatch):
     assert len({w.data_ptr() for _, w in arguments}) == 10
 
 
+@pytest.mark.parametrize("op", ["grouped_gemm", "moe_mlp", "quantized_moe_mlp"])
+def test_few_rows_meet_other_experts_in_the_next_call(op, monkeypatch):
+    monkeypatch.setattr(shapes, "E", 8)
+    case = shapes.cases(op, shapes.Maker(torch.device("cpu")))[0]
+    which = {str(arguments[2 if op == "grouped_gemm" else 1].tolist()) for arguments in case.make()}
+    assert len(which) > 4
+
+
 def test_what_is_not_there_is_refused():
     with pytest.raises(ConfigError, match=r"ops .softmax. is no operation: use linear"):
         check_names(["softmax"], [])
