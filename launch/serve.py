@@ -1,6 +1,7 @@
 """Serve a model over HTTP: `turnout serve runs/x port=8000`."""
 
 import asyncio
+import gc
 import os
 import sys
 import time
@@ -149,6 +150,7 @@ class _Loader:
         self.memory, self.plan = str(engine.memory_plan), engine.memory_plan.to_dict()
         started = AsyncEngine(engine)
         started.start()
+        gc.freeze()  # what is there now stays: collections need not look through it
         return started
 
 

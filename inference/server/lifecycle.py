@@ -13,6 +13,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -113,7 +114,10 @@ class Server:
 
     async def _serve(self, on_ready: Callable[[], None]) -> None:
         service = self.service
-        service.engine = engine = await asyncio.to_thread(self._load)
+        # The thread ends, and its OpenMP workers with it: with more of them than cores, those of the engine's thread
+        # would sleep between any two kernels instead of waiting awake.
+        with ThreadPoolExecutor(1, "turnout-load") as loader:
+            service.engine = engine = await asyncio.get_running_loop().run_in_executor(loader, self._load)
         service.phase = "ready"
         on_ready()
         while not self._stopping.is_set():

@@ -33,6 +33,9 @@ def pool():
 
 
 def test_G4_while_it_loads_the_port_answers_503(model, byte_level):
+    def loaders() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("turnout-load")]
+
     loading = threading.Event()
     with run_server(model, byte_level, {}, loading=loading) as served:
         try:
@@ -40,11 +43,13 @@ def test_G4_while_it_loads_the_port_answers_503(model, byte_level):
             assert served.get("/health").status_code == served.get("/ready").status_code == 503
             answer = served.post(prompt="x")
             assert answer.status_code == 503
+            assert len(loaders()) == 1
             assert int(answer.headers["retry-after"]) > 0
             assert served.get("/v1/models").status_code == served.get("/metrics").status_code == 200
         finally:
             loading.set()
         assert eventually(lambda: served.get("/ready").status_code == 200)
+        assert loaders() == [], "its OpenMP workers would be too many"
         assert served.get("/health").json() == {"status": "ready"}
         assert served.post(prompt="x").status_code == 200
 
