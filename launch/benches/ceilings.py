@@ -9,6 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ...kernels import memory
 from ...kernels.cpp.stream import read
 
 BYTES = 1 << 28  # that are read: more than any cache
@@ -75,11 +76,12 @@ def measure(device: torch.device) -> Ceilings:
 
 
 def pages(shape: tuple[int, ...], dtype: torch.dtype, *, huge: bool = True) -> Tensor:
-    """Memory of its own, not yet written, in huge pages where the system grants them (`madvise`)."""
-    size = max(prod(shape), 1) * dtype.itemsize
-    held = mmap.mmap(-1, size)
-    held.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(held, dtype=dtype, count=prod(shape)).view(shape) if prod(shape) else torch.empty(shape)
+    """Zeros in memory of their own: huge pages where the system grants them, or pages of 4 KB."""
+    if huge or prod(shape) == 0:
+        return memory.zeros(shape, dtype)
+    held = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    held.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(held, dtype=dtype).view(shape)
 
 
 def _product(dtype: torch.dtype, device: torch.device) -> float:

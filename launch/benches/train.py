@@ -141,19 +141,13 @@ def measure(config: RunConfig, rounds: int, peers: Path | None) -> list[dict[str
             mine = [seconds for ours, _, _ in paired.values() for seconds in ours] or _alone(own, rounds)
             found = {"turnout": (mine, mine, own.peak_mb()), **paired}
     rows = []
-    for contestant, (ours, theirs, peak) in found.items():
+    for contestant, (own_times, their_times, peak) in found.items():
         model = dense if dense is not None and "dense" in contestant else config.model
-        seconds = statistics.median(theirs)
-        rows.append(
-            {
-                "contestant": contestant,
-                "tokens_per_second": tokens / seconds,
-                "step_s": seconds,
-                "flops": flops_per_token(model, *config.row) * tokens,
-                "peak_mb": peak,
-                "ours / theirs": statistics.median(b / a for a, b in zip(ours, theirs, strict=True)),
-            }
-        )
+        seconds = statistics.median(their_times)
+        ratios = [their / own_time for own_time, their in zip(own_times, their_times, strict=True)]
+        row = {"contestant": contestant, "tokens_per_second": tokens / seconds, "step_s": seconds}
+        flops = flops_per_token(model, *config.row) * tokens
+        rows.append({**row, "flops": flops, "peak_mb": peak, "ours / theirs": statistics.median(ratios)})
     return rows + notes
 
 
