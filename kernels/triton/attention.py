@@ -23,7 +23,7 @@ _PARTS = 1 << 26  # bytes that chunks of their own may leave for the second kern
 
 
 @triton.jit
-def _merge(top, total, sums, next_top, next_total, next_sums):  # type: ignore[no-untyped-def]
+def _merge(top, total, sums, next_top, next_total, next_sums):
     """Two parts of a softmax: highest score, sum of the exponentials above it, sums of the values weighted by them."""
     highest = tl.maximum(top, next_top)
     base = tl.where(highest == -float("inf"), 0.0, highest)

@@ -88,7 +88,8 @@ def moe_mlp(
 ) -> Tensor:
     operands = (x_TD, weights_TK, w_in_EHD, w_out_EFD)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
-    if not wanted and few(*ids_TK.shape, len(w_in_EHD)):
+    T, K = ids_TK.shape
+    if not wanted and few(T, K, len(w_in_EHD)):
         return decode(x_TD, ids_TK, weights_TK, kept_TK, w_in_EHD, w_out_EFD)
     return MoeMlp.apply(x_TD, ids_TK, weights_TK, kept_TK, w_in_EHD, w_out_EFD, wanted, None)
 
@@ -132,8 +133,9 @@ class MoeMlp(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weights_TK, w_in_EHD, w_out_EFD, z_PH = ctx.saved_tensors
         grad_x, grad_weights, grad_in, grad_out = backward(
-            grad_TD, *ctx.saved_tensors, ctx.routing, ctx.map, ctx.tiles,
+            grad_TD, x_TD, weights_TK, w_in_EHD, w_out_EFD, z_PH, ctx.routing, ctx.map, ctx.tiles,
             [ctx.needs_input_grad[i] for i in (0, 2, 4, 5)],
         )  # fmt: skip
         return grad_x, None, grad_weights, None, grad_in, grad_out, None, None

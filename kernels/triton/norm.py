@@ -170,7 +170,8 @@ class _Rope(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_THd: Tensor) -> tuple[Tensor, None, None]:
-        return _turn(grad_THd, *ctx.saved_tensors, back=True), None, None
+        cos_Th, sin_Th = ctx.saved_tensors
+        return _turn(grad_THd, cos_Th, sin_Th, back=True), None, None
 
 
 def _turn(x_THd: Tensor, cos_Th: Tensor, sin_Th: Tensor, back: bool) -> Tensor:
