@@ -71,7 +71,8 @@ class Attention(nn.Module):
         """Queries, keys and values by head, normalised, clamped and rotated."""
         if self.rotary is not None and self.plain and self.wk.out_features == self.spec.kv_heads * self.spec.head_dim:
             cos_Th, sin_Th = self.rotary.angles(positions_T, ctx.turns, x_TD.dtype)
-            norms = () if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+            q_norm, k_norm = self.q_norm, self.k_norm
+            norms = () if q_norm is None or k_norm is None else (q_norm.weight, k_norm.weight, q_norm.eps)
             return heads(x_TD, self.wq.weight, self.wk.weight, self.wv.weight, cos_Th, sin_Th, *norms)
         m_SD = x_TD
         if self.spec.cross:
