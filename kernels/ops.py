@@ -59,7 +59,7 @@ def moe_mlp(
     A whole mixture of experts behind its router, in one operation, so that no permuted copy of the rows need exist.
 
     Args:
-        x_TD: rows; of one dtype with the weights, or under autocast all three are cast to its dtype.
+        x_TD: rows, under autocast cast to its dtype; the experts' weights are cast to that of the rows.
         ids_TK: int64 experts.
         weights_TK: float32 (any floating dtype is fine).
         kept_TK: bool; where it is False the choice adds nothing and its id may be anything. None = all are kept.
@@ -69,7 +69,10 @@ def moe_mlp(
     Returns:
         y_TD in x's dtype (autocast's under autocast), differentiable in x, weights, w_in and w_out.
     """
-    x_TD, w_in_EHD, w_out_EFD = autocast(x_TD, w_in_EHD, w_out_EFD)
+    if x_TD.device.type == "cpu":  # whose forms cast the weights of one expert at a time
+        (x_TD,) = autocast(x_TD)
+    else:
+        x_TD, w_in_EHD, w_out_EFD = autocast(x_TD, w_in_EHD, w_out_EFD)
     with exact(x_TD):
         return registry.call("moe_mlp", x_TD, ids_TK, weights_TK, kept_TK, w_in_EHD, w_out_EFD)
 
@@ -96,6 +99,16 @@ def quantized_moe_mlp(
     Rows and hidden rows are rounded to eight bits; gate, up and SwiGLU are float32. Inference only.
     """
     return registry.call("quantized_moe_mlp", x_TD, ids_TK, weights_TK, kept_TK, w_in, w_out)
+
+
+def expert_rows(x_ND: Tensor, ends_E: Tensor, w_in_EHD: Tensor, w_out_EFD: Tensor) -> Tensor:
+    """y[n] = swiglu(x[n] · w_in[e]ᵀ) · w_out[e], rows sorted by expert: expert e owns rows ends[e-1] up to ends[e].
+
+    What is behind an exchange that has sorted the rows; weights and dtypes as in `moe_mlp`, ends as in `grouped_gemm`.
+    """
+    (x_ND,) = autocast(x_ND)
+    with exact(x_ND):
+        return registry.call("expert_rows", x_ND, ends_E, w_in_EHD, w_out_EFD)
 
 
 def sort_by_expert(ids_TK: Tensor, kept_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,6 +236,21 @@ def swiglu(gate_up_N2F: Tensor) -> Tensor:
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     """Nats a token, float32 (float64 stays): logsumexp(logits[t]) - logits[t, target]. A negative target has loss 0."""
     return registry.call("cross_entropy", logits_TV, targets_T)
+
+
+def linear_cross_entropy(x_TD: Tensor, w_VD: Tensor, targets_T: Tensor) -> Tensor:
+    """`cross_entropy(linear(x, w), targets)`, whose logits need never exist all at once → [T]. Differentiable in x, w.
+
+    Under autocast x is cast to its dtype; the weight is cast to that of x.
+    """
+    (x_TD,) = autocast(x_TD)
+    with exact(x_TD):
+        return registry.call("linear_cross_entropy", x_TD, w_VD, targets_T)
+
+
+def square_sum(x: Tensor) -> Tensor:
+    """Σ x² in float64, a scalar. Not differentiable."""
+    return registry.call("square_sum", x)
 
 
 def varlen_attention(

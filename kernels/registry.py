@@ -61,9 +61,13 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "moe_mlp": {
             "reference": "reference.experts",
-            "torch": "torch_ops.composition",
+            "torch": "torch_ops.experts",
             "triton": "triton.experts",
             "cpp": "cpp.moe",
+        },
+        "expert_rows": {
+            "reference": "reference.experts",
+            "torch": "torch_ops.experts",
         },
         "quantized_linear": {
             "reference": "reference.quantized",
@@ -90,6 +94,7 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "rms_norm": {
             "reference": "reference.dense",
+            "torch": "torch_ops.elements",
             "triton": "triton.norm",
             "cpp": "cpp.rowwise",
             "rows": "rows.elements",
@@ -101,6 +106,7 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "rope": {
             "reference": "reference.dense",
+            "torch": "torch_ops.elements",
             "triton": "triton.norm",
             "rows": "rows.elements",
         },
@@ -127,6 +133,14 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "reference": "reference.dense",
             "torch": "torch_ops.loss",
             "triton": "triton.heads",
+        },
+        "linear_cross_entropy": {
+            "reference": "reference.dense",
+            "torch": "torch_ops.loss",
+        },
+        "square_sum": {
+            "reference": "reference.dense",
+            "cpp": "cpp.squares",
         },
         "varlen_attention": {
             "reference": "reference.attention",

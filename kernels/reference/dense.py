@@ -54,6 +54,14 @@ def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     return torch.where(targets_T >= 0, logits.logsumexp(dim=1) - picked, 0.0)
 
 
+def linear_cross_entropy(x_TD: Tensor, w_VD: Tensor, targets_T: Tensor) -> Tensor:
+    return cross_entropy(linear(x_TD, w_VD.to(x_TD.dtype)), targets_T)
+
+
+def square_sum(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dtype=torch.float64).square()
+
+
 def linear(x_TD: Tensor, w_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
     y_TF = x_TD @ w_FD.mT
     return y_TF if bias_F is None else y_TF + bias_F

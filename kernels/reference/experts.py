@@ -1,6 +1,6 @@
 """The experts of a layer, from rows to rows.
 
-T tokens, K choices, D width, E experts, F hidden width, H = 2F.
+T tokens, K choices, N rows, D width, E experts, F hidden width, H = 2F.
 """
 
 import torch
@@ -17,5 +17,10 @@ def moe_mlp(
     kept_TK = torch.ones_like(ids_TK, dtype=torch.bool) if kept_TK is None else kept_TK
     order_N, slot_TK, counts_E = sort_by_expert(ids_TK, kept_TK, len(w_in_EHD))
     ends_E = counts_E.cumsum(0).int()
-    h_NF = swiglu(grouped_gemm(permute(x_TD, order_N, slot_TK), w_in_EHD.mT, ends_E))
-    return combine(grouped_gemm(h_NF, w_out_EFD, ends_E), weights_TK, order_N, slot_TK)
+    y_ND = expert_rows(permute(x_TD, order_N, slot_TK), ends_E, w_in_EHD, w_out_EFD)
+    return combine(y_ND, weights_TK, order_N, slot_TK)
+
+
+def expert_rows(x_ND: Tensor, ends_E: Tensor, w_in_EHD: Tensor, w_out_EFD: Tensor) -> Tensor:
+    w_in_EHD, w_out_EFD = w_in_EHD.to(x_ND.dtype), w_out_EFD.to(x_ND.dtype)
+    return grouped_gemm(swiglu(grouped_gemm(x_ND, w_in_EHD.mT, ends_E)), w_out_EFD, ends_E)

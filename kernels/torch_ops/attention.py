@@ -9,6 +9,7 @@ P = B·G problems of N = R·S rows.
 """
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from ..reference.attention import dequantised, distance_bias, nothing, own_keys, visible
 from ..reference.precision import wide
 
+CACHED = 1 << 19  # scores to compute at once: 2 MB in float32
 EXPLICIT = 1 << 23  # the most scores to write out in one call: 32 MB in float32
 
 
@@ -160,13 +162,21 @@ def _attend(
 
 
 class _Explicit(Function):
-    """Scores and softmax in float32, the other products in the operands' dtype; probabilities are kept for backward."""
+    """Scores and softmax in float32, the other products in the operands' dtype; probabilities are kept for backward.
+
+    A few heads at a time, so that their scores stay in the cache.
+    """
 
     @staticmethod
     def forward(ctx: Any, q_PNd: Tensor, k_PLd: Tensor, v_PLd: Tensor, bias: Tensor, scale: float) -> Tensor:
-        scores = torch.baddbmm(bias, wide(q_PNd), wide(k_PLd).mT, alpha=scale)
-        p_PNL = torch.softmax(scores, -1, out=scores).to(q_PNd.dtype)
-        o_PNd = p_PNL @ v_PLd
+        p_PNL, o_PNd = (
+            q_PNd.new_empty(*q_PNd.shape[:2], k_PLd.shape[1]),
+            q_PNd.new_empty(*q_PNd.shape[:2], v_PLd.shape[2]),
+        )
+        for some in _few(p_PNL):
+            scores = torch.baddbmm(bias, wide(q_PNd[some]), wide(k_PLd[some]).mT, alpha=scale)
+            p_PNL[some] = torch.softmax(scores, -1, out=scores)
+            torch.bmm(p_PNL[some], v_PLd[some], out=o_PNd[some])
         ctx.save_for_backward(q_PNd, k_PLd, v_PLd, p_PNL, o_PNd)
         ctx.scale = scale
         return o_PNd
@@ -175,7 +185,18 @@ class _Explicit(Function):
     @once_differentiable
     def backward(ctx: Any, grad_PNd: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, p, o = ctx.saved_tensors
-        grad_v = p.mT @ grad_PNd
-        delta = (wide(grad_PNd) * o).sum(-1, keepdim=True).to(p.dtype)
-        grad_scores = torch.baddbmm(delta, grad_PNd, v.mT, beta=-1).mul_(p)
-        return (grad_scores @ k) * ctx.scale, (grad_scores.mT @ q) * ctx.scale, grad_v, None, None
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        for some in _few(p):
+            grad = grad_PNd[some]
+            delta = (wide(grad) * o[some]).sum(-1, keepdim=True).to(p.dtype)
+            grad_scores = torch.baddbmm(delta, grad, v[some].mT, beta=-1).mul_(p[some])
+            torch.bmm(p[some].mT, grad, out=grad_v[some])
+            torch.bmm(grad_scores, k[some], out=grad_q[some])
+            torch.bmm(grad_scores.mT, q[some], out=grad_k[some])
+        return grad_q.mul_(ctx.scale), grad_k.mul_(ctx.scale), grad_v, None, None
+
+
+def _few(p_PNL: Tensor) -> Iterator[slice]:
+    """Slices of P whose scores are few enough."""
+    count = max(CACHED // max(p_PNL[0].numel(), 1), 1) if len(p_PNL) else 1
+    return (slice(first, first + count) for first in range(0, len(p_PNL), count))

@@ -40,14 +40,14 @@ class _Permute(Function):
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
         (slot_TK,) = ctx.saved_tensors
-        return _gather_sum(grad_ND, None, slot_TK), None, None
+        return gather_sum(grad_ND, None, slot_TK), None, None
 
 
 class _Combine(Function):
     @staticmethod
     def forward(ctx: Any, y_ND: Tensor, weights_TK: Tensor, order_N: Tensor, slot_TK: Tensor) -> Tensor:
         ctx.save_for_backward(y_ND, weights_TK, order_N, slot_TK)
-        return _gather_sum(y_ND, weights_TK, slot_TK)
+        return gather_sum(y_ND, weights_TK, slot_TK)
 
     @staticmethod
     @once_differentiable
@@ -63,7 +63,7 @@ class _Combine(Function):
         return grad_y, grad_weights, None, None
 
 
-def _gather_sum(rows_ND: Tensor, weights_TK: Tensor | None, slot_TK: Tensor) -> Tensor:
+def gather_sum(rows_ND: Tensor, weights_TK: Tensor | None, slot_TK: Tensor) -> Tensor:
     """out[t] = sum over k, ascending, of weights[t, k] · rows[slot[t, k]]; dropped ones never read or counted."""
     total = wide(rows_ND[:0]).new_zeros(slot_TK.shape[0], rows_ND.shape[1])
     if rows_ND.shape[0] == 0:
