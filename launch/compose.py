@@ -60,7 +60,7 @@ GROUPS: Mapping[str, type] = {
     "upcycle": UpcycleConfig,
     "log": LogConfig,
 }
-ROOT_KEYS = ("seed", "engine", "nproc", "run", "experiment")
+ROOT_KEYS = ("seed", "engine", "kernels", "nproc", "run", "experiment")
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..kernels import square_sum
 from .process import all_sum
 
 EPS = 1e-6
@@ -30,7 +31,7 @@ def global_norm(grads: Iterable[tuple[Tensor, int]], device: torch.device) -> fl
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     for grad, replicas in grads:
-        total += torch.linalg.vector_norm(grad, dtype=torch.float64).square() / replicas
+        total += square_sum(grad) / replicas
     return math.sqrt(float(all_sum(total, "sum of the gradient norm")))
 
 

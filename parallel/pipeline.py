@@ -42,8 +42,8 @@ class Stage(nn.Module):
         self.is_first, self.is_last = number == 0, number == last
 
     def forward(self, given: Tensor, positions_A: Tensor, ctx: Any) -> Tensor:
-        """Token ids [T] on the first stage, else x_TD → x_TD, on the last stage logits."""
+        """Token ids [T] on the first stage, else x_TD → x_TD, on the last stage what the model returns."""
         x_TD = self.model.embed(given) if self.is_first else given
         for layer in self.layers:
             x_TD = self.model.blocks.get_submodule(str(layer))(x_TD, positions_A, ctx)
-        return self.model.logits(x_TD, ctx) if self.is_last else x_TD
+        return self.model.finish(x_TD, ctx) if self.is_last else x_TD

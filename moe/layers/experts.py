@@ -6,7 +6,8 @@ N rows sorted by expert, T tokens, K choices, D width, F hidden width, E experts
 import torch
 from torch import Tensor, nn
 
-from ...kernels import grouped_gemm, moe_mlp
+from ...kernels import expert_rows, grouped_gemm, moe_mlp
+from ...kernels.registry import invariant
 from ..config import MoEConfig
 from .ffn import ACTIVATIONS, hidden_rows
 
@@ -46,6 +47,8 @@ class Experts(nn.Module):
 
         Hidden units where `dropped_NF` is True become zero, the others grow by 1 / (1 - expert_dropout).
         """
+        if self.plain and dropped_NF is None and torch.is_grad_enabled() and not invariant():
+            return expert_rows(x_ND, ends_E, self.w_in, self.w_out)
         owner_N = None if self.b_in is None else owners(ends_E, len(x_ND))
         h_NF = self.act(_plus(grouped_gemm(x_ND, self.w_in.transpose(1, 2), ends_E), self.b_in, owner_N))
         if dropped_NF is not None:

@@ -72,13 +72,13 @@ class MoE(nn.Module):
     def send(self, x_TD: Tensor, context: RouteContext) -> tuple[Routing, Any]:
         """Choose experts and let the rows set out for them; the routing, and what `mix` needs.
 
-        Rows stay where they are if all experts live here and `moe_mlp` can do the whole: nobody wants a gradient.
+        Rows stay where they are if all experts live here and `moe_mlp` can do the whole.
         """
         routing = self.router(x_TD, context)
         drops = self.training and self.cfg.expert_dropout > 0
         key_TK = row_keys(routing.ids_TK, context) if drops else None
         x_TD = _travelling(x_TD)
-        if type(self.dispatcher) is LocalDispatcher and self.experts.plain and not (drops or torch.is_grad_enabled()):
+        if type(self.dispatcher) is LocalDispatcher and self.experts.plain and not drops:
             return routing, x_TD
         return routing, self.dispatcher.dispatch(x_TD, routing.ids_TK, routing.kept_TK, self.cfg.num_experts, key_TK)
 

@@ -29,6 +29,7 @@ class VarlenContext:
         cu_memory_B1: int [B+1], where each sequence's part of `memory` begins.
 
     Attributes:
+        targets_T: int64 ids that the model is to foretell (-1: none); it then returns losses and keeps no logits.
         routings: layer id → Routing of this forward pass, without gradients: what is noted keeps no graph alive.
     """
 
@@ -47,6 +48,7 @@ class VarlenContext:
         self.spread = spread
         self.memory = memory
         self.cu_memory_B1 = cu_memory_B1
+        self.targets_T: Tensor | None = None
         self.routings: dict[int, Routing] = {}
         self.turns: Turns = {}
         self._found: dict[int | None, list[Piece]] = {}

@@ -5,7 +5,7 @@ T tokens, D width, V vocabulary, R rows whose logits are wanted, S tokens of the
 
 from torch import Tensor, nn
 
-from ...kernels import linear
+from ...kernels import linear, linear_cross_entropy
 from ..config import ModelConfig
 from ..layers.block import Block
 from ..layers.context import Context
@@ -13,6 +13,7 @@ from ..layers.embedding import Embedding
 from ..layers.linear import Linear
 from ..layers.norm import RMSNorm
 from ..layers.relative import RelativeBias
+from .context import VarlenContext
 
 
 class Encoder(nn.Module):
@@ -44,7 +45,11 @@ class Decoder(nn.Module):
         self.encoder = None if cfg.encoder is None else Encoder(cfg, cfg.encoder.layers)
 
     def forward(
-        self, tokens_T: Tensor, positions_T: Tensor, ctx: Context, source: tuple[Tensor, Tensor, Context] | None = None
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        ctx: VarlenContext,
+        source: tuple[Tensor, Tensor, Context] | None = None,
     ) -> Tensor:
         """Logits of the next token.
 
@@ -55,11 +60,11 @@ class Decoder(nn.Module):
             source: the arguments of `encode`, whose result becomes `ctx.memory` before anything else.
 
         Returns:
-            logits_RV for the rows `ctx.logit_rows` (all T when None).
+            logits_RV for the rows `ctx.logit_rows` (all T when None); of a context with targets, losses_T.
         """
         if source is not None:
             ctx.memory = self.encode(*source)
-        return self.logits(self.hidden(tokens_T, positions_T, ctx), ctx)
+        return self.finish(self.hidden(tokens_T, positions_T, ctx), ctx)
 
     def hidden(self, tokens_T: Tensor, positions_T: Tensor, ctx: Context) -> Tensor:
         """What the last block returns for every token, [T, D]; `logits` turns rows of it into logits."""
@@ -73,12 +78,22 @@ class Decoder(nn.Module):
         assert self.encoder is not None, "a decoder-only model encodes nothing"
         return self.encoder(self.embed(tokens_S), positions_S, ctx)
 
+    def finish(self, x_TD: Tensor, ctx: VarlenContext) -> Tensor:
+        """What the forward pass returns, of what the last block returned: logits, or losses of `ctx.targets_T`."""
+        if ctx.targets_T is None:
+            return self.logits(x_TD, ctx)
+        return linear_cross_entropy(*self._into_head(x_TD), ctx.targets_T)
+
     def logits(self, x_TD: Tensor, ctx: Context) -> Tensor:
         """Logits [R, V] of the wanted rows, from what the last block returned."""
-        x_RD = self.norm(x_TD if ctx.logit_rows is None else x_TD[ctx.logit_rows])
+        return linear(*self._into_head(x_TD if ctx.logit_rows is None else x_TD[ctx.logit_rows]))
+
+    def _into_head(self, x_RD: Tensor) -> tuple[Tensor, Tensor]:
+        """The head's operands: normed rows, and its matrix."""
+        x_RD = self.norm(x_RD)
         if self.cfg.logit_scale != 1:
             x_RD = x_RD * self.cfg.logit_scale
-        return linear(x_RD, self.embed.weight if self.head is None else self.head.weight)
+        return x_RD, self.embed.weight if self.head is None else self.head.weight
 
     @property
     def all_blocks(self) -> list[nn.Module]:

@@ -177,6 +177,7 @@ class RunConfig:
     """Everything that a training run computes from. `model.moe` holds the `moe` group.
 
     Args:
+        kernels: which form of the operations to prefer, as in `kernels.using`; `auto` takes what is fastest and fits.
         trace: write every decision of the routers under `routing/` of the run; on the command line `moe.trace`.
         replay: take the routers' decisions from this run or `routing/` directory; on the command line `moe.replay`.
     """
@@ -185,6 +186,7 @@ class RunConfig:
     data: DataConfig
     seed: int = 0
     engine: Literal["native", "deepspeed"] = "native"
+    kernels: Literal["auto", "reference", "torch", "triton", "cpp"] = "auto"
     trace: bool = False
     replay: str | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)

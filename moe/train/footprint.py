@@ -7,7 +7,7 @@ width, H heads, G kv heads (of a tp rank), d head size, F hidden width, E expert
 number in `train.dtype`. Under bfloat16 autocast matrix products keep bfloat16 copies of their operands; the residual
 stream, the norms, the routers and the loss stay float32. Kept for backward:
 
-    norm            T (8 D + 4)                                  input, normalised input, 1 / rms
+    norm            T (8 D + 4), on a CPU T (4 D + 4)            input, normalised input, 1 / rms
     attention       i + A (8 d + 3 b H d) + 2 W b G d + P        operand(s) of q, k, v: i = T · 3 · 2 D or T · 4 D, and
                                                                  A b D when tp gathers it; cos and sin; q, o, operand of
                                                                  W_o; k and v, which cp gathers
@@ -15,10 +15,11 @@ stream, the norms, the routers and the loss stay float32. Kept for backward:
     feed-forward    A b (D + a F / tp), a = 4 (SwiGLU), 2 (GELU), 1 (ReLU)
     sparse          T (4 D + 20 E + 20 K + 16)                   router, and the order of the assignments
                     + N' b (D + a F) + N b D                     N' rows computed here, N rows sent and back again
+                    T b D + N' b 2 F                             in its place on a CPU, SwiGLU experts that are whole
                     + N' F with expert dropout                   its mask
                     + 16 N' when experts are spread              the order of arrival
     shared experts  a feed-forward of T tokens, and with a gate 2 b T D more
-    head            T (b D + 4 V + 16)                           operand, log-probabilities, ids
+    head            T (2 b D + 16) + 4 V D                       operand and its gradient, ids, the matrix's gradient
 
 N is T K, or with slots what finds one when every token draws its experts evenly. Segments shorter than a row keep less
 of P; masks of a byte a token and sums of a number an expert are left out. `train.recompute` keeps less and has one
@@ -45,6 +46,7 @@ from .config import RunConfig
 from .held import WIDE, Held
 
 KEPT = {"swiglu": 4, "swiglu_clamped": 7, "gelu": 2, "relu": 1}  # hidden widths that an activation function keeps
+CHUNK, FEWEST = 1 << 23, 256  # kernels/torch_ops/loss.py: logits that exist at once, and the fewest rows of them
 BUCKET = WIDE * 500_000_000  # DeepSpeed's buffer of gradients that are summed together
 
 
@@ -66,8 +68,6 @@ class Footprint:
     collapsed: bool = False
     stage: int = 0
 
-    # What lasts -------------------------------------------------------------------------------------------------------
-
     @property
     def layers(self) -> tuple[int, ...]:
         """Those computed here."""
@@ -78,27 +78,10 @@ class Footprint:
         """Weights, gradients, states."""
         return Held(self.config, self.layout, self.layers)
 
-    @property
-    def weights(self) -> int:
-        """Parameters, float32."""
-        return self.held.weights
-
-    @property
-    def gradients(self) -> int:
-        """Gradients, float32."""
-        return self.held.gradients
-
-    @property
-    def optimizer(self) -> int:
-        """The optimizer's states."""
-        return self.held.optimizer
-
-    @property
-    def workspace(self) -> int:
-        """What the optimizer's step takes for a moment."""
-        return self.held.workspace
-
-    # What a micro-batch keeps -----------------------------------------------------------------------------------------
+    weights = property(lambda self: self.held.weights, doc="Parameters, float32.")
+    gradients = property(lambda self: self.held.gradients, doc="Gradients, float32.")
+    optimizer = property(lambda self: self.held.optimizer, doc="The optimizer's states.")
+    workspace = property(lambda self: self.held.workspace, doc="What the optimizer's step takes for a moment.")
 
     @property
     def rows(self) -> int:
@@ -160,14 +143,14 @@ class Footprint:
         if how == "none":
             return found + self._feed(sparse)
         if sparse and moe:
-            return found + self.router(moe) + self.width * moe.width * self.received(moe) + self.exchanged(moe)
+            return found + self.router(moe) + self.exchanged(moe)
         return found + self._operand * model.width
 
     def again(self, sparse: bool) -> int:
         """What the backward pass of one block takes: two hidden gradients, and what is computed again of it."""
         how, model, moe = self.config.train.recompute, self.config.model, self.config.model.moe
         hidden = self.received(moe) * moe.expert_width if sparse and moe else self.tokens * model.ffn_width
-        gradients = 2 * self.width * hidden
+        gradients = self._through(moe) if sparse and moe and self._fused(moe) else 2 * self.width * hidden
         if how == "none":
             return gradients
         full, parts = how == "full", self._block(sparse)
@@ -177,7 +160,7 @@ class Footprint:
     @property
     def norm(self) -> int:
         """One norm."""
-        return self.tokens * (2 * WIDE * self.config.model.width + WIDE)
+        return self.tokens * ((1 if self.cpu else 2) * WIDE * self.config.model.width + WIDE)
 
     @cached_property
     def attention(self) -> int:
@@ -193,8 +176,8 @@ class Footprint:
 
     def sparse(self, moe: MoEConfig) -> int:
         """One MoE layer: router, experts, shared experts."""
-        kept = KEPT[moe.activation] * moe.expert_width
-        each = self.width * (moe.width + kept) + (moe.expert_width if moe.expert_dropout else 0)
+        kept = (2 if self._fused(moe) else KEPT[moe.activation]) * moe.expert_width
+        each = self.width * kept + (moe.expert_width if moe.expert_dropout else 0)
         found = self.router(moe) + self.received(moe) * each + self.exchanged(moe)
         if moe.shared_experts:
             found += self.feed_forward(moe.shared_width or moe.shared_experts * moe.expert_width, moe.activation)
@@ -205,8 +188,11 @@ class Footprint:
         return self.tokens * (WIDE * moe.width + 20 * moe.num_experts + 20 * choices(moe) + 16)
 
     def exchanged(self, moe: MoEConfig) -> int:
-        """Rows that come back from the experts, and the order in which they arrive."""
-        return self.sent(moe) * self.width * moe.width + (16 * self.received(moe) if self.layout.ep > 1 else 0)
+        """Rows that go to the experts and come back, and the order in which they arrive; or tokens that stay."""
+        if self._fused(moe) and self.layout.ep == 1:
+            return self.tokens * self.width * moe.width
+        rows = (self.sent(moe) + self.received(moe)) * self.width * moe.width
+        return rows + (16 * self.received(moe) if self.layout.ep > 1 else 0)
 
     def sent(self, moe: MoEConfig) -> int:
         """N: assignments of this rank's tokens that find a slot, in the mean of tokens that choose alike and apart.
@@ -251,15 +237,13 @@ class Footprint:
 
     @property
     def head(self) -> int:
-        """Operand of the head, log-probabilities, token and target ids."""
+        """Operand of the head and its gradient, that of the matrix, token and target ids."""
         model = self.config.model
-        return self.tokens * (self.width * model.width + WIDE * model.vocab_size + 16)
-
-    # What comes and goes ----------------------------------------------------------------------------------------------
+        return self.tokens * (2 * self.width * model.width + 16) + WIDE * model.vocab_size * model.width
 
     @cached_property
     def casts(self) -> int:
-        """Copies of the matrices in `train.dtype`, kept for backward; the head's too, a lookup needs none.
+        """Copies of the matrices in `train.dtype`, kept for backward; neither the head's nor those of fused experts.
 
         Every micro-batch in flight has its own. Under FSDP2 the model's ends, gathered in float32, are beside them, and
         blocks are gathered in `train.dtype`: these need no copies. Under ZeRO-3 the ends and a block in float32, and
@@ -286,14 +270,17 @@ class Footprint:
         return 0 if self.width == WIDE else self.width * sum(part.count for part in parts if self._is_cast(part))
 
     def _is_cast(self, part: Part) -> bool:
-        if part.name == ("embed.weight" if self.config.model.tie_embeddings else "head.weight"):
-            return self._last
+        moe = self.config.model.moe
+        if moe and self._fused(moe) and shapes.is_expert(part.name):
+            return False
         return shapes.is_hidden_matrix(part.name, len(part.shape)) and not self.held.divides(part)
 
     @property
     def logits(self) -> int:
-        """Beside the log-probabilities: their gradient and the logits', in float32."""
-        return 2 * WIDE * self.tokens * self.config.model.vocab_size if self._last else 0
+        """Those of a chunk of tokens, a part of the matrix's gradient, and the matrix where it is cast."""
+        model, copies = self.config.model, 1 if self.width == WIDE else 2
+        rows = min(max(CHUNK // model.vocab_size, FEWEST), self.tokens)
+        return self.width * model.vocab_size * (rows + copies * model.width) if self._last else 0
 
     @property
     def buffers(self) -> int:
@@ -315,12 +302,16 @@ class Footprint:
         ends = (self.norm + self.head) if self._last else 0
         kept = self.activations - ends
         block = max(self.again(sparse) for sparse, _ in self._blocks)
+        if self._last and self.config.model.tie_embeddings:  # the head's gradient waits for the lookup's
+            block += WIDE * self.config.model.vocab_size * self.config.model.width
         micro = self.casts + kept + max(ends + self.logits, block + self.buffers)
         if self.config.parallel.fsdp:
             micro = max(micro, self.casts + kept + block + self.buffers + self.gathered)
         else:
             cached = self._casts(part for part in self.held.parts if not shapes.is_expert(part.name))
-            micro = max(micro, cached + kept + ends)
+            model = self.config.model
+            lookup = WIDE * model.vocab_size * model.width * (3 if model.tie_embeddings and self._last else 1)
+            micro = max(micro, cached + kept + ends, cached + lookup)
         lasting = self.weights + self.gradients + self.optimizer + self.travelling
         return lasting + max(micro, self.workspace)
 
@@ -337,6 +328,19 @@ class Footprint:
             if sparse and model.moe
             else self.feed_forward(model.ffn_width, model.activation, self.layout.tp)
         )
+
+    def _through(self, moe: MoEConfig) -> int:
+        """Of fused experts' backward pass: gradients of weights and rows; of one expert casts and hidden rows."""
+        experts, rows = (part for part in self._block(True) if shapes.is_expert(part.name)), self.received(moe)
+        elsewhere = self.config.parallel.fsdp or self.held.zero  # counts the gradients of what it gathers or sums
+        weights = 0 if elsewhere else WIDE * sum(part.count for part in experts)
+        each = rows if self.collapsed else ceil(rows * self.layout.ep / moe.num_experts)
+        matrices = 2 * moe.width if self.width < WIDE else 0
+        return weights + self.width * ((rows + self.tokens) * moe.width + 3 * (each + matrices) * moe.expert_width)
+
+    def _fused(self, moe: MoEConfig) -> bool:
+        """Whether the experts of a layer are one operation, which keeps no activations."""
+        return self.cpu and moe.activation == "swiglu" and not (moe.bias or moe.expert_dropout)
 
     @property
     def _operand(self) -> int:

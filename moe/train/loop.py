@@ -5,7 +5,7 @@
 One rank's part; all ranks call it together. Losses are sums over tokens divided by the GLOBAL batch's token count and
 gradients are summed, so any layout computes the same step.
 
-T tokens, V vocabulary.
+T tokens.
 """
 
 import time
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ... import NonFiniteError
 from ...configs.typed import to_dict
-from ...kernels import cross_entropy
+from ...kernels import using
 from ...parallel import process
 from ...parallel.checkpoint import open_checkpoint
 from ...parallel.checkpoint.agree import on_first
@@ -33,7 +33,7 @@ from ..eval.perplexity import evaluate, limit_bytes
 from ..flops import flops_per_token
 from ..models.store import save_model
 from ..routing.bias import update_biases
-from . import nonfinite, spikes, state
+from . import heap, nonfinite, spikes, state
 from .alarm import CollapseAlarm
 from .config import RunConfig
 from .metrics import Metrics, Window, peak_flops
@@ -71,6 +71,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, run: Path, mesh: Mesh, stop: Callable[[], bool]) -> None:
         torch.manual_seed(config.seed)
+        heap.apart()
         self.config, self.run_dir, self.mesh, self.stop = config, run, mesh, stop
         self.setup = prepare_run(config, run, mesh)
         self.now, saved = resume(config, run, self.setup)
@@ -105,6 +106,10 @@ class Trainer:
             NonFiniteError: loss or gradients stopped being finite, and no parameter moved in that step; or the loss
                 spiked once more than `train.rewinds`.
         """
+        with using(None if self.config.kernels == "auto" else self.config.kernels):
+            return self._run()
+
+    def _run(self) -> Outcome:
         train, before, start = self.config.train, self.now.seconds, time.perf_counter()
         try:
             while True:
@@ -118,6 +123,7 @@ class Trainer:
                     self.profile.end_step()
                 if taken is None:
                     continue
+                heap.keep()
                 grad_norm, lr = taken
                 if self.compiling:
                     self._tell_compiled()
@@ -125,8 +131,10 @@ class Trainer:
                     self._report(grad_norm, lr, seconds - before)
                 if train.eval_every and self.now.step % train.eval_every == 0:
                     self._evaluate(train.eval_bytes)
+                    heap.release()
                 if train.save_every and self.now.step % train.save_every == 0:
                     self._save()
+                    heap.release()
             self.profile.close()
             self.saver.settle()
             if not self.saver.holds(self.now.step):
@@ -200,13 +208,13 @@ class Trainer:
             batch, mesh, replay,
             step=step, seed=self.config.seed, tally=self.tally, loss_scale=self.setup.engine.loss_scale,
         )  # fmt: skip
+        part.ctx.targets_T = part.targets_T
         self.parts[micro], self.targets = part, batch.total_tokens
         return part.inputs
 
-    def _loss(self, micro: int, logits_TV: Tensor) -> Tensor:
+    def _loss(self, micro: int, losses_T: Tensor) -> Tensor:
         """This rank's part of the global batch's mean loss, times the loss scale."""
-        part = self.parts[micro]
-        loss = cross_entropy(logits_TV, part.targets_T).sum() / part.total_tokens
+        loss = losses_T.sum() / self.parts[micro].total_tokens
         self.loss += loss.detach()
         return loss * self.setup.engine.loss_scale
 

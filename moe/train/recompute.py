@@ -35,6 +35,8 @@ def recompute(model: Decoder, what: Literal["none", "selective", "full"]) -> Non
         for module in model.modules():
             if isinstance(module, FeedForward | Experts):
                 _again(module, "forward")
+            if isinstance(module, Experts):
+                _again(module, "mix")
 
 
 def _again(module: nn.Module, method: str, **options: Any) -> None:

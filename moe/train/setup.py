@@ -18,7 +18,6 @@ from ...parallel.engine.deepspeed import DeepSpeedEngine
 from ...parallel.engine.engine import Engine
 from ...parallel.engine.fsdp import FsdpEngine
 from ...parallel.engine.native import NativeEngine
-from ...parallel.engine.pipeline import PipelineEngine
 from ...parallel.engine.zero3 import Zero3Engine
 from ...parallel.fsdp import divide, own
 from ...parallel.mesh import Mesh
@@ -159,6 +158,8 @@ def build_engine(config: RunConfig, model: Decoder, mesh: Mesh, shards: dict[str
     """The engine that `engine` names, over the optimizers that `optim` names."""
     optimizers, clip = build_optimizers(model, config.optim, shards, config.seed, mesh), config.optim.clip
     if mesh.layout.pp > 1:
+        from ...parallel.engine.pipeline import PipelineEngine  # imports a compiler's 80 MB
+
         return PipelineEngine(
             model, optimizers, mesh, shards, stages(model.cfg, config, mesh), width=model.cfg.width,
             schedule=config.parallel.schedule, tied=("embed.weight",) if model.cfg.tie_embeddings else (),

@@ -48,17 +48,20 @@ def test_one_rank_by_hand():
     assert held.attention == 4 * (16 + 16 + 64) + 4 * 4 * 2 + 4 * 2 * 4 * 4
     assert held.feed_forward(6) == 4 * 4 * (4 + 4 * 6)
     assert held.sparse(MOE) == 4 * (16 + 40 + 20 + 16) + 4 * 4 * (4 + 4 * 3) + 4 * 4 * 4
-    assert held.head == 4 * (16 + 1200 + 16)
-    assert held.activations == 5 * 4 * (2 * 16 + 4) + 2 * 544 + 448 + 688 + 4928 == 7872
-    assert (held.casts, held.logits, held.buffers, held.workspace, held.kv_token) == (0, 9600, 0, 0, 32)
-    assert held.total == 2 * 5872 + 11820 + 7872 + 9600
+    assert held.head == 4 * (2 * 16 + 16) + 4 * 1200
+    assert held.activations == 5 * 4 * (2 * 16 + 4) + 2 * 544 + 448 + 688 + 4992 == 7936
+    assert (held.casts, held.logits, held.buffers, held.workspace, held.kv_token) == (0, 4 * 300 * (4 + 4), 0, 0, 32)
+    assert held.total == 2 * 5872 + 11820 + 7936 + 9600
 
 
 def test_bfloat16_and_muon_by_hand():
     config = replace(RUN, train=replace(RUN.train, dtype="bfloat16"), optim=OptimConfig(name="muon"))
     held = Footprint(config, ONE, cpu=True)
-    # matrices of blocks: 2 · 48 + 72 + 72; the tied head is cast too. Of one shape: both w_in of 12 and 6 rows alone
-    assert held.casts == 2 * (240 + 1200)
+    # matrices of blocks: 2 · 48 + 72; the experts' are cast one by one, the head's for a moment.
+    # Of one shape: both w_in of 12 and 6 rows alone
+    assert held.casts == 2 * 168
+    assert held.logits == 2 * 300 * (4 + 2 * 4)
+    assert held.sparse(MOE) == 4 * (16 + 40 + 20 + 16) + 4 * 2 * (4 + 2 * 3)
     assert held.optimizer == 4 * 240 + 8 * 1228 + 4 * 7
     assert held.workspace == 6 * 64  # wq and wo of both blocks, 4 x 4
     assert held.attention == 4 * (3 * 8 + 16 + 2 * 2 * 8 + 2 * 4 * 2)
@@ -67,7 +70,7 @@ def test_bfloat16_and_muon_by_hand():
 def test_two_ranks_by_hand():
     held = Footprint(SPREAD, TWO)
     assert held.weights == 4 * (1468 - 36)
-    assert held.activations == 7872 + 16 * 4
+    assert held.activations == 7936 + 16 * 4
     assert (held.buffers, replace(held, collapsed=True).buffers) == (2 * 4 * 4 * 4, 2 * 8 * 4 * 4)
     assert replace(held, collapsed=True).activations == held.activations + 4 * (64 + 16)
     bounded = free(SPREAD, ep=2, exchange_rows=5, chunks=4)
@@ -92,7 +95,7 @@ def test_tensor_and_context_ranks_by_hand():
     # gathered operand, cos and sin, three of one head; k and v of all 4 tokens; one logsumexp, a mask of 4 x 4
     assert held.attention == 2 * (16 + 16 + 24) + 4 * 2 * 4 * 2 + 2 * 4 + 4 * 16
     assert held.feed_forward(6, tp=2) == 2 * 4 * (4 + 4 * 3)
-    assert (held.norm, held.head) == (36, 1232)
+    assert (held.norm, held.head) == (36, 1 * (2 * 16 + 16) + 4800)
 
 
 @pytest.mark.parametrize(
@@ -129,8 +132,8 @@ def test_fsdp_by_hand():
     spread = Footprint(free(SPREAD, ep=2, fsdp=True), TWO)
     assert spread.weights == 4 * (1368 / 2 + 36 + 28)
     half = replace(SPREAD, train=replace(SPREAD.train, dtype="bfloat16"))
-    # the operand of the head in bfloat16, and the experts, which nothing divides
-    assert Footprint(free(half, ep=2, fsdp=True), TWO).casts == 4 * 1200 + 2 * (1200 + 36)
+    # the experts in bfloat16, which nothing divides
+    assert Footprint(free(half, ep=2, fsdp=True), TWO).casts == 4 * 1200 + 2 * 36
 
 
 def test_zero_by_hand():
@@ -161,9 +164,9 @@ def test_recomputing_by_hand():
     held = {how: Footprint(replace(RUN, train=replace(RUN.train, recompute=how)), ONE) for how in ("selective", "full")}
     # selective keeps the input alone of 4 tokens: of the dense slot 4 · 4 bytes each, of the experts beside the router
     selective = held["selective"]
-    assert selective.activations == 5 * 144 + 2 * 544 + 64 + (368 + 64 + 64) + 4928
+    assert selective.activations == 5 * 144 + 2 * 544 + 64 + (368 + 64 + 64) + 4992
     assert selective.again(False) == 448 + 2 * 4 * 4 * 6
-    assert held["full"].activations == 2 * 64 + 4 * 16 * 3 + 144 + 4928
+    assert held["full"].activations == 2 * 64 + 4 * 16 * 3 + 144 + 4992
     assert held["full"].again(True) == 288 + 544 + 688 + 2 * 4 * 4 * 3
 
 
