@@ -163,8 +163,8 @@ void turnout_cross_entropy(int type, void* x, const int64_t* targets, float* los
 #undef CALL
 }
 
-void turnout_rotate(int type, const void* x, const float* cos, const float* sin, void* y, int64_t rows, int64_t heads,
-                    int64_t h, float turn, int threads) {
+void turnout_turn_heads(int type, const void* x, const float* cos, const float* sin, void* y, int64_t rows, int64_t heads,
+                        int64_t h, float turn, int threads) {
 #define CALL(T) rotate_rows<T>(x, cos, sin, y, rows, heads, h, turn, threads)
   BY_TYPE(type, CALL)
 #undef CALL

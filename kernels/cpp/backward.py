@@ -60,7 +60,7 @@ def rotate(x_THd: Tensor, cos_Th: Tensor, sin_Th: Tensor, turn: float) -> Tensor
     """Every head (a, b) → (a · cos - b · sin · turn, b · cos + a · sin · turn); turn -1 is the way back."""
     y_THd = x_THd.new_empty(x_THd.shape)
     sizes = (c_int64(size) for size in (*x_THd.shape[:2], x_THd.shape[2] // 2))
-    call("rotate", TYPES[x_THd.dtype], *_places(x_THd, cos_Th, sin_Th, y_THd), *sizes, c_float(turn))
+    call("turn_heads", TYPES[x_THd.dtype], *_places(x_THd, cos_Th, sin_Th, y_THd), *sizes, c_float(turn))
     return y_THd
 
 
