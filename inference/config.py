@@ -122,6 +122,18 @@ class EngineConfig:
             "must be positive",
             "use seconds, more than the longest step takes",
         )
+        self._check_choices()
+        check(0 <= self.seed < 2**64, "seed", self.seed, "must fit 64 bits", "use 0 to 2**64 - 1")
+        check(
+            all(low < high for low, high in pairwise((0, *self.graph_buckets))),
+            "graph_buckets",
+            ", ".join(map(str, self.graph_buckets)),
+            "must be positive and ascend",
+            "use numbers of requests such as 1, 2, 4, 8",
+        )
+
+    def _check_choices(self) -> None:
+        """What is one of a few words."""
         choices = {
             "batching": Batching, "kv_layout": KVLayout, "kv_dtype": KVDtype, "kernels": Kernels,
             "moe_capacity": MoECapacity,
@@ -135,14 +147,6 @@ class EngineConfig:
             self.kernels,
             "must be auto with deterministic=true, which takes the forms that are batch-invariant",
             "leave one of them out",
-        )
-        check(0 <= self.seed < 2**64, "seed", self.seed, "must fit 64 bits", "use 0 to 2**64 - 1")
-        check(
-            all(low < high for low, high in pairwise((0, *self.graph_buckets))),
-            "graph_buckets",
-            ", ".join(map(str, self.graph_buckets)),
-            "must be positive and ascend",
-            "use numbers of requests such as 1, 2, 4, 8",
         )
 
     @property
