@@ -200,7 +200,7 @@ static void dot_rows(const void* const* x, int64_t T, const void* const* w, int6
   const int64_t tiles = (T + TALL - 1) / TALL;
   if (ahead.at) ahead.by = (ahead.by + tiles - 1) / tiles;
   for (int64_t t = 0, n; t < T; t += n) {
-    n = T - t == 8 ? 4 : std::min<int64_t>(T - t, TALL);
+    n = TALL == 6 && T - t == 8 ? 4 : std::min<int64_t>(T - t, TALL);
     float* to = y + t * y_row;
     if constexpr (TALL == 6) {
       if (n == 6) dot_tile<type, 6, C>(x + t, w, K, to, y_row, ahead);
