@@ -50,4 +50,4 @@ def forget(tensor: Tensor) -> None:
 def _madvise() -> Callable[[int, int, int], int]:
     advise = ctypes.CDLL(None).madvise
     advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return advise  # type: ignore[no-any-return]
+    return advise

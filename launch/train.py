@@ -35,7 +35,8 @@ Writes runs/<id>/: config.yaml, metrics.jsonl, plots.png, checkpoints/, model/ (
 Exit codes: 0 done, 2 configuration, 3 data, 4 non-finite, 5 peer lost, 6 storage, 143 preempted and saved.
 
 keys:      train.{steps,seconds,global_batch,micro_batch,seq_len,eval_every,save_every,init,resume}
-           optim.{name,lr,...}  moe.{num_experts,router,trace,replay,...}  parallel.{pp,dp,cp,tp,ep,...}  seed  engine  kernels
+           optim.{name,lr,...}  moe.{num_experts,router,trace,replay,...}  parallel.{pp,dp,cp,tp,ep,...}
+           seed  engine  kernels
            parallel=auto picks the layout that `turnout plan` foretells to be fastest of those that fit
 example:   turnout train experiment=switch_pydocs nproc=2 moe.num_experts=16
 on nodes:  torchrun --nnodes 2 ... -m turnout.launch.train experiment=switch_pydocs run=DIR

@@ -49,7 +49,8 @@ class _Norm(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *passes.rms_norm_backward(*ctx.saved_tensors, grad_TD.contiguous()), None
+        x_TD, weight_D, turns_T = ctx.saved_tensors
+        return *passes.rms_norm_backward(x_TD, weight_D, turns_T, grad_TD.contiguous()), None
 
 
 class _Rotate(Function):
@@ -61,4 +62,5 @@ class _Rotate(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_THd: Tensor) -> tuple[Tensor, None, None]:
-        return passes.rotate(grad_THd.contiguous(), *ctx.saved_tensors, -1.0), None, None
+        cos_Th, sin_Th = ctx.saved_tensors
+        return passes.rotate(grad_THd.contiguous(), cos_Th, sin_Th, -1.0), None, None

@@ -37,7 +37,7 @@ class _Chunked(Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, w_VD: Tensor, targets_T: Tensor, learns: bool) -> Tensor:
-        needed = tuple(learns and need for need in ctx.needs_input_grad[:2])
+        needed = (learns and ctx.needs_input_grad[0], learns and ctx.needs_input_grad[1])
         losses_T, *gradients = _losses(x_TD.contiguous(), w_VD, targets_T.contiguous(), None, needed)
         ctx.save_for_backward(x_TD, w_VD, targets_T)
         ctx.needed, ctx.gradients = needed, gradients
