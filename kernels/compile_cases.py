@@ -191,6 +191,8 @@ def _elements() -> Iterator[Case]:
     types |= dict.fromkeys(("parts", "cosines", "sines", "losses", "norms"), "*fp32")
     for width in (_WIDTH, norm.MOST):
         line = replace(_ROWS, warps=row_warps(width))
+        sums = types | {"y": "*bf16", "total": "*bf16"}
+        yield _case(f"add_rms_norm {width}", norm.add_rms_norm_kernel, sums, {"WIDTH": width}, line)
         yield _case(f"rms_norm {width}", norm.rms_norm_kernel, types, {"WIDTH": width}, line)
         constants = {"WIDTH": width, "LINES": norm.LINES}
         yield _case(f"rms_norm_backward {width}", norm.rms_norm_backward_kernel, types, constants, line)

@@ -102,6 +102,7 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "add_rms_norm": {
             "reference": "reference.dense",
             "torch": "torch_ops.layers",
+            "triton": "triton.norm",
             "cpp": "cpp.rowwise",
         },
         "rope": {

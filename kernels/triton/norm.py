@@ -30,6 +30,20 @@ def rms_norm_kernel(x, weight, out, D, eps, WIDTH: tl.constexpr):  # type: ignor
 
 
 @triton.jit
+def add_rms_norm_kernel(x, y, weight, total, out, D, eps, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One row of the sum, rounded, and its norm."""
+    start, at = tl.program_id(0).to(tl.int64) * D, tl.arange(0, WIDTH)
+    row = tl.load(x + start + at, mask=at < D, other=0.0).to(tl.float32)
+    row += tl.load(y + start + at, mask=at < D, other=0.0).to(tl.float32)
+    rounded = row.to(total.dtype.element_ty)
+    tl.store(total + start + at, rounded, mask=at < D)
+    row = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(row * row, 0) / D + eps)
+    normed = row * scale * tl.load(weight + at, mask=at < D, other=0.0).to(tl.float32)
+    tl.store(out + start + at, normed.to(out.dtype.element_ty), mask=at < D)
+
+
+@triton.jit
 def rms_norm_backward_kernel(  # type: ignore[no-untyped-def]
     grad, x, weight, grad_x, parts, T, D, eps, LINES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -105,6 +119,18 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return _RmsNorm.apply(x_TD, weight_D, eps)
 
 
+def add_rms_norm_fits(x_TD: Tensor, y_TD: Tensor, weight_D: Tensor, eps: float) -> bool:
+    return x_TD.dtype == y_TD.dtype and x_TD.shape == y_TD.shape and rms_norm_fits(x_TD, weight_D, eps)
+
+
+def add_rms_norm_pays(x_TD: Tensor, y_TD: Tensor, weight_D: Tensor, eps: float) -> bool:
+    return x_TD.is_cuda
+
+
+def add_rms_norm(x_TD: Tensor, y_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _AddRmsNorm.apply(x_TD, y_TD, weight_D, eps)
+
+
 def rope_fits(x_THd: Tensor, positions_T: Tensor, turns_h: Tensor, magnitude: float = 1.0) -> bool:
     return runs(x_THd) and turns_h.dtype == torch.float32 and x_THd.shape[-1] <= MOST
 
@@ -150,15 +176,42 @@ class _RmsNorm(Function):
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        D = x.shape[-1]
-        T = x.numel() // D
-        programs, width = triton.cdiv(T, LINES), triton.next_power_of_2(D)
-        grad_x, parts = torch.empty_like(x), torch.empty(programs, D, dtype=torch.float32, device=x.device)
-        if programs:
-            rms_norm_backward_kernel[(programs,)](
-                grad_TD.contiguous(), x, weight, grad_x, parts, T, D, ctx.eps, LINES, width, num_warps=row_warps(width)
-            )
-        return grad_x, parts.sum(0).to(weight.dtype), None
+        return *_norm_backward(grad_TD, x, weight, ctx.eps), None
+
+
+class _AddRmsNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, y_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        x, y, weight = x_TD.contiguous(), y_TD.contiguous(), weight_D.contiguous()
+        total, out, D = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
+        if x.numel():
+            width = triton.next_power_of_2(D)
+            grid, warps = (x.numel() // D,), row_warps(width)
+            add_rms_norm_kernel[grid](x, y, weight, total, out, D, eps, width, num_warps=warps)
+        ctx.save_for_backward(total, weight)
+        ctx.eps = eps
+        return total, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, grad_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        total, weight = ctx.saved_tensors
+        grad_x, grad_weight = _norm_backward(grad_TD, total, weight, ctx.eps)
+        grad_x = grad_x + grad_total
+        return grad_x, grad_x, grad_weight, None
+
+
+def _norm_backward(grad_TD: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The gradients of what was normalised and of the weight."""
+    D = x.shape[-1]
+    T = x.numel() // D
+    programs, width = triton.cdiv(T, LINES), triton.next_power_of_2(D)
+    grad_x, parts = torch.empty_like(x), torch.empty(programs, D, dtype=torch.float32, device=x.device)
+    if programs:
+        rms_norm_backward_kernel[(programs,)](
+            grad_TD.contiguous(), x, weight, grad_x, parts, T, D, eps, LINES, width, num_warps=row_warps(width)
+        )
+    return grad_x, parts.sum(0).to(weight.dtype)
 
 
 class _Rope(Function):
