@@ -45,6 +45,7 @@ class PagedContext:
         self.tokens_T = batch.tokens_T
         self.logit_rows: Tensor | None = batch.logit_rows_R
         self.memory = memory
+        self.targets_T: Tensor | None = None
         self.routings: dict[int, Routing] = {}
         self.turns: Turns = {}
         self._batch, self._cache = batch, cache

@@ -89,12 +89,15 @@ class Context(Protocol):
         logit_rows: int64 rows whose logits are wanted; None = all.
         memory: the encoder's hidden states [S, D] that cross-attention has not seen yet; None without an encoder.
         turns: what the layers' `Rotary` have found of the pass's positions, for the next layers.
+        targets_T: int64 ids that the model is to foretell (-1: none); it then returns losses and no logits. None in
+            serving.
     """
 
     route: RouteContext
     logit_rows: Tensor | None
     memory: Tensor | None
     turns: Turns
+    targets_T: Tensor | None
 
     def attend(
         self,

@@ -13,7 +13,6 @@ from ..layers.embedding import Embedding
 from ..layers.linear import Linear
 from ..layers.norm import RMSNorm
 from ..layers.relative import RelativeBias
-from .context import VarlenContext
 
 
 class Encoder(nn.Module):
@@ -48,7 +47,7 @@ class Decoder(nn.Module):
         self,
         tokens_T: Tensor,
         positions_T: Tensor,
-        ctx: VarlenContext,
+        ctx: Context,
         source: tuple[Tensor, Tensor, Context] | None = None,
     ) -> Tensor:
         """Logits of the next token.
@@ -78,7 +77,7 @@ class Decoder(nn.Module):
         assert self.encoder is not None, "a decoder-only model encodes nothing"
         return self.encoder(self.embed(tokens_S), positions_S, ctx)
 
-    def finish(self, x_TD: Tensor, ctx: VarlenContext) -> Tensor:
+    def finish(self, x_TD: Tensor, ctx: Context) -> Tensor:
         """What the forward pass returns, of what the last block returned: logits, or losses of `ctx.targets_T`."""
         if ctx.targets_T is None:
             return self.logits(x_TD, ctx)
