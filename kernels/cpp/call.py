@@ -25,11 +25,12 @@ def fits(*tensors: Tensor | None) -> bool:
     return library() is not None
 
 
-def call(name: str, *arguments: Any) -> None:
-    """Run a kernel on as many threads as torch would."""
+def call(name: str, *arguments: Any) -> int:
+    """Run a kernel on as many threads as torch would; what it returns, if it returns something."""
     kernels = library()
     assert kernels is not None, "a form runs only where it fits"
-    getattr(kernels, f"turnout_{name}")(*arguments, torch.get_num_threads())
+    status: int = getattr(kernels, f"turnout_{name}")(*arguments, torch.get_num_threads())
+    return status
 
 
 def kernel(name: str, types: tuple[Any, ...]) -> Callable[..., None]:

@@ -8,7 +8,7 @@ struct Store {
   void* pages;
   float* scales;  // of int8 pages, else null
   const int64_t* slots;
-  int64_t rows, heads, d, from_row, from_head, page, block, row, head;  // strides of pages: a block, a row of it, a head
+  int64_t rows, heads, d, from_row, from_head, blocks, page, block, row, head;  // strides of pages: block, row of it, head
 };
 
 static int64_t bytes(int type) { return type == FLOAT32 ? 4 : 2; }
@@ -57,10 +57,15 @@ static void store_rows(const Store& s, int to, int threads) {
   }
 }
 
-extern "C" void turnout_store(int type, int to, const Store* parts, int count, int threads) {
+// Whether all slots are in the pages; nothing is written where one is not.
+extern "C" int turnout_store(int type, int to, const Store* parts, int count, int threads) {
+  for (int i = 0; i < count; i++)
+    for (int64_t t = 0; t < parts[i].rows; t++)
+      if ((uint64_t)parts[i].slots[t] >= (uint64_t)(parts[i].blocks * parts[i].page)) return 0;
   for (int i = 0; i < count; i++) {
 #define CALL(T) store_rows<T>(parts[i], to, threads)
     BY_TYPE(type, CALL)
 #undef CALL
   }
+  return 1;
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 from .build import library
 from .call import INT8, TYPES, call, pointer
 
-STORE = Struct("4P9q")  # `Store` of store.cpp
+STORE = Struct("4P10q")  # `Store` of store.cpp
 
 
 def store_kv_fits(
@@ -37,11 +37,12 @@ def store_kv(
     if v_TGd is not None and cache_v is not None:
         v_TGd, more = _part(v_TGd, cache_v, slots_T, scales_v)
         parts += more
-    call("store", TYPES[k_TGd.dtype], TYPES.get(cache_k.dtype, INT8), parts, len(parts) // STORE.size)
+    if not call("store", TYPES[k_TGd.dtype], TYPES.get(cache_k.dtype, INT8), parts, len(parts) // STORE.size):
+        raise IndexError(f"slots must lie within the {cache_k.shape[0]} blocks of {cache_k.shape[1]} tokens")
 
 
 def _part(x_TGd: Tensor, pages: Tensor, slots_T: Tensor, scales: Tensor | None) -> tuple[Tensor, bytes]:
     """Rows of neighbours, which must live until they are stored, and their `Store`."""
     x_TGd = x_TGd if x_TGd.stride(2) == 1 or x_TGd.shape[2] == 1 else x_TGd.contiguous()
     places = x_TGd.data_ptr(), pages.data_ptr(), pointer(scales) or 0, slots_T.data_ptr()
-    return x_TGd, STORE.pack(*places, *x_TGd.shape, *x_TGd.stride()[:2], pages.shape[1], *pages.stride()[:3])
+    return x_TGd, STORE.pack(*places, *x_TGd.shape, *x_TGd.stride()[:2], *pages.shape[:2], *pages.stride()[:3])

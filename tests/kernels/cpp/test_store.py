@@ -49,3 +49,11 @@ def test_keys_only():
     with kernels.using("cpp"):
         store_kv(torch.ones(1, 1, 6), None, pages, None, torch.tensor([5]))
     assert pages.flatten(0, 1).sum((1, 2)).tolist() == [0, 0, 0, 0, 0, 6, 0, 0]
+
+
+@pytest.mark.parametrize("slot", [-1, 12, 2**40])
+def test_a_slot_outside_of_the_pages_is_an_error_and_writes_nothing(slot):
+    pages = torch.zeros(2, 3, 4, 8, 16).unbind(0)
+    with kernels.using("cpp"), pytest.raises(IndexError, match="3 blocks of 4 tokens"):
+        kernels.store_kv(torch.ones(2, 8, 16), torch.ones(2, 8, 16), *pages, torch.tensor([0, slot]))
+    assert not any(page.any() for page in pages)
