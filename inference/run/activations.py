@@ -136,7 +136,9 @@ class Activations:
         router = self.tokens * (self.wide * moe.width + (5 * self.wide + 2 * INDEX) * moe.num_experts)
         order = 6 * INDEX * self.rows
         travel = 0 if self.ranks == 1 else 4 * self.w * moe.width
-        stack = self.w * (HIDDEN[moe.activation] * moe.expert_width * (1.5 if moe.bias else 1) + 3 * moe.width)
+        whole = self.ranks == 1 and moe.activation == "swiglu" and not moe.bias  # in one operation, rows where they are
+        copies = (1 if whole else 3) * moe.width
+        stack = self.w * (HIDDEN[moe.activation] * moe.expert_width * (1.5 if moe.bias else 1) + copies)
         shared = moe.shared_width or moe.shared_experts * moe.expert_width
         beside = self._feed(shared, moe.activation) + self.w * self.tokens * moe.width if shared else 0
         total = 3 * self.wide * self.tokens * moe.width

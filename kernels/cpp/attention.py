@@ -14,7 +14,7 @@ from torch import Tensor
 from ..reference.attention import own_keys
 from ..torch_ops import attention as library_attention
 from .build import library
-from .call import INT8, TYPES, call, differentiable, fits, pointer
+from .call import INT8, TYPES, call, differentiable, fits, inferring, pointer
 
 ATTENTION = Struct("11P18qf4x")  # `Attention` of attention.h
 
@@ -48,9 +48,7 @@ def varlen_attention_pays(
     sinks_H: Tensor | None = None,
     bias_HR: Tensor | None = None,
 ) -> bool:
-    operands = (q_THd, k_TGd, v_TGd, sinks_H, bias_HR)
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    return q_THd.is_cpu and not wanted
+    return inferring(q_THd)
 
 
 def varlen_attention(
@@ -114,7 +112,7 @@ def paged_attention_pays(
     scales_k: Tensor | None = None,
     scales_v: Tensor | None = None,
 ) -> bool:
-    return q_THd.is_cpu and not (torch.is_grad_enabled() and q_THd.requires_grad)
+    return inferring(q_THd)
 
 
 def paged_attention(

@@ -25,6 +25,15 @@ def fits(*tensors: Tensor | None) -> bool:
     return library() is not None
 
 
+def inferring(x: Tensor) -> bool:
+    """On a CPU, and nothing learns: a form of ours may run unasked.
+
+    Having no gradient is not enough: a first pass whose activations are computed again has none either, and must have
+    the bits of the second.
+    """
+    return x.is_cpu and torch.is_inference_mode_enabled()
+
+
 def call(name: str, *arguments: Any) -> int:
     """Run a kernel on as many threads as torch would; what it returns, if it returns something."""
     kernels = library()

@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..reference import gates
-from .call import fits, kernel, pointer
+from .call import fits, inferring, kernel, pointer
 
 SCORES = {"softmax": 0, "sigmoid": 1, "chosen": 2}
 MOST = 1024
@@ -34,7 +34,7 @@ def top_k_gates_pays(
     bias_E: Tensor | None = None, groups: int = 1, top_groups: int = 1, best: int = 1, renormalize: bool = False,
     scale: float = 1.0,
 ) -> bool:  # fmt: skip
-    return logits_TE.is_cpu and not (torch.is_grad_enabled() and logits_TE.requires_grad)
+    return inferring(logits_TE)
 
 
 def top_k_gates_fits(

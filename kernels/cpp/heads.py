@@ -30,7 +30,7 @@ def heads_pays(
     x_TD: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, cos_Th: Tensor, sin_Th: Tensor,
     norm_q: Tensor | None = None, norm_k: Tensor | None = None, eps: float = 0.0,
 ) -> bool:  # fmt: skip
-    return pays(x_TD, w_q, w_k, w_v)
+    return pays(x_TD)
 
 
 def heads_fits(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .build import library
-from .call import TYPES, call, fits, pointer
+from .call import TYPES, call, fits, inferring, pointer
 
 LASTING = 8 << 20  # numbers that the allocator keeps between calls, whose pages are there already
 LEAST = 256  # columns
@@ -34,7 +34,7 @@ def moe_mlp_pays(
     x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor | None, w_in_EHD: Tensor, w_out_EFD: Tensor
 ) -> bool:
     """Where bfloat16 has an instruction of its own."""
-    kernels = library() if x_TD.dtype == torch.bfloat16 and x_TD.device.type == "cpu" else None
+    kernels = library() if x_TD.dtype == torch.bfloat16 and inferring(x_TD) else None
     return kernels is not None and bool(kernels.turnout_moe_pairs())
 
 

@@ -13,7 +13,7 @@ from ..reference.precision import autocast
 from ..torch_ops import grouped_gemm as library_grouped
 from ..torch_ops import linear as library_linear
 from .build import INSTRUCTIONS, _cpu
-from .call import TYPES, call, differentiable, fits
+from .call import TYPES, call, differentiable, fits, inferring
 
 GEMM = struct.Struct("=16q")  # `Gemm` of gemm.h
 # Measured: rows up to which the library takes longer, of one matrix and of each of several; float32: it always does.
@@ -25,7 +25,7 @@ def linear_fits(x_TD: Tensor, w_FD: Tensor, bias_F: Tensor | None = None) -> boo
 
 
 def linear_pays(x_TD: Tensor, w_FD: Tensor, bias_F: Tensor | None = None) -> bool:
-    return _faster(x_TD.numel() <= ONE * x_TD.shape[-1], x_TD, w_FD, bias_F)
+    return _faster(x_TD.numel() <= ONE * x_TD.shape[-1], x_TD)
 
 
 def linear(x_TD: Tensor, w_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
@@ -40,7 +40,7 @@ def head_gemm_fits(x_THK: Tensor, w_HKM: Tensor) -> bool:
 
 
 def head_gemm_pays(x_THK: Tensor, w_HKM: Tensor) -> bool:
-    return _faster(len(x_THK) <= ONE, x_THK, w_HKM)
+    return _faster(len(x_THK) <= ONE, x_THK)
 
 
 def head_gemm(x_THK: Tensor, w_HKM: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def grouped_gemm_fits(x_NK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> bool:
 
 
 def grouped_gemm_pays(x_NK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> bool:
-    return _faster(len(x_NK) <= SEVERAL * len(w_EKM), x_NK, w_EKM)
+    return _faster(len(x_NK) <= SEVERAL * len(w_EKM), x_NK)
 
 
 def grouped_gemm(x_NK: Tensor, w_EKM: Tensor, ends_E: Tensor) -> Tensor:
@@ -67,12 +67,10 @@ def _fits(x: Tensor, w: Tensor, bias: Tensor | None = None) -> bool:
     return fits(*(autocast(*(t.new_empty(0) for t in known)) if torch.is_autocast_enabled("cpu") else known))
 
 
-def _faster(few: bool, x: Tensor, *others: Tensor | None) -> bool:
-    """Without a gradient, on a CPU like the one that was measured."""
-    if not (x.dtype == torch.float32 or (few and x.dtype == torch.bfloat16)) or not x.is_cpu or not _measured():
-        return False
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others))
-    return not wanted and not torch.is_autocast_enabled("cpu")
+def _faster(few: bool, x: Tensor) -> bool:
+    """On a CPU like the one that was measured."""
+    known = x.dtype == torch.float32 or (few and x.dtype == torch.bfloat16)
+    return known and inferring(x) and _measured() and not torch.is_autocast_enabled("cpu")
 
 
 @functools.cache

@@ -10,22 +10,20 @@ import torch
 from torch import Tensor
 
 from ..reference import dense
-from .call import TYPES, differentiable, fits, kernel
+from .call import TYPES, differentiable, fits, inferring, kernel
 
 NORM = (c_int, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int)
 ROTATE = (c_int, c_void_p, c_void_p, c_void_p, c_void_p, *(c_int64,) * 5, c_int)
 SWIGLU = (c_int, c_void_p, c_void_p, c_int64, c_int64, c_int)
 
 
-def pays(*tensors: Tensor) -> bool:
-    """bfloat16 on a CPU, and no gradient is wanted."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return False
-    return tensors[0].dtype == torch.bfloat16 and tensors[0].is_cpu
+def pays(x: Tensor) -> bool:
+    """bfloat16 on a CPU, and nothing learns."""
+    return x.dtype == torch.bfloat16 and inferring(x)
 
 
 def rms_norm_pays(x_TD: Tensor, weight_D: Tensor, eps: float) -> bool:
-    return pays(x_TD, weight_D)
+    return pays(x_TD)
 
 
 def rms_norm_fits(x_TD: Tensor, weight_D: Tensor, eps: float) -> bool:
@@ -43,7 +41,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm_pays(x_TD: Tensor, y_TD: Tensor, weight_D: Tensor, eps: float) -> bool:
-    return pays(x_TD, y_TD, weight_D)
+    return pays(x_TD)
 
 
 def add_rms_norm_fits(x_TD: Tensor, y_TD: Tensor, weight_D: Tensor, eps: float) -> bool:

@@ -7,7 +7,7 @@ cache either. Rows are small and warm.
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import ceil, prod
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import kernels
+from .case import Arguments, Case
 from .ceilings import pages
 
 COLD = 1 << 27  # bytes of weights or pages that calls go round in
@@ -26,29 +27,8 @@ E, HIDDEN, K = 32, 768, 4
 H, G, HEAD = 32, 4, 128
 PAGE = 16  # tokens
 CONTEXTS, BATCHES, PROMPTS = (512, 2048, 8192), (1, 8, 64), (512, 2048)
-ROWWISE = {"rms_norm": (2, 4), "swiglu": (1.5, 4), "pointwise": (2, 4)}  # numbers moved and FLOPs, a number
+ROWWISE = {"rms_norm": (2, 4), "add_rms_norm": (4, 5), "swiglu": (1.5, 4), "pointwise": (2, 4)}  # moved, FLOPs
 SCALE = {"scale": HEAD**-0.5}
-Arguments = Sequence[tuple[Any, ...]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """An operation at a shape.
-
-    Args:
-        op: its name.
-        shape: in words.
-        size, flops: bytes and FLOPs that it needs at least.
-        make: gives the arguments of one call and those of the next; calls take them in turns.
-        keywords: that every call has.
-    """
-
-    op: str
-    shape: str
-    size: float
-    flops: float
-    make: Callable[[], Arguments]
-    keywords: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Maker:
@@ -236,21 +216,72 @@ def _rowwise(op: str, m: Maker) -> Iterator[Case]:
 
         def make(T: int = T) -> Arguments:
             x = m.rows(T, D)
-            return [{"rms_norm": (x, m.rows(D), 1e-6), "pointwise": (torch.sigmoid, x)}.get(op, (x,))]
+            norm = (m.rows(D), 1e-6)
+            return [
+                {"rms_norm": (x, *norm), "add_rms_norm": (x, x, *norm), "pointwise": (torch.sigmoid, x)}.get(op, (x,))
+            ]
 
         yield Case(op=op, shape=f"{T} x {D}", size=2 * moved * T * D, flops=flops * T * D, make=make)
 
 
-def _rope(m: Maker) -> Iterator[Case]:
-    turns = 1e6 ** (-torch.arange(0, HEAD, 2, device=m.device) / HEAD)
+def _turns(m: Maker) -> Tensor:
+    return 1e6 ** (-torch.arange(0, HEAD, 2, device=m.device) / HEAD)
+
+
+def _angles(m: Maker, tokens: int) -> tuple[Tensor, Tensor]:
+    angles = torch.arange(tokens, device=m.device)[:, None] * _turns(m)
+    return angles.cos(), angles.sin()
+
+
+def _turned(op: str, m: Maker) -> Iterator[Case]:
     for T in (1, 64, 2048):
 
         def make(T: int = T) -> Arguments:
-            x, at = m.rows(T, H, HEAD), torch.arange(T, device=m.device)
-            return [(x, at, turns)]
+            how = _angles(m, T) if op == "rotate" else (torch.arange(T, device=m.device), _turns(m))
+            return [(m.rows(T, H, HEAD), *how)]
 
         size, flops = 4 * T * H * HEAD, 3 * T * H * HEAD
-        yield Case(op="rope", shape=f"{T} x {H} heads of {HEAD}", size=size, flops=flops, make=make)
+        yield Case(op=op, shape=f"{T} x {H} heads of {HEAD}", size=size, flops=flops, make=make)
+
+
+def _heads(m: Maker) -> Iterator[Case]:
+    for T in ROWS[:3]:
+
+        def make(T: int = T) -> Arguments:
+            x, norm, angles = m.rows(T, D), m.rows(HEAD), _angles(m, T)
+            ws = zip(m.weights(H * HEAD, D), m.weights(G * HEAD, D), m.weights(G * HEAD, D), strict=False)
+            return [(x, *w, *angles, norm, norm, 1e-6) for w in ws]
+
+        size, flops = 2 * (H + 2 * G) * HEAD * (D + T) + 2 * T * D, 2 * T * D * (H + 2 * G) * HEAD
+        yield Case(op="heads", shape=f"{T} x {D} -> {H}/{G} heads", size=size, flops=flops, make=make)
+
+
+def _top_k_gates(m: Maker) -> Iterator[Case]:
+    for T in (1, 64, 2048):
+
+        def make(T: int = T) -> Arguments:
+            return [(m.rows(T, 128, dtype=torch.float32), 8)]
+
+        yield Case(op="top_k_gates", shape=f"{T} rows, 8 of 128", size=T * (4 * 128 + 96), flops=5 * T * 128, make=make)
+
+
+def _expert_rows(m: Maker) -> Iterator[Case]:
+    def make() -> Arguments:
+        x, ends = m.rows(512, D), m.tensor(range(512 // E, 513, 512 // E))
+        both = zip(m.weights(E, 2 * HIDDEN, D), m.weights(E, HIDDEN, D), strict=False)
+        return [(x, ends, w_in, w_out) for w_in, w_out in both]
+
+    size, flops = 2 * (3 * E * D * HIDDEN + 2 * 512 * D), 6 * 512 * D * HIDDEN
+    yield Case(op="expert_rows", shape=f"512 rows, {E} experts, {D} x {HIDDEN}", size=size, flops=flops, make=make)
+
+
+def _linear_cross_entropy(m: Maker) -> Iterator[Case]:
+    def make() -> Arguments:
+        x, targets = m.rows(512, D), m.integers(VOCABULARY, 512)
+        return [(x, w, targets) for w in m.weights(VOCABULARY, D)]
+
+    size, flops = 2 * (VOCABULARY * D + 512 * D), 2 * 512 * VOCABULARY * D
+    yield Case(op="linear_cross_entropy", shape=f"512 x {D} -> {VOCABULARY}", size=size, flops=flops, make=make)
 
 
 def _cross_entropy(m: Maker) -> Iterator[Case]:
@@ -318,6 +349,13 @@ def _store_kv(m: Maker) -> Iterator[Case]:
         yield Case(op="store_kv", shape=f"{T} x {G} heads of {HEAD}", size=8 * T * G * HEAD, flops=0, make=make)
 
 
+def _square_sum(m: Maker) -> Iterator[Case]:
+    size, flops = 4 * D * D, 2 * D * D
+    yield Case(
+        op="square_sum", shape=f"{D} x {D}", size=size, flops=flops, make=lambda: [(m.rows(D, D, dtype=torch.float32),)]
+    )
+
+
 def _copy_blocks(m: Maker) -> Iterator[Case]:
     def make() -> Arguments:
         held = m.weight(4, 128, PAGE, G, HEAD)
@@ -337,8 +375,13 @@ CASES: Mapping[str, Callable[[Maker], Iterator[Case]]] = {
     "quantized_moe_mlp": _quantized_moe_mlp,
     **{op: functools.partial(_routing, op) for op in ("sort_by_expert", "permute", "combine")},
     **{op: functools.partial(_rowwise, op) for op in ROWWISE},
-    "rope": _rope,
+    "expert_rows": _expert_rows,
+    "heads": _heads,
+    "top_k_gates": _top_k_gates,
+    **{op: functools.partial(_turned, op) for op in ("rotate", "rope")},
     "cross_entropy": _cross_entropy,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "square_sum": _square_sum,
     "varlen_attention": _prefill,
     "paged_attention": _paged,
     "store_kv": _store_kv,

@@ -145,12 +145,15 @@ class Routing:
         return pytree.tree_map_only(Tensor, Tensor.detach, self)
 
 
-def _flatten(routing: Routing) -> tuple[list[Any], None]:
-    return [getattr(routing, f.name) for f in fields(Routing)], None
+def _flatten(routing: Routing) -> tuple[list[Any], bool]:
+    return [getattr(routing, name) for name in TENSORS], routing.sigmoid
 
 
-def _unflatten(values: Any, _context: None) -> Routing:
-    return Routing(**dict(zip((f.name for f in fields(Routing)), values, strict=True)))
+def _unflatten(values: Any, sigmoid: bool) -> Routing:
+    return Routing(**dict(zip(TENSORS, values, strict=True)), sigmoid=sigmoid)
+
+
+TENSORS = tuple(f.name for f in fields(Routing) if f.name != "sigmoid")
 
 
 pytree.register_pytree_node(Routing, _flatten, _unflatten, serialized_type_name="turnout.Routing")

@@ -160,27 +160,28 @@ def test_head_gemm_has_the_librarys_gradients():
     torch.testing.assert_close(found, expected)
 
 
-def test_ours_run_unasked_without_a_gradient_and_while_they_are_faster(monkeypatch):
+def test_ours_run_unasked_in_inference_and_while_they_are_faster(monkeypatch):
     x, w = torch.randn(4, 64).bfloat16(), torch.randn(64, 64).bfloat16()
     many = torch.randn(products.ONE + 1, 64)
     ends = torch.tensor([4], dtype=torch.int32)
     monkeypatch.setattr(products, "_measured", lambda: True)
     token = _forced.set(None)
     try:
-        assert choose("linear", x, w, None) == "cpp"
-        assert choose("linear", many, w.float(), None) == "cpp"
-        assert choose("grouped_gemm", x, w[None], ends) == "cpp"
-        assert choose("head_gemm", x[:, None], w[None]) == "cpp"
-        assert choose("linear", many.bfloat16(), w, None) == "torch"
-        assert choose("linear", x, w.float(), None) == "torch"
-        assert choose("linear", x, w.detach().requires_grad_(), None) == "torch"
-        assert choose("linear", x.double(), w.double(), None) == "torch"
+        with torch.inference_mode():
+            assert choose("linear", x, w, None) == "cpp"
+            assert choose("linear", many, w.float(), None) == "cpp"
+            assert choose("grouped_gemm", x, w[None], ends) == "cpp"
+            assert choose("head_gemm", x[:, None], w[None]) == "cpp"
+            assert choose("linear", many.bfloat16(), w, None) == "torch"
+            assert choose("linear", x, w.float(), None) == "torch"
+            assert choose("linear", x.double(), w.double(), None) == "torch"
+            with torch.autocast("cpu", torch.bfloat16):
+                assert choose("linear", x, w, None) == "torch"
         with torch.no_grad():
-            assert choose("linear", x, w.detach().requires_grad_(), None) == "cpp"
-        with torch.autocast("cpu", torch.bfloat16):
-            assert choose("linear", x, w, None) == "torch"
+            assert choose("linear", x, w, None) == "torch", "it may be a pass that is computed again with a gradient"
         monkeypatch.setattr(products, "_measured", lambda: False)
-        assert choose("linear", x, w, None) == "torch"
+        with torch.inference_mode():
+            assert choose("linear", x, w, None) == "torch"
     finally:
         _forced.reset(token)
 
