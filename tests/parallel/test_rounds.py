@@ -19,7 +19,7 @@ from turnout.parallel.mesh import build_mesh
 from turnout.tests.helpers.ranks import run_ranks
 from turnout.tests.moe.train.test_recompute import Memory
 
-TOKENS, WIDTH, HIDDEN, LIMIT = 512, 16, 32, 64
+TOKENS, WIDTH, HIDDEN, LIMIT = 512, 16, 48, 64
 ROW = 4 * (2 * WIDTH + 3 * HIDDEN)  # bytes of a row's input, gate, up, hidden and output in float32
 
 
@@ -111,4 +111,4 @@ def test_the_peak_of_a_collapsed_layer_is_bound_by_the_limit(chunks):
         assert bound["peak"] - idle["peak"] <= 2 * LIMIT * ROW, "beside what its own tokens cost a rank"
         peaks[world] = free["peak"], bound["peak"]
     assert peaks[4][0] > 1.8 * peaks[2][0]
-    assert peaks[4][1] <= 1.01 * peaks[2][1] < 0.35 * peaks[2][0]
+    assert peaks[4][1] <= 1.01 * peaks[2][1] < 0.3 * peaks[2][0]

@@ -162,9 +162,7 @@ def same_block(block, cfg):
     torch.testing.assert_close(ours_y, theirs_y)
     for y_TD in (ours_y, theirs_y):
         (y_TD * draw(T, D, seed=8)).sum().backward()
-    torch.testing.assert_close(
-        ours_x.grad, theirs_x.grad, rtol=1.3e-6, atol=max(1e-5, 1e-6 * float(theirs_x.grad.max()))
-    )
+    torch.testing.assert_close(ours_x.grad / cfg.route_scale, theirs_x.grad / cfg.route_scale)
     torch.testing.assert_close(layer.router.weight.grad, theirs.gate.weight.grad, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(layer.experts.w_in.grad, theirs.experts.gate_up_proj.grad, rtol=1e-4, atol=1e-4)
 
