@@ -1,7 +1,7 @@
 """The engine in a thread of its own, for asyncio: many callers, one owner of model and requests.
 
 Callers put commands into an inbox and wait; the thread takes them between steps and sends outputs back through the
-callers' event loops. Outputs are cumulative, so a slow caller keeps only the newest. Every request gets exactly one
+callers' event loops, one call a step for each. Outputs are cumulative, so a slow caller keeps only the newest. Every request gets exactly one
 last output, or one error; when the thread dies, all that wait learn the root cause.
 """
 
@@ -12,6 +12,7 @@ import threading
 import uuid
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 
 from .. import TurnoutError
@@ -25,15 +26,26 @@ from .ranks import Ranks
 from .watchdog import Watchdog
 
 
+Item = RequestOutput | TurnoutError
+"""What a caller gets: an output, or the error that ended its request, after which nothing comes."""
+
+
+@dataclass(frozen=True, eq=False)
 class _Stream:
-    """One caller's mailbox; only its event loop touches it."""
+    """Where one request's outputs go: a function that is called on an event loop."""
+
+    loop: asyncio.AbstractEventLoop
+    take: Callable[[Item], None]
+
+
+class _Mailbox:
+    """The newest output for a caller who comes for it; only its event loop touches it."""
 
     def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
-        self._latest: RequestOutput | TurnoutError | None = None
+        self._latest: Item | None = None
 
-    def put(self, item: RequestOutput | TurnoutError) -> None:
+    def put(self, item: Item) -> None:
         self._latest = item
         self._news.set()
 
@@ -42,8 +54,6 @@ class _Stream:
         await self._news.wait()
         self._news.clear()
         item, self._latest = self._latest, None
-        if isinstance(item, FailedOutput) and item.error is not None:
-            item = item.error
         if isinstance(item, TurnoutError):
             raise item
         assert item is not None, "news without an item"
@@ -121,20 +131,45 @@ class AsyncEngine:
             RequestError: it can not be served as asked. QueueFullError: too many wait. QueueTimeoutError: it waited
             too long. NonFiniteError: its logits are not finite. EngineStoppedError: the engine is down.
         """
-        name = request_id or uuid.uuid4().hex
-        prepare = partial(self._engine.prepare, deadline=deadline, cache_salt=cache_salt)
-        prepared = await asyncio.to_thread(prepare, name, prompt, params, priority)
-        stream, finished = _Stream(), False
-        self._send(partial(self._add, prepared, stream))
+        name, box, finished = request_id or uuid.uuid4().hex, _Mailbox(), False
+        leave = await self.submit(box.put, name, prompt, params, priority, deadline=deadline, cache_salt=cache_salt)
         try:
             while not finished:
-                output = await stream.get()
+                output = await box.get()
                 finished = output.finished
                 yield output
         finally:
             if not finished:
-                with contextlib.suppress(EngineStoppedError):
-                    self._send(partial(self._abort, name, stream))
+                leave()
+
+    async def submit(
+        self,
+        take: Callable[[Item], None],
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        priority: int = 0,
+        *,
+        deadline: float | None = None,
+        cache_salt: str = "",
+    ) -> Callable[[], None]:
+        """`generate` for a caller who does not wait: no task of its own is woken for each token.
+
+        Args:
+            take: called on this event loop with every output, and once with the error if one ends the request; it
+                must not raise.
+
+        Returns:
+            What the caller calls, once, to leave before the end: aborts the request. Outputs may still come.
+
+        Raises:
+            RequestError: as `generate`, before `take` is called. EngineStoppedError: the engine is down.
+        """
+        prepare = partial(self._engine.prepare, deadline=deadline, cache_salt=cache_salt)
+        prepared = await asyncio.to_thread(prepare, request_id, prompt, params, priority)
+        stream = _Stream(asyncio.get_running_loop(), take)
+        self._send(partial(self._add, prepared, stream))
+        return partial(self._leave, request_id, stream)
 
     def abort(self, request_id: str) -> None:
         """End a request; its last output, with finish reason "abort", still comes. Unknown ids are no error."""
@@ -144,6 +179,11 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         """As of the last step."""
         return self._stats
+
+    def _leave(self, request_id: str, stream: _Stream) -> None:
+        """Abort a request that is still this caller's."""
+        with contextlib.suppress(EngineStoppedError):
+            self._send(partial(self._abort, request_id, stream))
 
     def _send(self, command: Callable[[], None]) -> None:
         with self._door:
@@ -215,13 +255,14 @@ class AsyncEngine:
             stream = self._streams[output.request_id]
             if output.finished:
                 del self._streams[output.request_id]
-            mail.append((stream, output))
+            failed = output.error if isinstance(output, FailedOutput) else None
+            mail.append((stream, failed or output))
         self._deliver(mail)
 
-    def _deliver(self, mail: Iterable[tuple[_Stream, RequestOutput | TurnoutError]]) -> None:
+    def _deliver(self, mail: Iterable[tuple[_Stream, Item]]) -> None:
         by_loop = defaultdict(list)
         for stream, item in mail:
-            by_loop[stream.loop].append((stream, item))
+            by_loop[stream.loop].append((stream.take, item))
         for loop, items in by_loop.items():
             with contextlib.suppress(RuntimeError):  # a closed loop: nobody waits any more
                 loop.call_soon_threadsafe(_put_all, items)
@@ -250,6 +291,6 @@ class AsyncEngine:
         )
 
 
-def _put_all(items: Iterable[tuple[_Stream, RequestOutput | TurnoutError]]) -> None:
-    for stream, item in items:
-        stream.put(item)
+def _put_all(items: Iterable[tuple[Callable[[Item], None], Item]]) -> None:
+    for take, item in items:
+        take(item)

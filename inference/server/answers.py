@@ -23,6 +23,14 @@ class Cursor:
         self._tokens = 0
         self._finished = False
 
+    def text(self, output: CompletionOutput) -> str | None:
+        """What is new in the cumulative `output` where that is text and nothing else; otherwise `advance` tells."""
+        if self.logprobs is not None or output.finish_reason is not None:
+            return None
+        new = output.text[self._chars :]
+        self._chars += len(new)
+        return new
+
     def advance(self, output: CompletionOutput) -> CompletionOutput | None:
         """What is new in the cumulative `output`, or None when there is nothing to send."""
         part = replace(
@@ -82,10 +90,16 @@ class Answer:
         for index in range(len(cursors)):
             for opening in self._opening():
                 yield self._chunk(opening | {"index": index})
+        plain = [self._around(index) for index in range(len(cursors))]
         async for prompt, output in generation:
             for choice in output.outputs:
                 cursor = cursors[index := prompt * generation.params.n + choice.index]
-                if (part := cursor.advance(self._shown(prompt, output, choice, cursor))) is not None:
+                shown = self._shown(prompt, output, choice, cursor)
+                if (text := cursor.text(shown)) is not None:
+                    if text:
+                        head, tail = plain[index]
+                        yield head + to_json(text) + tail
+                elif (part := cursor.advance(shown)) is not None:
                     yield self._chunk(self._delta(part, cursor.logprobs) | {"index": index} | _routed(part))
         if self._include_usage:
             body = {"object": self.chunk_object, "choices": [], "usage": generation.usage()}
@@ -125,6 +139,13 @@ class Answer:
     def _chunk(self, choice: Json) -> bytes:
         usage: Json = {"usage": None} if self._include_usage else {}
         return to_json(self._head | {"object": self.chunk_object, "choices": [choice]} | usage)
+
+    def _around(self, index: int) -> tuple[bytes, bytes]:
+        """A chunk that brings text and nothing else: what stands before its text and what behind it."""
+        mark = uuid.uuid4().hex
+        delta = self._delta(CompletionOutput(index=index, text=mark, token_ids=[]), None)
+        head, tail = self._chunk(delta | {"index": index}).split(to_json(mark))
+        return head, tail
 
     def _cursors(self, generation: Generation) -> list[Cursor]:
         params = generation.params

@@ -120,8 +120,8 @@ class Api:
                 await unless_gone(request.receive, generation.finished())
                 return Response(answer.whole(generation), media_type="application/json")
             await unless_gone(request.receive, generation.started(config.keepalive_seconds))
-            body = frames(answer.chunks(generation), config.keepalive_seconds)
-            return EventStream(body, cleanup.pop_all().close, config.stall_seconds)
+            body, close = frames(answer.chunks(generation)), cleanup.pop_all().close
+            return EventStream(body, close, config.stall_seconds, config.keepalive_seconds)
 
     def _model(self) -> dict[str, object]:
         name = self._service.model_name

@@ -21,6 +21,8 @@ LONGEST = {"message": 500, "param": 100}  # characters; at 6 bytes for an escape
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 CODES = {404: "not_found", 405: "method_not_allowed"}
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
 logger = logging.getLogger(__name__)
 
 
@@ -67,7 +69,7 @@ def to_json(value: object) -> bytes:
     Raises:
         ValueError: it holds NaN or an infinity, which JSON can not carry.
     """
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def api_error(error: BaseException) -> ApiError:

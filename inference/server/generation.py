@@ -1,16 +1,20 @@
 """The engine's side of one HTTP call: its prompts run together, their newest outputs are picked up in one place.
 
+The engine calls it with each output on the event loop; no task stands between the two.
+
 Outputs are cumulative, so only the newest of each prompt is kept: a slow reader costs no memory.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ... import TurnoutError
 from ..core.sampling import SamplingParams
 from ..outputs import RequestOutput
-from .metrics import Metrics, Watch
+from .metrics import Metrics
 from .protocol import Prompt
 
 if TYPE_CHECKING:
@@ -47,8 +51,10 @@ class Generation:
         self._fresh: dict[int, RequestOutput] = {}
         self._news = asyncio.Event()
         self._error: BaseException | None = None
-        self._running = len(prompts)
-        self._tasks = [self._start(i, prompt, metrics.watch()) for i, prompt in enumerate(prompts)]
+        self._watches = {i: metrics.watch() for i in range(len(prompts))}
+        """Of the prompts that have not ended."""
+        self._leave: dict[int, Callable[[], None]] = {}
+        self._tasks = [self._start(i, prompt) for i, prompt in enumerate(prompts)]
 
     async def started(self, patience: float) -> None:
         """Return at the first output, or after `patience` seconds; raise what the engine raised until then."""
@@ -65,11 +71,11 @@ class Generation:
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """(prompt, its newest output), until all are finished; raises the first error of any."""
-        running = len(self._tasks)
+        running = True
         while running:  # also when all have ended before the first look: their last outputs are news
             await self._news.wait()
             self._news.clear()
-            running = self._running
+            running = bool(self._watches)
             fresh, self._fresh = self._fresh, {}
             for item in sorted(fresh.items()):
                 yield item
@@ -84,6 +90,9 @@ class Generation:
         """Forget the call: the engine aborts what its callers leave, and those outputs are dropped."""
         for task in self._tasks:
             task.cancel()
+        for index in [index for index in self._watches if index in self._leave]:
+            self._leave[index]()
+            self._end(index, asyncio.CancelledError())
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's usage object over all prompts and choices so far."""
@@ -97,25 +106,41 @@ class Generation:
             "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens for output in known)},
         }
 
-    def _start(self, index: int, prompt: Prompt, watch: Watch) -> asyncio.Task[None]:
-        task = asyncio.create_task(self._follow(index, prompt, watch))
-        task.add_done_callback(lambda task: self._ended(task, watch))
+    def _start(self, index: int, prompt: Prompt) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._submit(index, prompt))
+        task.add_done_callback(partial(self._submitted, index))
         return task
 
-    async def _follow(self, index: int, prompt: Prompt, watch: Watch) -> None:
-        name = self._ids[index]
-        outputs = self._engine.generate(prompt, self.params, name, self._priority, cache_salt=self._salt)
-        async for output in outputs:
-            watch.observe(output)
-            self.outputs[index] = self._fresh[index] = output
-            self._news.set()
+    async def _submit(self, index: int, prompt: Prompt) -> None:
+        own = (self._ids[index], prompt, self.params, self._priority)
+        self._leave[index] = await self._engine.submit(partial(self._take, index), *own, cache_salt=self._salt)
 
-    def _ended(self, task: asyncio.Task[None], watch: Watch) -> None:
+    def _submitted(self, index: int, task: asyncio.Task[None]) -> None:
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
-        watch.end(error)
-        self._running -= 1
-        self._error = self._error or error
+        if error is not None:
+            self._end(index, error)
+
+    def _take(self, index: int, item: RequestOutput | TurnoutError) -> None:
+        """The newest output of a prompt, or the error that ended it; what comes after the call has ended is dropped."""
+        watch = self._watches.get(index)
+        if watch is None:
+            return
+        if isinstance(item, TurnoutError):
+            self._end(index, item)
+            return
+        watch.observe(item)
+        self.outputs[index] = self._fresh[index] = item
+        if item.finished:
+            self._end(index, None)
         self._news.set()
+
+    def _end(self, index: int, error: BaseException | None) -> None:
+        """A prompt has ended, once."""
+        watch = self._watches.pop(index, None)
+        if watch is not None:
+            watch.end(error)
+            self._error = self._error or error
+            self._news.set()
 
     def _raise(self) -> None:
         if self._error is not None:

@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
@@ -14,6 +15,7 @@ T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
 KEEPALIVE = b": keep-alive\n\n"
+LEAST = 0.001  # seconds between two looks at a stream
 
 logger = logging.getLogger(__name__)
 
@@ -24,79 +26,106 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
     Raises:
         ApiError: 499, which nobody is left to read.
     """
-    worker = asyncio.ensure_future(work)
-    listener = asyncio.ensure_future(_disconnected(receive))
+    return await _unless(work, _gone(receive))
+
+
+async def _unless(work: Awaitable[T], *ends: Awaitable[NoReturn]) -> T:
+    """Await `work`, but cancel it as soon as one of `ends` raises, and raise that."""
+    worker, others = asyncio.ensure_future(work), [asyncio.ensure_future(end) for end in ends]
     try:
-        await asyncio.wait({worker, listener}, return_when=asyncio.FIRST_COMPLETED)
-        if not worker.done():
-            raise ApiError(499, "the client closed the connection", code="client_closed")
+        done, _ = await asyncio.wait({worker, *others}, return_when=asyncio.FIRST_COMPLETED)
+        if worker not in done:
+            done.pop().result()
         return worker.result()
     finally:
-        worker.cancel()
-        listener.cancel()
-        await asyncio.wait({worker, listener})
+        for task in (worker, *others):
+            task.cancel()
+        await asyncio.wait({worker, *others})
 
 
-async def _disconnected(receive: Receive) -> None:
+async def _gone(receive: Receive) -> NoReturn:
     while (await receive())["type"] != "http.disconnect":
         pass
+    raise ApiError(499, "the client closed the connection", code="client_closed")
 
 
-async def frames(chunks: AsyncGenerator[bytes, None], keepalive: float) -> AsyncGenerator[bytes, None]:
+async def frames(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
     """One data frame a chunk, then `[DONE]`; or, when a chunk fails, a frame with the error and nothing after it.
 
     Args:
         chunks: JSON texts.
-        keepalive: after so many seconds of silence a comment is sent.
     """
-    while True:
-        chunk = asyncio.ensure_future(anext(chunks, None))
-        try:
-            while not (await asyncio.wait({chunk}, timeout=keepalive))[0]:
-                yield KEEPALIVE
-        finally:
-            chunk.cancel()
-        error = chunk.exception()
-        if error is not None:
-            logger.error("a stream failed: %s", error, exc_info=error)
-            yield _frame(to_json(api_error(error).body()))
-            return
-        data = chunk.result()
-        if data is None:
-            yield DONE
-            return
-        yield _frame(data)
+    try:
+        async for chunk in chunks:
+            yield _frame(chunk)
+    except Exception as error:  # noqa: BLE001  (the stream has begun: an answer with a status is no longer possible)
+        logger.error("a stream failed: %s", error, exc_info=error)
+        yield _frame(to_json(api_error(error).body()))
+    else:
+        yield DONE
 
 
 class EventStream(StreamingResponse):
     """Sends frames until they end, the client goes, or the client reads nothing for `stall` seconds.
 
+    A frame costs no task and no timer: one task a stream looks after silence and standstill.
+
     Args:
         frames: what to send.
         close: called once it is over, however it ended.
         stall: seconds.
+        keepalive: after so many seconds of silence a comment is sent.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, frames: AsyncGenerator[bytes, None], close: Callable[[], None], stall: float) -> None:
+    def __init__(
+        self, frames: AsyncGenerator[bytes, None], close: Callable[[], None], stall: float, keepalive: float
+    ) -> None:
         super().__init__(frames, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        self._frames = frames
-        self._close = close
-        self._stall = stall
+        self._frames, self._close = frames, close
+        self._stall, self._keepalive = stall, keepalive
+        self._sending = 0
+        """Messages that the client has not taken yet: 1 as a rule, 2 with a comment."""
+        self._since = time.monotonic()
+        """When that number last changed."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_in_time(message: Message) -> None:
-            async with asyncio.timeout(self._stall):
-                await send(message)
+        async def noted(message: Message) -> None:
+            self._note(1)
+            await send(message)
+            self._note(-1)
 
         try:
-            await unless_gone(receive, self.stream_response(send_in_time))
+            await _unless(self.stream_response(noted), _gone(receive), self._watch(noted))
         except (ApiError, TimeoutError) as error:
-            logger.info("a stream was given up: %s", error or "the client stopped reading")
+            logger.info("a stream was given up: %s", error)
         finally:
             await self._frames.aclose()
             self._close()
+
+    def _note(self, change: int) -> None:
+        self._sending += change
+        self._since = time.monotonic()
+
+    async def _watch(self, send: Send) -> NoReturn:
+        """Break silence.
+
+        Raises:
+            TimeoutError: the client has stopped reading.
+        """
+        while True:
+            await asyncio.sleep(max(LEAST, min(self._rest(), self._stall)))
+            if self._rest() > 0:
+                continue
+            if self._sending:
+                raise TimeoutError("the client stopped reading")
+            async with asyncio.timeout(self._stall):
+                await send({"type": "http.response.body", "body": KEEPALIVE, "more_body": True})
+
+    def _rest(self) -> float:
+        """Seconds until there is something to do if nothing happens."""
+        return self._since - time.monotonic() + (self._stall if self._sending else self._keepalive)
 
 
 def _frame(data: bytes) -> bytes:

@@ -21,21 +21,15 @@ async def texts(*items):
             yield item
 
 
-def collect(*items, keepalive=10.0):
+def collect(*items):
     async def run():
-        return [frame async for frame in frames(texts(*items), keepalive)]
+        return [frame async for frame in frames(texts(*items))]
 
     return asyncio.run(run())
 
 
 def test_G5_every_chunk_is_a_frame_and_done_comes_once_at_the_end():
     assert collect(b"{}", b'{"a":1}') == [b"data: {}\n\n", b'data: {"a":1}\n\n', b"data: [DONE]\n\n"]
-
-
-def test_G5_silence_is_filled_with_comments():
-    found = collect(b"{}", 0.2, b"{}", keepalive=0.02)
-    assert found[0] == found[-2] == b"data: {}\n\n"
-    assert set(found[1:-2]) == {b": keep-alive\n\n"}
 
 
 @pytest.mark.parametrize("error", [NonFiniteError("nan"), ValueError("nan is not JSON"), KeyError("ours")], ids=repr)
@@ -45,12 +39,12 @@ def test_G5_an_error_is_a_last_frame_and_never_done(error):
     assert set(json.loads(last.removeprefix(b"data: "))["error"]) == {"message", "type", "param", "code"}
 
 
-def run_stream(send, receive, *items, stall=10.0):
+def run_stream(send, receive, *items, stall=10.0, keepalive=10.0):
     """Drive an EventStream by hand; returns how often it closed."""
     closed = []
 
     async def run():
-        stream = EventStream(frames(texts(*items), 10.0), lambda: closed.append(True), stall)
+        stream = EventStream(frames(texts(*items)), lambda: closed.append(True), stall, keepalive)
         await asyncio.wait_for(stream({"type": "http", "headers": []}, receive, send), 30)
 
     asyncio.run(run())
@@ -59,6 +53,30 @@ def run_stream(send, receive, *items, stall=10.0):
 
 async def never(*_):
     await asyncio.Event().wait()
+
+
+def test_G5_silence_is_filled_with_comments():
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    assert run_stream(send, never, b"{}", 0.2, b"{}", keepalive=0.02) == 1
+    found = [message["body"] for message in sent[1:]]
+    assert [found[0], *found[-3:]] == [b"data: {}\n\n", b"data: {}\n\n", b"data: [DONE]\n\n", b""]
+    assert set(found[1:-3]) == {b": keep-alive\n\n"}
+
+
+def test_a_client_that_does_not_take_a_comment_loses_its_stream():
+    sent = []
+
+    async def send(message):
+        sent.append(message.get("body"))
+        if sent[-1] == b": keep-alive\n\n":
+            await never()
+
+    assert run_stream(send, never, b"{}", 1000.0, stall=0.05, keepalive=0.01) == 1
+    assert len(sent) == 3
 
 
 def test_a_client_that_stops_reading_loses_its_stream():
