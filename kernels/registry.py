@@ -216,6 +216,11 @@ def table() -> dict[str, dict[str, str]]:
     return {op: {form: forms[form] for form in order if form in forms} for op, forms in FORMS.items()}
 
 
+def asked() -> str | None:
+    """The form that `using` prefers here; None = the fastest."""
+    return _forced.get()
+
+
 def invariant() -> bool:
     """Whether batch-invariant forms are wanted here."""
     return not torch.compiler.is_compiling() and _forced.get() == "invariant"

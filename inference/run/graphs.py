@@ -18,8 +18,8 @@ from .batch import Batch
 
 
 @dataclass(frozen=True)
-class _Buffers:
-    """The static tensors of one bucket."""
+class Buffers:
+    """The static tensors of decode steps of N rows."""
 
     tokens_N: Tensor
     positions_N: Tensor
@@ -31,7 +31,7 @@ class _Buffers:
     rows_N: Tensor
 
     @classmethod
-    def of(cls, size: int, width: int, device: torch.device) -> "_Buffers":
+    def of(cls, size: int, width: int, device: torch.device) -> "Buffers":
         def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
@@ -44,6 +44,27 @@ class _Buffers:
             valid_N=zeros(torch.bool, size),
             cu_q_N1=torch.arange(size + 1, dtype=torch.int32, device=device),
             rows_N=torch.arange(size, device=device),
+        )
+
+    def fill(self, batch: Batch) -> None:
+        """The batch's rows first, then nobody's."""
+        _fill(self.tokens_N, batch.tokens_T)
+        _fill(self.positions_N, batch.positions_T)
+        _fill(self.slots_N, batch.slots_T)
+        _fill(self.tables_NM[:, : batch.block_tables_BM.shape[1]], batch.block_tables_BM)
+        _fill(self.lens_N, batch.context_lens_B, rest=1)
+
+    def over(self, batch: Batch) -> Batch:
+        """The batch as it lies here."""
+        return replace(
+            batch,
+            tokens_T=self.tokens_N,
+            positions_T=self.positions_N,
+            slots_T=self.slots_N,
+            block_tables_BM=self.tables_NM,
+            context_lens_B=self.lens_N,
+            cu_q_B1=self.cu_q_N1,
+            logit_rows_R=self.rows_N,
         )
 
 
@@ -69,34 +90,24 @@ class GraphBuckets:
         named, fix = ", ".join(map(str, sizes)), "leave it empty"
         check(not sizes or device.type != "cuda", "graph_buckets", named, rule, fix)
         check(not (sizes and encoder), "graph_buckets", named, "need a model without an encoder", fix)
-        self._buffers = {size: _Buffers.of(size, width, device) for size in sizes}
+        self._buffers = {size: Buffers.of(size, width, device) for size in sizes}
 
     def pad(self, batch: Batch) -> Batch:
         """The batch in the buffers of its bucket, its rows first; the batch itself where it has none."""
         count = batch.tokens_T.numel()
-        decodes = 0 < count == batch.context_lens_B.numel() == batch.logit_rows_R.numel()
         size = next((size for size in self._buffers if size >= count), None)
-        if size is None or not decodes:
+        if size is None or not decodes(batch):
             return batch
         buffers = self._buffers[size]
-        _fill(buffers.tokens_N, batch.tokens_T)
-        _fill(buffers.positions_N, batch.positions_T)
-        _fill(buffers.slots_N, batch.slots_T)
-        _fill(buffers.tables_NM[:, : batch.block_tables_BM.shape[1]], batch.block_tables_BM)
+        buffers.fill(batch)
         buffers.tables_NM[:, batch.block_tables_BM.shape[1] :] = 0
-        _fill(buffers.lens_N, batch.context_lens_B, rest=1)
         _fill(buffers.valid_N, buffers.valid_N.new_ones(count))
-        return replace(
-            batch,
-            tokens_T=buffers.tokens_N,
-            positions_T=buffers.positions_N,
-            slots_T=buffers.slots_N,
-            block_tables_BM=buffers.tables_NM,
-            context_lens_B=buffers.lens_N,
-            cu_q_B1=buffers.cu_q_N1,
-            logit_rows_R=buffers.rows_N,
-            valid_T=buffers.valid_N,
-        )
+        return replace(buffers.over(batch), valid_T=buffers.valid_N)
+
+
+def decodes(batch: Batch) -> bool:
+    """Whether the batch is one token of every request, each of which wants the next."""
+    return 0 < batch.tokens_T.numel() == batch.context_lens_B.numel() == batch.logit_rows_R.numel()
 
 
 def fill_up(rows_BLE: Tensor | None, batch: Batch) -> Tensor | None:
@@ -109,4 +120,5 @@ def fill_up(rows_BLE: Tensor | None, batch: Batch) -> Tensor | None:
 
 def _fill(buffer: Tensor, values: Tensor, rest: int = 0) -> None:
     buffer[: len(values)].copy_(values)
-    buffer[len(values) :] = rest
+    if len(buffer) > len(values):
+        buffer[len(values) :] = rest

@@ -1,6 +1,8 @@
 """How Python reaches the C++ kernels: types by number, gradients by a twin."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from .build import library
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT8 = 3  # of pages
+NOTE: ContextVar[Callable[[Any, Sequence[Any]], None] | None] = ContextVar("note", default=None)
+"""Who wants to know of each kernel's call, its arguments with it."""
 
 
 def fits(*tensors: Tensor | None) -> bool:
@@ -38,7 +42,10 @@ def call(name: str, *arguments: Any) -> int:
     """Run a kernel on as many threads as torch would; what it returns, if it returns something."""
     kernels = library()
     assert kernels is not None, "a form runs only where it fits"
-    status: int = getattr(kernels, f"turnout_{name}")(*arguments, torch.get_num_threads())
+    run, arguments = getattr(kernels, f"turnout_{name}"), (*arguments, torch.get_num_threads())
+    if (note := NOTE.get()) is not None:
+        note(run, arguments)
+    status: int = run(*arguments)
     return status
 
 
@@ -49,7 +56,13 @@ def kernel(name: str, types: tuple[Any, ...]) -> Callable[..., None]:
     found = getattr(kernels, name)
     if found.argtypes is None:
         found.argtypes, found.restype = types, None
-    return found
+    note = NOTE.get()
+    return found if note is None else partial(_noted, note, found)
+
+
+def _noted(note: Callable[[Any, Sequence[Any]], None], run: Callable[..., None], *arguments: Any) -> None:
+    note(run, arguments)
+    run(*arguments)
 
 
 def pointer(x: Tensor | None) -> int | None:

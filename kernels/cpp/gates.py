@@ -71,7 +71,7 @@ def _run(
         logits_TE.data_ptr(), pointer(gates_TE), pointer(bias_E), pointer(given_TK), ids_TK.data_ptr(),
         weights_TK.data_ptr(), tokens, experts, top_k, groups, top_groups, best, SCORES[score], renormalize, scale,
     )  # fmt: skip
-    kernel("turnout_top_k_gates", (c_void_p, c_int))(ctypes.addressof(it), torch.get_num_threads())
+    kernel("turnout_top_k_gates", (c_void_p, c_int))(ctypes.byref(it), torch.get_num_threads())
     return ids_TK, weights_TK
 
 

@@ -60,5 +60,5 @@ def heads(
         v_TGd.data_ptr(), pointer(norm_q), pointer(norm_k), cos_Th.data_ptr(), sin_Th.data_ptr(),
         tokens, depth, count, kv_count, d, 0 if norm_q is None else TYPES[norm_q.dtype], eps,
     )  # fmt: skip
-    kernel("turnout_heads", (c_int, c_void_p, c_int))(TYPES[dtype], ctypes.addressof(it), torch.get_num_threads())
+    kernel("turnout_heads", (c_int, c_void_p, c_int))(TYPES[dtype], ctypes.byref(it), torch.get_num_threads())
     return q_THd, k_TGd, v_TGd

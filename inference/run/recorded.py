@@ -1,0 +1,134 @@
+"""Decode steps of few rows as recordings: one call in place of a forward pass from Python.
+
+The second step of a number of rows is recorded while it runs, the third is computed both ways and compared, bit for
+bit; from then on steps of that size are played. What can not be recorded, or differs, stays as it is.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.cpp.build import library
+from ...kernels.cpp.record import Recorder, Recording
+from ...kernels.registry import asked
+from .batch import Batch
+from .graphs import Buffers, decodes
+
+LOG = logging.getLogger(__name__)
+ROWS = 16
+"""Larger steps spend their time in the kernels."""
+KEPT = 32
+
+
+@dataclass
+class _Entry:
+    """Steps of one kind."""
+
+    steps: int = 0
+    buffers: Buffers | None = None
+    recording: Recording | None = None
+    logits_RV: Tensor | None = None
+    proven: bool = False
+
+
+@dataclass
+class RecordedSteps:
+    """The recordings of one model's decode steps.
+
+    Args:
+        model: its parameters are read where they lie; when one is replaced all recordings are forgotten.
+        width: blocks of the longest sequence.
+        sums: what a step adds to besides its result, once however often it is computed.
+    """
+
+    model: nn.Module
+    width: int
+    sums: Tensor
+    entries: OrderedDict[tuple[object, ...], _Entry] = field(default_factory=OrderedDict)
+    _state: "_State | None" = None
+
+    def fits(self, batch: Batch) -> bool:
+        """Whether a step like this may be recorded."""
+        known = batch.memory is None and batch.valid_T is None and batch.block_tables_BM.shape[1] <= self.width
+        return known and batch.tokens_T.numel() <= ROWS and decodes(batch) and self._compiled()
+
+    def run(self, batch: Batch, compute: Callable[[Batch], Tensor]) -> Tensor:
+        """`compute(batch)`: float32 logits of every row, played if they are recorded."""
+        if self._state is None or self._state.changed():
+            self.entries.clear()
+            self._state = _State(self.model)
+        entry = self._entry(batch)
+        entry.steps += 1
+        if entry.recording is None:
+            return compute(batch).float() if entry.steps != 2 else self._record(entry, batch, compute)
+        if entry.proven:
+            return self._play(entry, batch)
+        return self._prove(entry, batch, compute)
+
+    def _entry(self, batch: Batch) -> _Entry:
+        kind = batch.tokens_T.numel(), torch.get_num_threads(), asked()
+        entry = self.entries.setdefault(kind, _Entry())
+        self.entries.move_to_end(kind)
+        if len(self.entries) > KEPT:
+            self.entries.popitem(last=False)
+        return entry
+
+    def _record(self, entry: _Entry, batch: Batch, compute: Callable[[Batch], Tensor]) -> Tensor:
+        buffers = Buffers.of(batch.tokens_T.numel(), self.width, batch.tokens_T.device)
+        buffers.fill(batch)
+        batch = buffers.over(batch)
+        with Recorder() as recorder:
+            logits_RV = compute(batch)
+        found = recorder.recording
+        if found.void is None:
+            entry.buffers, entry.recording, entry.logits_RV = buffers, found, logits_RV
+        else:
+            LOG.debug("decode steps of %d rows can not be recorded: %s", len(batch.tokens_T), found.void)
+        return logits_RV.to(torch.float32, copy=True)
+
+    def _play(self, entry: _Entry, batch: Batch) -> Tensor:
+        assert entry.buffers is not None and entry.recording is not None and entry.logits_RV is not None
+        entry.buffers.fill(batch)
+        entry.recording.play()
+        return entry.logits_RV.to(torch.float32, copy=True)
+
+    def _prove(self, entry: _Entry, batch: Batch, compute: Callable[[Batch], Tensor]) -> Tensor:
+        before = self.sums.clone()
+        played_RV, after = self._play(entry, batch), self.sums.clone()
+        self.sums.copy_(before)
+        logits_RV = compute(batch).float()
+        entry.proven = torch.equal(_bits(played_RV), _bits(logits_RV)) and torch.equal(after, self.sums)
+        if not entry.proven:
+            LOG.warning("a recorded decode step of %d rows gave other numbers: it is not used", len(batch.tokens_T))
+            entry.recording = entry.logits_RV = entry.buffers = None
+        return logits_RV
+
+    def _compiled(self) -> bool:
+        return not torch.compiler.is_compiling() and library() is not None
+
+
+class _State:
+    """Where a model's numbers lie, and who looks at its layers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self._tensors = [d for m in modules for d in (m._parameters, m._buffers) if d]
+        self._children = [m._modules for m in modules if m._modules]
+        self._hooks = [d for m in modules for d in (m._forward_hooks, m._forward_pre_hooks)]
+        self._held = [t.detach() for d in self._tensors for t in d.values() if t is not None]  # their memory stays
+        self._found = self._look()
+
+    def changed(self) -> bool:
+        return self._look() != self._found
+
+    def _look(self) -> tuple[list[int], list[nn.Module | None], bool]:
+        places = [t.data_ptr() for d in self._tensors for t in d.values() if t is not None]
+        return places, [m for d in self._children for m in d.values()], any(self._hooks)
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view(torch.int32)

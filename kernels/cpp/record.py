@@ -1,0 +1,226 @@
+"""A forward pass as a list of kernel calls that one call runs again, on the memory that they ran on.
+
+What CUDA graphs are for a GPU. While a pass is recorded every tensor that it makes is kept, so that addresses stay
+true. Between the kernels there are operations of the library: some have a kernel in their place (`stand_ins`), the
+others are called again from Python and their results are put where the recorded ones lie. What reads a number, draws
+one or lets a shape depend on one can not be run again, and makes the recording void.
+"""
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tag, Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .build import library
+from .call import NOTE
+from .stand_ins import Stand, stand_in
+
+WHOLE = 12
+CHECKED = ("turnout_store", "turnout_move")
+"""Kernels that tell whether they could do it."""
+UNREPEATABLE = {Tag.data_dependent_output, Tag.dynamic_output_shape, Tag.nondeterministic_seeded}
+EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+"""They look at numbers without an operation."""
+
+
+class Call(ctypes.Structure):
+    """`Call` of record.cpp."""
+
+    _fields_ = (
+        ("kernel", ctypes.c_void_p),
+        ("whole", ctypes.c_int64 * WHOLE),
+        ("real", ctypes.c_float),
+        ("checked", ctypes.c_int32),
+    )
+
+
+class Recording:
+    """What a pass did; its inputs and results lie where they lay.
+
+    Attributes:
+        void: why it can not be played; None = it can.
+    """
+
+    def __init__(self) -> None:
+        self.void: str | None = None
+        self._steps: list[Callable[[], object]] = []
+        self._calls: list[Call] = []
+        self._kept: list[Any] = []
+        self._made: dict[int, int] = {}
+
+    def play(self) -> None:
+        """Do it again.
+
+        Raises:
+            IndexError: a slot or a token lies outside of its table.
+        """
+        for step in self._steps:
+            step()
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the pass asked for and that stays its own."""
+        return sum(self._made.values())
+
+    @property
+    def repeated(self) -> int:
+        """Operations that are called again from Python."""
+        return sum(step.func is not _play for step in self._steps if isinstance(step, partial))
+
+    def keep(self, *things: Any) -> None:
+        """They live as long as the recording."""
+        self._kept += things
+
+    def make(self, *tensors: Tensor) -> None:
+        """They were made in the pass."""
+        self._made |= {_place(t): t.untyped_storage().nbytes() for t in tensors}
+
+    def note(self, function: Any, arguments: Sequence[Any]) -> None:
+        """A call of a kernel."""
+        whole: list[int] = []
+        call = Call(kernel=ctypes.cast(function, ctypes.c_void_p), checked=function.__name__ in CHECKED)
+        for argument in arguments:
+            if isinstance(argument, float):
+                call.real = argument
+            else:
+                whole.append(_whole(argument))
+        call.whole[: len(whole)] = whole
+        self.keep(*arguments)
+        self._calls.append(call)
+
+    def again(self, step: Callable[[], object]) -> None:
+        """A call of something else."""
+        self.close()
+        self._steps.append(step)
+
+    def close(self) -> None:
+        """What has been noted becomes one call."""
+        kernels = library()
+        if self._calls and kernels is not None:
+            calls = (Call * len(self._calls))(*self._calls)
+            self._steps.append(partial(_play, kernels.turnout_play, calls, ctypes.c_int64(len(calls))))
+            self._calls = []
+
+
+def _whole(argument: Any) -> int:
+    """A number or an address."""
+    if isinstance(argument, bytes):
+        return ctypes.cast(argument, ctypes.c_void_p).value or 0
+    if hasattr(argument, "_obj"):  # of `ctypes.byref`
+        return ctypes.addressof(argument._obj)
+    return int(getattr(argument, "value", argument) or 0)
+
+
+def _play(run: Any, calls: Any, count: ctypes.c_int64) -> None:
+    if run(calls, count) != count.value:
+        raise IndexError("slots must lie within the pages, and token ids within the vocabulary")
+
+
+class Recorder(TorchDispatchMode):
+    """Within this block (and this thread) a pass is recorded.
+
+        with Recorder() as recorder:
+            y = model(x)                 # as ever
+        recorder.recording.play()        # writes y, from what now is in x
+
+    Parameters and inputs must stay where they are; whoever plays sees to that.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recording = Recording()
+        self._constants: set[int] = set()
+        """Memory of what no input reaches."""
+        self._reads = _Reads(self.recording)
+
+    def __enter__(self) -> Self:
+        self._token = NOTE.set(self.recording.note)
+        self._reads.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._reads.__exit__(*error)
+        NOTE.reset(self._token)
+        self.recording.close()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        mutable = func._schema.is_mutable
+        if mutable:
+            self._restore(args, func)
+        out = func(*args, **kwargs)
+        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self.recording.keep(*outputs)
+        if func.namespace != "aten" or UNREPEATABLE & set(func.tags) or (inputs and not outputs):
+            self.recording.void = self.recording.void or str(func)
+        elif func._schema.name.removeprefix("aten::") in EMPTY:
+            self.recording.make(*outputs)
+        elif mutable or not {_place(t) for t in outputs if t.numel()} <= {_place(t) for t in inputs}:
+            self._compute(func, args, kwargs, inputs, outputs)
+        return out
+
+    def _compute(
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
+        mutable = func._schema.is_mutable
+        if not mutable:
+            self.recording.make(*outputs)
+        if not mutable and all(_place(t) in self._constants for t in inputs):
+            self._constants |= {_place(t) for t in outputs}
+            return
+        found = stand_in(func, args, outputs[0]) if len(outputs) == 1 else None
+        if found is not None:
+            self._stand(found)
+        elif mutable:
+            self.recording.again(partial(func, *args, **kwargs))
+        else:
+            self.recording.again(partial(_repeat, func, args, kwargs, outputs))
+
+    def _stand(self, found: Stand) -> None:
+        kernels = library()
+        for name, arguments in found:
+            self.recording.note(getattr(kernels, f"turnout_{name}"), (*arguments, torch.get_num_threads()))
+
+    def _restore(self, args: tuple[Any, ...], func: Any) -> None:
+        """A constant that is about to change is one no more: each time it begins as it was."""
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and isinstance(value, Tensor) and _place(value) in self._constants:
+                self._constants.discard(_place(value))
+                self.recording.keep(value)
+                self.recording.again(partial(value.copy_, value.clone()))
+
+
+class _Reads(TorchFunctionMode):
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()
+        self._recording = recording
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in READS:
+            self._recording.void = self._recording.void or func.__name__
+        return func(*args, **(kwargs or {}))
+
+
+def _place(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
+def _repeat(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: Sequence[Tensor]) -> None:
+    """Results to where they were."""
+    found = func(*args, **kwargs)
+    for old, new in zip(outputs, tree_leaves(found), strict=True):
+        old.copy_(new)
