@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.cpp.build import library
-from ...kernels.cpp.record import Recorder, Recording
+from ...kernels.cpp.record import Arena, Recorder, Recording
 from ...kernels.registry import asked
 from .batch import Batch
 from .graphs import Buffers, decodes
@@ -24,14 +24,27 @@ ROWS = 16
 KEPT = 32
 
 
+@dataclass(frozen=True)
+class _Recorded:
+    """A step, its inputs and its result."""
+
+    buffers: Buffers
+    recording: Recording
+    logits_RV: Tensor
+
+    def play(self, batch: Batch) -> Tensor:
+        """Float32 logits, which are the caller's."""
+        self.buffers.fill(batch)
+        self.recording.play()
+        return self.logits_RV.to(torch.float32, copy=True)
+
+
 @dataclass
 class _Entry:
     """Steps of one kind."""
 
     steps: int = 0
-    buffers: Buffers | None = None
-    recording: Recording | None = None
-    logits_RV: Tensor | None = None
+    recorded: _Recorded | None = None
     proven: bool = False
 
 
@@ -49,6 +62,7 @@ class RecordedSteps:
     width: int
     sums: Tensor
     entries: OrderedDict[tuple[object, ...], _Entry] = field(default_factory=OrderedDict)
+    _arena: Arena = field(default_factory=Arena)
     _state: "_State | None" = None
 
     def fits(self, batch: Batch) -> bool:
@@ -61,13 +75,13 @@ class RecordedSteps:
         if self._state is None or self._state.changed():
             self.entries.clear()
             self._state = _State(self.model)
+        if self._state.heard:
+            return compute(batch).float()
         entry = self._entry(batch)
         entry.steps += 1
-        if entry.recording is None:
-            return compute(batch).float() if entry.steps != 2 else self._record(entry, batch, compute)
-        if entry.proven:
-            return self._play(entry, batch)
-        return self._prove(entry, batch, compute)
+        if entry.recorded is None:
+            return self._record(entry, batch, compute) if entry.steps == 2 else compute(batch).float()
+        return entry.recorded.play(batch) if entry.proven else self._prove(entry, entry.recorded, batch, compute)
 
     def _entry(self, batch: Batch) -> _Entry:
         kind = batch.tokens_T.numel(), torch.get_num_threads(), asked()
@@ -81,30 +95,24 @@ class RecordedSteps:
         buffers = Buffers.of(batch.tokens_T.numel(), self.width, batch.tokens_T.device)
         buffers.fill(batch)
         batch = buffers.over(batch)
-        with Recorder() as recorder:
+        with Recorder(self._arena) as recorder:
             logits_RV = compute(batch)
         found = recorder.recording
         if found.void is None:
-            entry.buffers, entry.recording, entry.logits_RV = buffers, found, logits_RV
+            entry.recorded = _Recorded(buffers, found, logits_RV)
         else:
             LOG.debug("decode steps of %d rows can not be recorded: %s", len(batch.tokens_T), found.void)
         return logits_RV.to(torch.float32, copy=True)
 
-    def _play(self, entry: _Entry, batch: Batch) -> Tensor:
-        assert entry.buffers is not None and entry.recording is not None and entry.logits_RV is not None
-        entry.buffers.fill(batch)
-        entry.recording.play()
-        return entry.logits_RV.to(torch.float32, copy=True)
-
-    def _prove(self, entry: _Entry, batch: Batch, compute: Callable[[Batch], Tensor]) -> Tensor:
+    def _prove(self, entry: _Entry, recorded: _Recorded, batch: Batch, compute: Callable[[Batch], Tensor]) -> Tensor:
         before = self.sums.clone()
-        played_RV, after = self._play(entry, batch), self.sums.clone()
+        played_RV, after = recorded.play(batch), self.sums.clone()
         self.sums.copy_(before)
         logits_RV = compute(batch).float()
         entry.proven = torch.equal(_bits(played_RV), _bits(logits_RV)) and torch.equal(after, self.sums)
         if not entry.proven:
             LOG.warning("a recorded decode step of %d rows gave other numbers: it is not used", len(batch.tokens_T))
-            entry.recording = entry.logits_RV = entry.buffers = None
+            entry.recorded = None
         return logits_RV
 
     def _compiled(self) -> bool:
@@ -122,12 +130,17 @@ class _State:
         self._held = [t.detach() for d in self._tensors for t in d.values() if t is not None]  # their memory stays
         self._found = self._look()
 
+    @property
+    def heard(self) -> bool:
+        """Somebody listens to a layer, or changes what it gives."""
+        return any(self._hooks)
+
     def changed(self) -> bool:
         return self._look() != self._found
 
-    def _look(self) -> tuple[list[int], list[nn.Module | None], bool]:
+    def _look(self) -> tuple[list[int], list[nn.Module | None]]:
         places = [t.data_ptr() for d in self._tensors for t in d.values() if t is not None]
-        return places, [m for d in self._children for m in d.values()], any(self._hooks)
+        return places, [m for d in self._children for m in d.values()]
 
 
 def _bits(x: Tensor) -> Tensor:

@@ -19,9 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 from .build import library
 from .call import NOTE
-from .stand_ins import Stand, stand_in
+from .stand_ins import Stand, move, stand_in
 
 WHOLE = 12
+LINE, BLOCK = 64, 1 << 20
+"""Bytes between which tensors begin, and that the arena asks for at once."""
 CHECKED = ("turnout_store", "turnout_move")
 """Kernels that tell whether they could do it."""
 UNREPEATABLE = {Tag.data_dependent_output, Tag.dynamic_output_shape, Tag.nondeterministic_seeded}
@@ -41,6 +43,35 @@ class Call(ctypes.Structure):
     )
 
 
+class Arena:
+    """Memory of recordings, of which one plays at a time: each begins anew."""
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+        self._block = self._used = 0
+
+    @property
+    def bytes(self) -> int:
+        return sum(block.numel() for block in self._blocks)
+
+    def clear(self) -> None:
+        """What is taken next may lie where something else lies."""
+        self._block = self._used = 0
+
+    def take(self, like: Tensor) -> Tensor:
+        """A tensor of no numbers yet, with sizes and strides of one that nobody has filled."""
+        size = -(-like.untyped_storage().nbytes() // LINE) * LINE
+        while self._block < len(self._blocks) and self._used + size > self._blocks[self._block].numel():
+            self._block, self._used = self._block + 1, 0
+        if self._block == len(self._blocks):
+            self._blocks.append(torch.empty(max(size, BLOCK), dtype=torch.uint8))
+        block = self._blocks[self._block]
+        first = block.storage_offset() + self._used
+        self._used += size
+        whole = block.untyped_storage()
+        return torch.empty(0, dtype=like.dtype).set_(whole, first // like.element_size(), like.shape, like.stride())
+
+
 class Recording:
     """What a pass did; its inputs and results lie where they lay.
 
@@ -53,7 +84,6 @@ class Recording:
         self._steps: list[Callable[[], object]] = []
         self._calls: list[Call] = []
         self._kept: list[Any] = []
-        self._made: dict[int, int] = {}
 
     def play(self) -> None:
         """Do it again.
@@ -65,11 +95,6 @@ class Recording:
             step()
 
     @property
-    def bytes(self) -> int:
-        """Memory that the pass asked for and that stays its own."""
-        return sum(self._made.values())
-
-    @property
     def repeated(self) -> int:
         """Operations that are called again from Python."""
         return sum(step.func is not _play for step in self._steps if isinstance(step, partial))
@@ -77,10 +102,6 @@ class Recording:
     def keep(self, *things: Any) -> None:
         """They live as long as the recording."""
         self._kept += things
-
-    def make(self, *tensors: Tensor) -> None:
-        """They were made in the pass."""
-        self._made |= {_place(t): t.untyped_storage().nbytes() for t in tensors}
 
     def note(self, function: Any, arguments: Sequence[Any]) -> None:
         """A call of a kernel."""
@@ -131,16 +152,26 @@ class Recorder(TorchDispatchMode):
         recorder.recording.play()        # writes y, from what now is in x
 
     Parameters and inputs must stay where they are; whoever plays sees to that.
+
+    Args:
+        arena: where the pass finds its memory; what other recordings have left there is lost.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, arena: "Arena | None" = None) -> None:
         super().__init__()
         self.recording = Recording()
+        self._arena = arena or Arena()
         self._constants: set[int] = set()
         """Memory of what no input reaches."""
         self._reads = _Reads(self.recording)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled: without this a first step would import the compiler."""
+        return False
+
     def __enter__(self) -> Self:
+        self._arena.clear()
         self._token = NOTE.set(self.recording.note)
         self._reads.__enter__()
         return super().__enter__()
@@ -162,10 +193,11 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         self.recording.keep(*outputs)
-        if func.namespace != "aten" or UNREPEATABLE & set(func.tags) or (inputs and not outputs):
+        if not _repeatable(func, args) or (inputs and not outputs):
             self.recording.void = self.recording.void or str(func)
         elif func._schema.name.removeprefix("aten::") in EMPTY:
-            self.recording.make(*outputs)
+            out = self._arena.take(out)
+            self.recording.keep(out)
         elif mutable or not {_place(t) for t in outputs if t.numel()} <= {_place(t) for t in inputs}:
             self._compute(func, args, kwargs, inputs, outputs)
         return out
@@ -174,8 +206,6 @@ class Recorder(TorchDispatchMode):
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: list[Tensor], outputs: list[Tensor]
     ) -> None:
         mutable = func._schema.is_mutable
-        if not mutable:
-            self.recording.make(*outputs)
         if not mutable and all(_place(t) in self._constants for t in inputs):
             self._constants |= {_place(t) for t in outputs}
             return
@@ -198,8 +228,8 @@ class Recorder(TorchDispatchMode):
             written = argument.alias_info is not None and argument.alias_info.is_write
             if written and isinstance(value, Tensor) and _place(value) in self._constants:
                 self._constants.discard(_place(value))
-                self.recording.keep(value)
-                self.recording.again(partial(value.copy_, value.clone()))
+                self.recording.keep(value, first := value.clone())
+                self._stand(move(first, value) or [])
 
 
 class _Reads(TorchFunctionMode):
@@ -215,12 +245,19 @@ class _Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _repeatable(func: Any, args: Sequence[Any]) -> bool:
+    """Indices that are numbers choose equally many each time, masks do not."""
+    if func is torch.ops.aten.index.Tensor:
+        return all(index is None or index.dtype != torch.bool for index in args[1])
+    return func.namespace == "aten" and not UNREPEATABLE & set(func.tags)
+
+
 def _place(t: Tensor) -> int:
     return t.untyped_storage().data_ptr()
 
 
 def _repeat(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: Sequence[Tensor]) -> None:
     """Results to where they were."""
-    found = func(*args, **kwargs)
-    for old, new in zip(outputs, tree_leaves(found), strict=True):
+    found = (t for t in tree_leaves(func(*args, **kwargs)) if isinstance(t, Tensor))
+    for old, new in zip(outputs, found, strict=True):
         old.copy_(new)
