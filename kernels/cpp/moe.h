@@ -13,15 +13,19 @@
 #include <thread>
 #include <vector>
 
-#include "tiles.h"
+#include "packed.h"
 
 namespace {  // other units have their own tasks
 
-constexpr int64_t UNITS = 32, COLUMNS = 2048;  // of a task, at most; multiples of 32
+constexpr int64_t LEAST = 32, UNITS = 256;     // of a task; multiples of 32
+constexpr int64_t COLUMNS = 2048;              // of a task, at most; a multiple of 64
 constexpr int64_t TOKENS = 16;                 // of a task
-constexpr int64_t ROWS = 96;                   // that pass the rows of w_in together
-constexpr int64_t FEW = 8, HIGH = 96;          // rows that w_out streams past as it lies; at most, that pass a panel
-constexpr int64_t NEAR = 64;                   // rows of w_out in a panel
+constexpr int64_t CLOSE = 9 << 12;             // bytes of rows that pass w_in in one piece
+constexpr int64_t PACKED = 3 << 16;            // bytes of rows that pass w_in together
+constexpr int64_t SUMS = 24 * COLUMNS;         // that pass w_out together
+constexpr int64_t SOON = 1 << 13;              // bytes that are fetched ahead, at least
+constexpr int64_t NEAR = 64, FEW = 3;          // rows of w_out that stay near; rows for which they do
+constexpr int64_t LATER = 8;                   // rows of w_out that are fetched ahead, at least
 
 struct Moe {
   const void* x;
@@ -29,7 +33,7 @@ struct Moe {
   const float* weights;
   const uint8_t* kept;
   const void *w_in, *w_out;
-  void *hidden, *rows, *y;  // [N, F even], [N, stripe], [T, D]
+  void *hidden, *rows, *y;  // as `axpy_packed` wants them [N, F even], [N, stripe], [T, D]
   int64_t tokens, choices, width, units, experts, stripe, x_row, in_expert, in_row, out_expert, out_row;
 };
 
@@ -38,76 +42,56 @@ static inline int64_t even(int64_t n) { return n + (n & 1); }
 template <Type type>
 static inline V rounded(V x) {
   if constexpr (type == FLOAT32) return x;
-  else return widen<type>(narrow<type>(x));
+  if constexpr (type == FLOAT16) return widen<type>(narrow<type>(x));
+  const VU u = (VU)x;
+  return (V)(x == x ? (u + 0x7FFF + ((u >> 16) & 1)) & 0xFFFF0000 : (VU)(VI{} + 0x7FC00000));
 }
 
-// The lines of a block of rows of w, asked for in the order in which they lie.
-struct Walk {
-  const char *at, *end;
-  int64_t wide, skip;  // bytes of a row that are read, and from there to the next
-
-  inline void step() {
-    fetch(at);
-    at += 64;
-    if (at >= end) at += skip, end = at + wide;
-  }
-};
-
-// y[r, m] += Σ_k x[r][k] · w[k][m] for some steps from k on and the columns of a panel. `lines` are walked meanwhile.
-template <Type type, int R>
-[[gnu::noinline]] static void panel_add(const void* const* x, int64_t k, int64_t steps, const void* panel, float* y,
-                                        int64_t y_row, Walk& ahead, int64_t lines) {
-  Walk walk = ahead;
-  V sum[R * BROAD];
-#pragma GCC unroll 32
-  for (int i = 0; i < R * BROAD; i++) sum[i] = load<FLOAT32>(y + i / BROAD * y_row, 16 * (i % BROAD));
-  auto* b = (const Operand<type>*)panel;
-  for (int64_t s = 0; s < steps; s++, k += DEEP<type>, b += BROAD) {
-    for (int64_t i = s; i < lines; i += steps) walk.step();
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      const Operand<type> a = spread<type>(x[r], k);
-#pragma GCC unroll 8
-      for (int c = 0; c < BROAD; c++) sum[r * BROAD + c] = mac(a, b[c], sum[r * BROAD + c]);
-    }
-  }
-#pragma GCC unroll 32
-  for (int i = 0; i < R * BROAD; i++) store<FLOAT32>(y + i / BROAD * y_row, 16 * (i % BROAD), sum[i]);
-  ahead = walk;
-}
-
-// The rows of one expert.
+// The rows of one expert, in passes of nearly the same size.
 struct Group {
-  int64_t expert, start, rows;
+  int64_t expert, start, rows, passes;
+
+  int64_t row(int64_t pass) const { return rows * pass / passes; }
 };
 
 struct Task {
   enum Kind { UNITS_OF, COLUMNS_OF, TOKENS_OF } kind;
   int64_t group, from, to;  // TOKENS_OF: a stripe
+  int64_t pass;             // UNITS_OF: the first
 };
 
 template <Type type>
 class Mixture {
   static constexpr int64_t size = SIZE<type>;
+  static constexpr Type held = pairs<type> ? type : FLOAT32;  // of what is hidden
+
+  // Of a thread.
+  struct Room {
+    std::unique_ptr<V[]> packed, sums;
+    int64_t group = -1, pass = -1;  // whose rows are packed
+  };
 
   const Moe m;
-  const int64_t hidden_row;
+  const int64_t hidden_row, tall, together;  // rows of a pass, at most; passes that pass w_in together
   std::vector<int32_t> token, slot;  // of each row; of each choice, or -1
   std::vector<Group> groups;
   std::vector<Task> tasks;
   std::vector<std::atomic<int64_t>> units_done;
   std::vector<int64_t> columns_due;  // tasks until a stripe is whole
   std::atomic<int64_t> taken{0}, columns_done{0}, tokens_done{0};
-  int64_t room_size = 0;  // numbers
+  int64_t most = 0;  // hidden units of a task
+  int64_t packed_size = 0, sums_size = 0;  // vectors
 
  public:
-  Mixture(const Moe& m, int threads) : m(m), hidden_row(even(m.units)), slot(m.tokens * m.choices, -1) {
+  Mixture(const Moe& m, int threads)
+      : m(m), hidden_row(even(m.units)), tall(std::clamp<int64_t>(CLOSE / (64 * steps()), std::min(4, PASS), PASS)),
+        together(std::max<int64_t>(1, PACKED / (tall * 64 * steps()))), slot(m.tokens * m.choices, -1) {
     std::vector<int64_t> ends(m.experts + 1);
     const int64_t choices = m.tokens * m.choices;
     for (int64_t i = 0; i < choices; i++)
       if (!m.kept || m.kept[i]) ends[m.ids[i] + 1]++;
     for (int64_t e = 0; e < m.experts; e++) {
-      if (ends[e + 1]) groups.push_back({e, ends[e], ends[e + 1]});
+      if (ends[e + 1]) groups.push_back({e, ends[e], ends[e + 1], slices(ends[e + 1], tall)});
       ends[e + 1] += ends[e];
     }
     token.resize(ends[m.experts]);
@@ -120,19 +104,18 @@ class Mixture {
     const int64_t work = (int64_t)token.size() * m.units * m.width;
 #pragma omp parallel num_threads(work < SMALL ? 1 : threads)
     {
-      const std::unique_ptr<float[]> room(new float[room_size]);
+      Room room{std::unique_ptr<V[]>(new V[packed_size]), std::unique_ptr<V[]>(new V[sums_size])};
       int64_t now = taken++;
       while (now < (int64_t)tasks.size()) {
         const int64_t next = taken++;
-        const char* ahead = begin(next < (int64_t)tasks.size() ? next : now);
-        const Task& task = tasks[now];
+        const Task &task = tasks[now], &then = tasks[std::min<int64_t>(next, tasks.size() - 1)];
         if (task.kind == Task::UNITS_OF) {
-          hidden_units(groups[task.group], task.from, task.to, ahead);
+          hidden_units(task, then, room);
           units_done[task.group].fetch_add(1, std::memory_order_release);
         } else if (task.kind == Task::COLUMNS_OF) {
-          until(units_done[task.group], slices(m.units, UNITS));
+          until(units_done[task.group], units_due(groups[task.group]));
           until(tokens_done, task.from / m.stripe * slices(m.tokens, TOKENS));
-          columns(groups[task.group], task.from, task.to, ahead, room.get());
+          columns(groups[task.group], task.from, task.to, begin(then), room.sums.get());
           columns_done.fetch_add(1, std::memory_order_release);
         } else {
           until(columns_done, columns_due[task.group]);
@@ -154,12 +137,23 @@ class Mixture {
     }
   }
 
+  int64_t steps() const { return slices(m.width, STEP<type>); }
+
+  int64_t units_due(const Group& g) const { return slices(m.units, slice(g)) * slices(g.passes, together); }
+
+  // Hidden units of a task: a single pass reads far, of several each finds near what the first has read.
+  int64_t slice(const Group& g) const { return g.passes > 1 ? LEAST : most; }
+
   // Whole rows of w_out are read fastest; where the experts do not go round, the threads share the last few. Of many
   // rows the sums of fewer columns stay near.
   void plan(int threads) {
     const int64_t many = groups.size(), spare = many % threads;
     units_done = std::vector<std::atomic<int64_t>>(many);
-    for (int64_t g = 0; g < many; g++) cut(Task::UNITS_OF, g, 0, m.units, UNITS);
+    most = std::clamp<int64_t>(many * m.units / (4 * threads) / LEAST * LEAST, LEAST, UNITS);
+    for (int64_t g = 0; g < many; g++) {
+      for (int64_t p = 0; p < groups[g].passes; p += together) cut(Task::UNITS_OF, g, 0, m.units, slice(groups[g]), p);
+      packed_size = std::max(packed_size, std::min(groups[g].rows, together * tall) * steps());
+    }
     const int64_t before = tasks.size();
     for (int64_t first = 0, i = 0; first < m.width; first += m.stripe, i++) {
       const int64_t last = std::min(first + m.stripe, m.width);
@@ -167,18 +161,18 @@ class Mixture {
         const int64_t rows = groups[g].rows, parts = g >= many - spare || rows > 48 ? 4 : rows > 24 ? 2 : 1;
         const int64_t wide = std::min(last - first, COLUMNS / parts);
         cut(Task::COLUMNS_OF, g, first, last, wide);
-        room_size = std::max(room_size, std::min(rows, high(wide)) * (wide + 16));
+        sums_size = std::max(sums_size, std::min(rows, high(wide) * tall) * slices(wide, WIDE) * BROAD);
       }
       columns_due.push_back(tasks.size() - before - i * slices(m.tokens, TOKENS));
       cut(Task::TOKENS_OF, i, 0, m.tokens, TOKENS);
     }
   }
 
-  // Rows whose sums over so many columns stay near.
-  static int64_t high(int64_t columns) { return std::clamp<int64_t>(24 * COLUMNS / columns, FEW, HIGH); }
+  // Passes whose sums over so many columns stay near.
+  int64_t high(int64_t columns) const { return std::max<int64_t>(1, SUMS / (columns * tall)); }
 
-  void cut(typename Task::Kind kind, int64_t group, int64_t from, int64_t to, int64_t each) {
-    for (int64_t i = from; i < to; i += each) tasks.push_back({kind, group, i, std::min(i + each, to)});
+  void cut(typename Task::Kind kind, int64_t group, int64_t from, int64_t to, int64_t each, int64_t pass = 0) {
+    for (int64_t i = from; i < to; i += each) tasks.push_back({kind, group, i, std::min(i + each, to), pass});
   }
 
   const char* in(int64_t expert, int64_t row) const {
@@ -187,89 +181,123 @@ class Mixture {
   const char* out(int64_t expert, int64_t row, int64_t column) const {
     return (const char*)m.w_out + size * (expert * m.out_expert + row * m.out_row + column);
   }
-  void* hidden(int64_t row, int64_t i) const { return (char*)m.hidden + size * (row * hidden_row + i); }
+  void* hidden(int64_t row) const { return (char*)m.hidden + SIZE<held> * row * hidden_row; }
   void* result(int64_t row, int64_t i) const { return (char*)m.rows + size * (row * m.stripe + i); }
 
   // The first weights that a task reads.
-  const char* begin(int64_t task) const {
-    const Task& t = tasks[task];
-    if (t.kind == Task::UNITS_OF) return in(groups[t.group].expert, t.from);
+  const char* begin(const Task& t, bool up = false) const {
+    if (t.kind == Task::UNITS_OF) return in(groups[t.group].expert, up ? m.units + t.from : t.from);
     if (t.kind == Task::COLUMNS_OF) return out(groups[t.group].expert, 0, t.from);
     return (const char*)m.w_out;
   }
 
-  void hidden_units(const Group& g, int64_t from, int64_t to, const char* ahead) const {
-    const char *gate = in(g.expert, from), *up = in(g.expert, m.units + from);
-    const int64_t many = to - from, end = g.start + g.rows;
-    const void* x[ROWS];
-    alignas(64) float y[2][ROWS * UNITS];
-    for (int64_t row = g.start, rows; row < end; row += rows) {
-      rows = std::min(ROWS, end - row);
-      for (int64_t r = 0; r < rows; r++) x[r] = at<type>(m.x, token[row + r] * m.x_row);
-      dot_block<type>(x, rows, gate, m.in_row, many, m.width, y[0], UNITS, up);
-      dot_block<type>(x, rows, up, m.in_row, many, m.width, y[1], UNITS, row + rows < end ? gate : ahead);
-      for (int64_t r = 0; r < rows; r++) {
-        for (int64_t i = 0; i < many; i += 16) {
-          const V a = rounded<type>(load<FLOAT32>(y[0] + r * UNITS, i));
-          const V b = rounded<type>(load<FLOAT32>(y[1] + r * UNITS, i));
-          store<type>(hidden(row + r, from + i), 0, a / (1.0f + exponential(-a)) * b, many - i);
-        }
-        if (to == m.units && m.units < hidden_row) std::memset(hidden(row + r, m.units), 0, size);
+  void hidden_units(const Task& task, const Task& then, Room& room) const {
+    const Group& g = groups[task.group];
+    const int64_t last = std::min(task.pass + together, g.passes), passes = last - task.pass;
+    const char* half[2] = {in(g.expert, task.from), in(g.expert, m.units + task.from)};
+    pack(task, last, room);
+    for (int64_t p = task.pass; p < last; p++) {
+      const int64_t row = g.row(p), rows = g.row(p + 1) - row;
+      const V* x = room.packed.get() + (row - g.row(task.pass)) * steps();
+      alignas(64) float y[2][UNITS * PASS + 16];
+      for (int i = 0; i < 2; i++) {
+        const char* next = passes > 1 ? begin(then, i) : i ? begin(then) : half[1];
+        products(x, rows, half[i], task.to - task.from, y[i], next, p - task.pass, passes);
+      }
+      activate(y[0], y[1], rows, task, (char*)hidden(g.start + row) + SIZE<held> * task.from * rows);
+    }
+  }
+
+  // The rows of the task's passes, unless they are there.
+  void pack(const Task& task, int64_t last, Room& room) const {
+    if (room.group == task.group && room.pass == task.pass) return;
+    room.group = task.group, room.pass = task.pass;
+    const Group& g = groups[task.group];
+    for (int64_t p = task.pass; p < last; p++) {
+      const void* x[PASS];
+      const int64_t row = g.row(p), rows = g.row(p + 1) - row;
+      for (int64_t r = 0; r < rows; r++) x[r] = at<type>(m.x, token[g.start + row + r] * m.x_row);
+      pack_rows<type>(x, rows, m.width, room.packed.get() + (row - g.row(task.pass)) * steps());
+    }
+  }
+
+  // x by `many` rows of w. A single pass fetches the rows that come next, in the end `next`; one of several its part of
+  // what lies there.
+  void products(const V* x, int64_t rows, const char* w, int64_t many, float* y, const char* next, int64_t pass,
+                int64_t passes) const {
+    const Tiles& tile = tiles<type>(rows);
+    const int64_t row = size * m.in_row, lines = m.width / STEP<type>;
+    const int64_t soon = std::min(many, slices(SOON, row * tile.across) * tile.across);
+    Ahead ahead{next + many * row * pass / passes, slices(64, passes)};
+    for (int64_t i = 0; i < many; i += tile.across) {
+      const char* columns[BROAD];
+      for (int64_t c = 0; c < BROAD; c++) columns[c] = w + std::min(i + c, many - 1) * row;
+      if (const int64_t far = i + soon; passes == 1) ahead.at = far < many ? w + far * row : next + (far - many) * row;
+      tile.dot(x, columns, m.width, y + i * rows, ahead);
+      ahead.at += lines * tile.across * ahead.by;
+    }
+  }
+
+  void activate(const float* gate, const float* up, int64_t rows, const Task& task, void* to) const {
+    const int64_t many = (task.to - task.from) * rows, odd = (task.to - task.from) % 2;
+    for (int64_t i = 0; i < many + odd * rows; i += 16) {
+      const V a = rounded<type>(load<FLOAT32>(gate, i)), b = rounded<type>(load<FLOAT32>(up, i));
+      const V h = a / (1.0f + exponential(-a)) * b;
+      store<held>(to, i, type == held ? h : rounded<type>(h), many + odd * rows - i);
+    }
+    if (pairs<type> && odd)
+      for (int64_t r = 0; r < rows; r++) std::memset((char*)to + size * (many - rows + 2 * r + 1), 0, size);
+  }
+
+  void columns(const Group& g, int64_t from, int64_t to, const char* ahead, V* room) const {
+    const int64_t many = to - from, each = high(many), all = g.passes;
+    for (int64_t pass = 0; pass < all; pass += each) {
+      const int64_t last = std::min(pass + each, all);
+      const char* next = last < all ? out(g.expert, 0, from) : ahead;
+      blocks(g, pass, last, from, many, next, (float*)room);
+      for (int64_t p = pass; p < last; p++) {
+        const int64_t row = g.row(p), rows = g.row(p + 1) - row;
+        const float* sums = (float*)room + (row - g.row(pass)) * slices(many, WIDE) * WIDE;
+        const int64_t wide = 16 * tiles<type>(rows).across;
+        for (int64_t i = 0; i < many; i += 32)
+          for (int64_t r = 0; r < rows; r++) {
+            V y[2];
+            order<type>(sums + i / wide * wide * rows + r * wide + i % wide, y);
+            void* to = result(g.start + row + r, from % m.stripe + i);
+            store<type>(to, 0, y[0], many - i);
+            if (many - i > 16) store<type>(to, 16, y[1], many - i - 16);
+          }
       }
     }
   }
 
-  void columns(const Group& g, int64_t from, int64_t to, const char* ahead, float* room) const {
-    const int64_t many = to - from, y_row = many + 16, end = g.start + g.rows;
-    const bool pack = g.rows > FEW && many % PANEL == 0;
-    const void* h[HIGH];
-    for (int64_t row = g.start, rows; row < end; row += rows) {
-      rows = std::min(pack ? high(many) : FEW, end - row);
-      const char* next = row + rows < end ? out(g.expert, 0, from) : ahead;
-      for (int64_t r = 0; r < rows; r++) h[r] = hidden(row + r, 0);
-      if (pack) panels(h, rows, g.expert, from, many, next, room);
-      else if (rows < 3) stream(h, rows, g.expert, from, many, next, room);
-      else axpy_block<type>(h, rows, out(g.expert, 0, from), m.out_row, many, m.units, room, y_row, next);
-      for (int64_t r = 0; r < rows; r++)
-        for (int64_t i = 0; i < many; i += 16)
-          store<type>(result(row + r, from % m.stripe + i), 0, load<FLOAT32>(room + r * y_row, i), many - i);
-    }
-  }
-
-  // w_out as it lies, two rows at a time: then the next two come as fast as memory gives them.
-  void stream(const void* const* h, int64_t rows, int64_t expert, int64_t from, int64_t many, const char* ahead,
+  // w_out a block of rows after another, which stays near while the rows of h pass; a step at a time for very few rows:
+  // then the next comes as fast as memory gives it.
+  void blocks(const Group& g, int64_t pass, int64_t last, int64_t from, int64_t many, const char* ahead,
               float* room) const {
-    const int64_t y_row = many + 16;
-    std::memset(room, 0, 4 * rows * y_row);
-    for (int64_t k = 0; k < m.units; k += DEEP<type>) {
-      const char* w = out(expert, k, from);
-      const char* next = k + DEEP<type> < m.units ? out(expert, k + DEEP<type>, from) : ahead;
-      if (k + DEEP<type> <= m.units) axpy_rows<type, 1>(h, rows, k, w, m.out_row, many, room, y_row, next);
-      else axpy_rows<type, 1, false>(h, rows, k, w, m.out_row, many, room, y_row, next);
-    }
-  }
-
-  // w_out a block of rows after another; a panel of it stays near while the rows of h pass.
-  void panels(const void* const* h, int64_t rows, int64_t expert, int64_t from, int64_t many, const char* ahead,
-              float* room) const {
-    const int64_t y_row = many + 16, tiles = slices(rows, TALL), lines = size * many * NEAR / 64;
-    const int64_t each = slices(lines, tiles * (many / PANEL));
-    alignas(64) char panel[NEAR * PANEL * 4];
-    std::memset(room, 0, 4 * rows * y_row);
-    for (int64_t k = 0; k < m.units; k += NEAR) {
-      const int64_t deep = std::min(NEAR, m.units - k), steps = slices(deep, DEEP<type>);
-      const char* next = k + NEAR < m.units ? out(expert, k + NEAR, from) : ahead;
-      Walk walk{next, next + size * many, size * many, size * (m.out_row - many)};
-      for (int64_t i = 0; i < many; i += PANEL) {
-        pack_panels<type>(out(expert, k, from + i), m.out_row, PANEL, deep, panel);
-        for (int64_t r = 0, n; r < rows; r += n) {
-          float* y = room + r * y_row + i;
-          n = rows - r;
-          if (TALL == 6 && n >= 6) n = 6, panel_add<type, 6>(h + r, k, steps, panel, y, y_row, walk, each);
-          else if (n >= 4) n = 4, panel_add<type, 4>(h + r, k, steps, panel, y, y_row, walk, each);
-          else if (n >= 2) n = 2, panel_add<type, 2>(h + r, k, steps, panel, y, y_row, walk, each);
-          else panel_add<type, 1>(h + r, k, steps, panel, y, y_row, walk, each);
-        }
+    constexpr int64_t L = DEEP<type>;
+    const int64_t passes = last - pass, padded = slices(many, WIDE) * WIDE, by = size * m.out_row;
+    const int64_t block = g.rows < FEW ? L : passes > 2 ? 2 * NEAR : NEAR;
+    const int64_t each = passes > 1 ? block : m.units, soon = std::max(block, LATER);
+    Walk walk(out(g.expert, soon, from), size * many, by, m.units - soon, ahead);
+    for (int64_t k = 0; k < m.units; k += each) {
+      const int64_t deep = std::min(each, m.units - k);
+      for (int64_t p = pass; p < last; p++) {
+        const int64_t row = g.row(p), rows = g.row(p + 1) - row;
+        const char* h = (const char*)hidden(g.start + row) + SIZE<held> * k * rows;
+        const Tiles& tile = tiles<type>(rows);
+        const int64_t wide = 16 * tile.across, full = deep % L ? 0 : many / wide * wide;
+        const int64_t lines = slices(size * wide * block / 64, passes);
+        float* y = room + (row - g.row(pass)) * padded;
+        tile.axpy(h, deep / L, block / L, out(g.expert, k, from), by, full, y, k == 0, walk, lines);
+        for (int64_t i = full; i < many; i += wide)  // what is no whole tile, with zeros beside it
+          for (int64_t n = 0; n < deep; n += NEAR) {
+            alignas(64) char edge[NEAR * WIDE * size] = {};
+            for (int64_t j = n; j < std::min(n + NEAR, deep); j++)
+              std::memcpy(edge + (j - n) * wide * size, out(g.expert, k + j, from + i), size * std::min(wide, many - i));
+            const int64_t steps = slices(std::min(NEAR, deep - n), L);
+            tile.axpy(h + SIZE<held> * n * rows, steps, steps, edge, wide * size, wide, y + i * rows, k + n == 0, walk, 0);
+          }
       }
     }
   }

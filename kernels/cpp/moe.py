@@ -55,7 +55,8 @@ def moe_mlp(
     ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.float().contiguous()
     kept_TK = None if kept_TK is None else kept_TK.contiguous()
     (tokens, choices), (experts, hidden, width) = ids_TK.shape, w_out_EFD.shape
-    h_NF = x_TD.new_empty(tokens * choices, hidden + hidden % 2)
+    paired = x_TD.dtype == torch.bfloat16 and call("moe_pairs")
+    h_NF = x_TD.new_empty(tokens * choices, hidden + hidden % 2, dtype=x_TD.dtype if paired else torch.float32)
     stripe = min(width, max(LEAST, LASTING // max(tokens * choices, 1) // LEAST * LEAST))
     y_NS = x_TD.new_empty(tokens * choices, stripe)
     y_TD = x_TD.new_empty(tokens, width)

@@ -42,8 +42,26 @@ def test_a_row_has_the_same_bits_among_any_number_of_rows(threads, dtype):
             assert torch.equal(moe.moe_mlp(*some, w_in, w_out), whole[start : start + count]), (start, count)
 
 
+def test_no_number_of_rows_changes_a_bit():
+    *rows, w_in, w_out = make(130, 2, 3, 72, 37)
+    whole = moe.moe_mlp(*rows, w_in, w_out)
+    for count in range(1, 130):
+        some = [t[130 - count :] for t in rows]
+        assert torch.equal(moe.moe_mlp(*some, w_in, w_out), whole[130 - count :]), count
+
+
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 8, 8), (67, 2, 5, 200, 97), (90, 1, 1, 128, 64), (30, 3, 3, 33, 31)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 8, 8),
+        (67, 2, 5, 200, 97),
+        (90, 1, 1, 128, 64),
+        (30, 3, 3, 33, 31),
+        (130, 1, 2, 2100, 66),
+        (19, 1, 2, 5000, 3),
+    ],
+)
 def test_the_bits_are_those_of_the_separate_operations(shape, dtype):
     values = make(*shape, dtype=dtype)
     with kernels.using("cpp"), torch.no_grad():
