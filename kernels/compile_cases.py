@@ -14,6 +14,7 @@ from .configs import (
     HALF_TILES,
     AttentionTile,
     Tile,
+    gate_rows,
     halves,
     row_columns,
     row_warps,
@@ -25,6 +26,7 @@ from .triton import (
     decode_experts,
     experts,
     experts_backward,
+    gates,
     grouped_gemm,
     heads,
     norm,
@@ -66,6 +68,7 @@ def cases() -> Iterator[Case]:
     yield from _attention()
     yield from _store()
     yield from _elements()
+    yield from _gates()
 
 
 def _case(
@@ -204,3 +207,18 @@ def _elements() -> Iterator[Case]:
     columns = {"COLUMNS": heads.COLUMNS}
     yield _case("cross_entropy", heads.cross_entropy_kernel, types, columns)
     yield _case("cross_entropy_backward", heads.cross_entropy_backward_kernel, types | {"grad": "*fp32"}, columns)
+
+
+def _gates() -> Iterator[Case]:
+    """A softmax over few and over many experts, the sigmoids of DeepSeek-V3, and their gradients."""
+    types = dict.fromkeys(("logits", "sigmoids", "bias", "weights", "grad", "out", "scale"), "fp32")
+    types = {name: kind if name == "scale" else f"*{kind}" for name, kind in types.items()} | {"ids": "*i64"}
+    for score, width, choices, bins in (("softmax", 128, 8, 1), ("softmax", _EXPERTS, 16, 1), ("sigmoid", 256, 8, 8)):
+        rows, warps = gate_rows(width)
+        options = replace(_ROWS, warps=warps)
+        sizes = {"ROWS": rows, "WIDTH": width, "CHOICES": choices, "SCORE": score}
+        absent = {"given": None} if score == "sigmoid" else {"given": None, "sigmoids": None, "bias": None}
+        constants = sizes | absent | {"BINS": bins, "NEVER": gates.NEVER, "RENORMALIZE": score == "sigmoid"}
+        yield _case(f"gates {score} {width}", gates.gates_kernel, types, constants, options)
+        constants = sizes | {"RENORMALIZE": score == "sigmoid"}
+        yield _case(f"gates_backward {score} {width}", gates.gates_backward_kernel, types, constants, options)

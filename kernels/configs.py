@@ -177,3 +177,11 @@ def row_columns(width: int, most: int = 1024) -> int:
 def row_warps(width: int) -> int:
     """Warps of a program that holds a whole row: each thread has about sixteen numbers."""
     return min(16, max(1, width // 512))
+
+
+MOST_EXPERTS = 1024  # of a router whose rows a program holds whole
+
+
+def gate_rows(width: int) -> tuple[int, int]:
+    """Rows and warps of a program that decides for whole rows of `width` experts: each thread has eight numbers."""
+    return max(1, 1024 // width), 4

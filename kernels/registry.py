@@ -122,6 +122,7 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "top_k_gates": {
             "reference": "reference.gates",
+            "triton": "triton.gates",
             "cpp": "cpp.gates",
         },
         "swiglu": {
