@@ -139,6 +139,7 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "linear_cross_entropy": {
             "reference": "reference.dense",
             "torch": "torch_ops.loss",
+            "triton": "triton.heads",
         },
         "square_sum": {
             "reference": "reference.dense",
