@@ -12,12 +12,14 @@ from .configs import (
     FEW_TILE,
     FLOAT_TILES,
     HALF_TILES,
+    SAMPLE_WARPS,
     AttentionTile,
     Tile,
     gate_rows,
     halves,
     row_columns,
     row_warps,
+    sample_columns,
     weight_tile,
 )
 from .triton import (
@@ -31,12 +33,13 @@ from .triton import (
     heads,
     norm,
     route,
+    sample,
     store,
 )
 
 HGMMA_ROWS = 64  # from here on a half-precision tile must use the warpgroup instruction
 _ROWS = Tile(rows=1, columns=1, depth=1, warps=4, stages=3)  # of kernels that walk over rows: Triton's own options
-_WIDTH, _EXPERTS = 2048, 512
+_WIDTH, _EXPERTS, _VOCABULARY = 2048, 512, 150_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,7 @@ def cases() -> Iterator[Case]:
     yield from _store()
     yield from _elements()
     yield from _gates()
+    yield _sample()
 
 
 def _case(
@@ -222,3 +226,11 @@ def _gates() -> Iterator[Case]:
         yield _case(f"gates {score} {width}", gates.gates_kernel, types, constants, options)
         constants = sizes | {"RENORMALIZE": score == "sigmoid"}
         yield _case(f"gates_backward {score} {width}", gates.gates_backward_kernel, types, constants, options)
+
+
+def _sample() -> Case:
+    types = dict.fromkeys(("seeds", "choices", "positions", "ids", "top_k"), "*i64") | {"scores": "*fp32"}
+    types |= {"probs": "*fp32"} | dict.fromkeys(("temperature", "top_p", "min_p"), "*fp64")
+    constants = {"COLUMNS": sample_columns(_VOCABULARY), "WIDE": row_columns(_VOCABULARY, 2048)}
+    constants |= {"PIVOTS": sample.PIVOTS, "GREEDY": sample.GREEDY, "TINY": sample.TINY, "PURPOSE": sample.SAMPLE}
+    return _case("sample", sample.sample_kernel, types, constants, replace(_ROWS, warps=SAMPLE_WARPS))

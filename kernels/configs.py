@@ -185,3 +185,11 @@ MOST_EXPERTS = 1024  # of a router whose rows a program holds whole
 def gate_rows(width: int) -> tuple[int, int]:
     """Rows and warps of a program that decides for whole rows of `width` experts: each thread has eight numbers."""
     return max(1, 1024 // width), 4
+
+
+SAMPLE_WARPS = 16  # of a program that draws from a row
+
+
+def sample_columns(vocabulary: int) -> int:
+    """Probabilities that are compared with several numbers at once: two a thread."""
+    return row_columns(vocabulary, 1024)

@@ -228,6 +228,39 @@ def top_k_gates(
     )  # fmt: skip
 
 
+def sample_rows(
+    scores_RV: Tensor,
+    temperature_R: Tensor,
+    top_k_R: Tensor,
+    top_p_R: Tensor,
+    min_p_R: Tensor,
+    seeds_R: Tensor,
+    choices_R: Tensor,
+    positions_R: Tensor,
+) -> Tensor:
+    """The next token of each of R rows; a row depends on nothing but its own arguments. Ties go to the lower id.
+
+    A token is picked in the order of the vocabulary by one uniform number from softmax(scores / temperature) without
+    the tokens below min-p, outside the top k of these and outside the top p of those.
+
+    Args:
+        scores_RV: float32. -inf is never chosen; of a row of which nothing is finite, or something is not a number or
+            +inf, any token may come.
+        temperature_R: float64. Below 1e-5: the highest score.
+        top_k_R: int64, 0 or less for all.
+        top_p_R: float64, 1 or more for all. At least one token stays.
+        min_p_R: a floating dtype. Tokens less probable than min_p times the most probable one are left out.
+        seeds_R, choices_R, positions_R: int64, the key of the number: seed, and `step` and index of `random.uniform`.
+
+    Returns:
+        ids_R, int64. Masses are added up in float64; where one is within their rounding of what it is compared with,
+        two forms may differ.
+    """
+    return registry.call(
+        "sample_rows", scores_RV, temperature_R, top_k_R, top_p_R, min_p_R, seeds_R, choices_R, positions_R
+    )
+
+
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
     """silu(first half of the last dimension) · second half (Shazeer 2020) → [N, F]."""
     return registry.call("swiglu", gate_up_N2F)

@@ -125,6 +125,10 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "triton": "triton.gates",
             "cpp": "cpp.gates",
         },
+        "sample_rows": {
+            "reference": "reference.sampling",
+            "triton": "triton.sample",
+        },
         "swiglu": {
             "reference": "reference.dense",
             "triton": "triton.norm",

@@ -295,6 +295,18 @@ def _cross_entropy(m: Maker) -> Iterator[Case]:
         yield Case(op="cross_entropy", shape=shape, size=2 * T * VOCABULARY, flops=4 * T * VOCABULARY, make=make)
 
 
+def _sample_rows(m: Maker) -> Iterator[Case]:
+    for R in (1, 64):
+
+        def make(R: int = R) -> Arguments:
+            scores, rows = m.rows(R, VOCABULARY, dtype=torch.float32), torch.arange(R, device=m.device)
+            temperature, top_p, min_p = (torch.full((R,), x, dtype=torch.float64, device=m.device) for x in (1, 0.9, 0))
+            return [(scores, temperature, torch.full_like(rows, 50), top_p, min_p, rows, rows, rows)]
+
+        shape = f"{R} x {VOCABULARY}, top 50, top 0.9"
+        yield Case(op="sample_rows", shape=shape, size=4 * R * VOCABULARY, flops=4 * R * VOCABULARY, make=make)
+
+
 def _prefill(m: Maker) -> Iterator[Case]:
     for S in PROMPTS:
 
@@ -381,6 +393,7 @@ CASES: Mapping[str, Callable[[Maker], Iterator[Case]]] = {
     **{op: functools.partial(_turned, op) for op in ("rotate", "rope")},
     "cross_entropy": _cross_entropy,
     "linear_cross_entropy": _linear_cross_entropy,
+    "sample_rows": _sample_rows,
     "square_sum": _square_sum,
     "varlen_attention": _prefill,
     "paged_attention": _paged,

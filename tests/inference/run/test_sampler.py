@@ -10,7 +10,8 @@ import torch
 from turnout.inference.core.request import Request
 from turnout.inference.core.sampling import SamplingParams
 from turnout.inference.core.step import Scheduled
-from turnout.inference.run.sampler import Sampled, row_sums, sample
+from turnout.inference.run.sampler import Sampled, sample
+from turnout.kernels.reference.sampling import row_sums
 
 V = 50
 
