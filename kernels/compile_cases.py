@@ -34,6 +34,7 @@ from .triton import (
     norm,
     route,
     sample,
+    squares,
     store,
 )
 
@@ -208,6 +209,9 @@ def _elements() -> Iterator[Case]:
     columns = {"COLUMNS": row_columns(_WIDTH)}
     yield _case("swiglu", norm.swiglu_kernel, types, columns)
     yield _case("swiglu_backward", norm.swiglu_backward_kernel, types, columns)
+    for kind in ("fp32", "bf16"):
+        sizes = {"COLUMNS": squares.COLUMNS, "PART": squares.PART}
+        yield _case(f"square_sum {kind}", squares.square_sum_kernel, {"x": f"*{kind}", "parts": "*fp64"}, sizes)
     columns = {"COLUMNS": heads.COLUMNS}
     yield _case("cross_entropy", heads.cross_entropy_kernel, types, columns)
     yield _case("cross_entropy_backward", heads.cross_entropy_backward_kernel, types | {"grad": "*fp32"}, columns)

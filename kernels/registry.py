@@ -113,6 +113,7 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "rotate": {
             "reference": "reference.dense",
+            "triton": "triton.norm",
             "cpp": "cpp.rowwise",
         },
         "heads": {
@@ -147,6 +148,7 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "square_sum": {
             "reference": "reference.dense",
+            "triton": "triton.squares",
             "cpp": "cpp.squares",
         },
         "varlen_attention": {

@@ -148,6 +148,18 @@ def rope(x_THd: Tensor, positions_T: Tensor, turns_h: Tensor, magnitude: float =
     return _Rope.apply(x_THd, cos_Th, sin_Th)
 
 
+def rotate_fits(x_THd: Tensor, cos_Th: Tensor, sin_Th: Tensor) -> bool:
+    return runs(x_THd) and cos_Th.dtype == sin_Th.dtype == torch.float32 and x_THd.shape[-1] <= MOST
+
+
+def rotate_pays(x_THd: Tensor, cos_Th: Tensor, sin_Th: Tensor) -> bool:
+    return x_THd.is_cuda
+
+
+def rotate(x_THd: Tensor, cos_Th: Tensor, sin_Th: Tensor) -> Tensor:
+    return _Rope.apply(x_THd, cos_Th.contiguous(), sin_Th.contiguous())
+
+
 def swiglu_fits(gate_up_N2F: Tensor) -> bool:
     return runs(gate_up_N2F)
 

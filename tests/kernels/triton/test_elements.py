@@ -21,6 +21,11 @@ def turn(T, D):
     return "rope", (torch.randn(T, 3, 2 * D), torch.randint(0, 10**4, (T,)), torch.rand(D), 1.3)
 
 
+def known_turn(T, D):
+    angles = torch.rand(D, T) * 100
+    return "rotate", (torch.randn(T, 3, 2 * D), angles.cos().mT, angles.sin().mT)
+
+
 def gate(T, D):
     return "swiglu", (torch.randn(T, 2 * D) * 3,)
 
@@ -58,7 +63,7 @@ def _floating(t):
     return isinstance(t, torch.Tensor) and t.is_floating_point()
 
 
-@pytest.mark.parametrize("make", [norm, turn, gate, loss])
+@pytest.mark.parametrize("make", [norm, turn, known_turn, gate, loss])
 def test_results_and_gradients_agree_with_float64(make):
     check(make(35, 20), torch.bfloat16)
 
@@ -77,6 +82,17 @@ def test_logits_that_are_excluded_have_no_share():
     torch.testing.assert_close(losses.detach(), torch.tensor([1.3132617, 0.0]))
     (grad,) = torch.autograd.grad(losses.sum(), logits)
     assert (grad[:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("count", [0, 1, 1025, 150_000])
+def test_squares_are_added_in_float64(count, dtype):
+    x = torch.randn(count).to(dtype)
+    with kernels.using("triton"):
+        assert registry.choose("square_sum", x) == "triton"
+        found = kernels.square_sum(x)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, x.double().square().sum(), rtol=1e-13, atol=0)
 
 
 def check_sum(T, D, dtype):
@@ -113,7 +129,7 @@ def test_sum_grid(T, D, dtype):
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize(("T", "D"), [(0, 8), (1, 3), (3, 17), (33, 16), (65, 1025)])
-@pytest.mark.parametrize("make", [norm, head_norm, turn, gate, loss])
+@pytest.mark.parametrize("make", [norm, head_norm, turn, known_turn, gate, loss])
 def test_grid(make, T, D, dtype):
     check(make(T, D), dtype)
 
