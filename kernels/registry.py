@@ -172,6 +172,14 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "cpp": "cpp.attention",
             "rows": "rows.attention",
         },
+        "tally_routes": {
+            "reference": "reference.routes",
+            "cpp": "cpp.routes",
+        },
+        "store_routes": {
+            "reference": "reference.routes",
+            "cpp": "cpp.routes",
+        },
     }
 )
 Predicate = Callable[..., bool] | None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...configs.typed import check
+from ...kernels import store_routes
 from ...kernels.memory import zeros
 from ...moe.config import ModelConfig
 from ...moe.routing.record import Decision, Routing
@@ -166,11 +167,12 @@ class ExpertPages:
         if not self.layers:
             return
         decided = [routings[layer] for layer in self.layers]
-        ids_TLK, kept_TLK = (torch.stack(t, 1) for t in zip(*((r.ids_TK, r.kept_TK) for r in decided), strict=True))
-        ids_TLK = torch.where(kept_TLK, ids_TLK, -1 - ids_TLK)
-        self.ids[slots_T] = ids_TLK.to(self.ids.dtype)
+        ids, kept = [r.ids_TK for r in decided], [r.kept_TK for r in decided]
+        store_routes(self.ids, slots_T, ids, kept)
         if self.taken is None or taken_BLE is None:
             return
+        ids_TLK, kept_TLK = torch.stack(ids, 1), torch.stack(kept, 1)
+        ids_TLK = torch.where(kept_TLK, ids_TLK, -1 - ids_TLK)
         spans = Spans.of(items, len(slots_T), self.block_size, self.ids.device)
         if not spans.ended_N.numel():
             return

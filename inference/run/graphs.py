@@ -119,6 +119,8 @@ def fill_up(rows_BLE: Tensor | None, batch: Batch) -> Tensor | None:
 
 
 def _fill(buffer: Tensor, values: Tensor, rest: int = 0) -> None:
+    if len(buffer) == len(values):
+        buffer.copy_(values)
+        return
     buffer[: len(values)].copy_(values)
-    if len(buffer) > len(values):
-        buffer[len(values) :] = rest
+    buffer[len(values) :] = rest

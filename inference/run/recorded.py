@@ -53,7 +53,8 @@ class RecordedSteps:
     """The recordings of one model's decode steps.
 
     Args:
-        model: its parameters are read where they lie; when one is replaced all recordings are forgotten.
+        model: its parameters are read where they lie; when one was replaced all recordings are forgotten. It is looked
+            at whenever other requests run than in the step before.
         width: blocks of the longest sequence.
         sums: what a step adds to besides its result, once however often it is computed.
     """
@@ -64,18 +65,21 @@ class RecordedSteps:
     entries: OrderedDict[tuple[object, ...], _Entry] = field(default_factory=OrderedDict)
     _arena: Arena = field(default_factory=Arena)
     _state: "_State | None" = None
+    _heard: bool = False
+    _requests: list[str] = field(default_factory=list)
 
     def fits(self, batch: Batch) -> bool:
         """Whether a step like this may be recorded."""
         known = batch.memory is None and batch.valid_T is None and batch.block_tables_BM.shape[1] <= self.width
-        return known and batch.tokens_T.numel() <= ROWS and decodes(batch) and self._compiled()
+        return known and batch.tokens_T.numel() <= ROWS and decodes(batch) and library() is not None
 
     def run(self, batch: Batch, compute: Callable[[Batch], Tensor]) -> Tensor:
         """`compute(batch)`: float32 logits of every row, played if they are recorded."""
-        if self._state is None or self._state.changed():
-            self.entries.clear()
-            self._state = _State(self.model)
-        if self._state.heard:
+        requests = [item.request.id for item in batch.sampling]
+        if requests != self._requests:
+            self._look()
+            self._requests = requests
+        if self._heard:
             return compute(batch).float()
         entry = self._entry(batch)
         entry.steps += 1
@@ -109,14 +113,20 @@ class RecordedSteps:
         played_RV, after = recorded.play(batch), self.sums.clone()
         self.sums.copy_(before)
         logits_RV = compute(batch).float()
-        entry.proven = torch.equal(_bits(played_RV), _bits(logits_RV)) and torch.equal(after, self.sums)
+        entry.proven = all(
+            torch.equal(_bits(ours), _bits(theirs)) for ours, theirs in ((played_RV, logits_RV), (after, self.sums))
+        )
         if not entry.proven:
             LOG.warning("a recorded decode step of %d rows gave other numbers: it is not used", len(batch.tokens_T))
             entry.recorded = None
         return logits_RV
 
-    def _compiled(self) -> bool:
-        return not torch.compiler.is_compiling() and library() is not None
+    def _look(self) -> None:
+        """At all weights: after some milliseconds none of them is in the cache, and this is not for every step."""
+        if self._state is None or self._state.changed():
+            self.entries.clear()
+            self._state = _State(self.model)
+        self._heard = self._state.heard
 
 
 class _State:

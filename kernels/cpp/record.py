@@ -24,7 +24,7 @@ from .stand_ins import Stand, move, stand_in
 WHOLE = 12
 LINE, BLOCK = 64, 1 << 20
 """Bytes between which tensors begin, and that the arena asks for at once."""
-CHECKED = ("turnout_store", "turnout_move")
+CHECKED = ("turnout_store", "turnout_store_routes", "turnout_move")
 """Kernels that tell whether they could do it."""
 UNREPEATABLE = {Tag.data_dependent_output, Tag.dynamic_output_shape, Tag.nondeterministic_seeded}
 EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}

@@ -17,6 +17,7 @@ from torch import Tensor
 from ... import kernels
 from .case import Arguments, Case
 from .ceilings import pages
+from .noted import noted_cases
 
 COLD = 1 << 27  # bytes of weights or pages that calls go round in
 MOST = 1 << 28  # bytes of pages that a case may take
@@ -361,6 +362,10 @@ def _store_kv(m: Maker) -> Iterator[Case]:
         yield Case(op="store_kv", shape=f"{T} x {G} heads of {HEAD}", size=8 * T * G * HEAD, flops=0, make=make)
 
 
+def _noted(op: str, m: Maker) -> Iterator[Case]:
+    return noted_cases(op, m, E, K, 256 * PAGE)
+
+
 def _square_sum(m: Maker) -> Iterator[Case]:
     size, flops = 4 * D * D, 2 * D * D
     yield Case(
@@ -398,5 +403,6 @@ CASES: Mapping[str, Callable[[Maker], Iterator[Case]]] = {
     "varlen_attention": _prefill,
     "paged_attention": _paged,
     "store_kv": _store_kv,
+    **{op: functools.partial(_noted, op) for op in ("tally_routes", "store_routes")},
     "copy_blocks": _copy_blocks,
 }

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels import tally_routes
 from .record import Routing
 
 # After a layer's E wanted assignments: dropped ones, valid tokens · K, summed entropy and logit norm, valid tokens.
@@ -103,10 +104,12 @@ class RoutingStats:
         held = [(row, routings[layer]) for row, layer in enumerate(self.layers) if layer in routings]
         for piece in _pieces(held):
             rows, found = zip(*piece, strict=True)
-            sums_LN = _sums(found, valid_T).to(self.tensor.device)
-            if len(rows) == len(self.layers):
-                self.tensor += sums_LN
-            else:
+            whole = len(rows) == len(self.layers)
+            sums_LN = self.tensor if whole else self.tensor.new_zeros(len(rows), self.tensor.shape[1])
+            choices = [r.ids_TK if r.asked_TK is None else r.asked_TK for r in found]
+            parts = ([r.logits_TE for r in found], choices, [r.wanted_TK for r in found], [r.kept_TK for r in found])
+            tally_routes(sums_LN, *parts, valid_T=valid_T, shares=_shares(found), sigmoid=found[0].sigmoid)
+            if not whole:
                 for row, sums_N in zip(rows, sums_LN, strict=True):
                     self.tensor[row] += sums_N
 
@@ -127,30 +130,8 @@ def _pieces(held: Sequence[tuple[int, Routing]]) -> Iterator[Sequence[tuple[int,
         yield from (piece[first : first + together] for first in range(0, len(piece), together))
 
 
-def _sums(routings: Sequence[Routing], valid_T: Tensor | None) -> Tensor:
-    """Some layers' numbers of one forward pass, float64 [L, N]."""
-    tokens, top_k = routings[0].ids_TK.shape
-    logits_LTE = torch.stack([routing.logits_TE for routing in routings])
-    entropy_LT = torch.special.entr(_probs(routings, logits_LTE)).sum(2)
-    norm_LT = torch.linalg.vector_norm(logits_LTE, dim=2)
-    wanted_LTK, kept_LTK = (
-        torch.stack(flags) for flags in zip(*((r.wanted_TK, r.kept_TK) for r in routings), strict=True)
-    )
-    dropped_L = (wanted_LTK & ~kept_LTK).sum((1, 2))
-    if valid_T is None:
-        tokens_L = dropped_L.new_full((len(routings),), tokens)
-    else:
-        entropy_LT, norm_LT = torch.where(valid_T, entropy_LT, 0), torch.where(valid_T, norm_LT, 0)
-        tokens_L = valid_T.sum().expand(len(routings))
-    choice_LTK = torch.stack([r.ids_TK if r.asked_TK is None else r.asked_TK for r in routings])
-    counts_LE = wanted_LTK.new_zeros(len(routings), logits_LTE.shape[2], dtype=torch.int64)
-    counts_LE.scatter_add_(1, choice_LTK.flatten(1), wanted_LTK.flatten(1).long())
-    rest = (dropped_L, tokens_L * top_k, entropy_LT.double().sum(1), norm_LT.double().sum(1), tokens_L)
-    return torch.cat([counts_LE.double(), torch.stack([number_L.double() for number_L in rest], 1)], 1)
-
-
-def _probs(routings: Sequence[Routing], logits_LTE: Tensor) -> Tensor:
-    """The routers' distributions, at once where they follow from the logits alike."""
-    if any(routing.sigmoid or routing.shares_TE is not None for routing in routings):
-        return torch.stack([routing.probs_TE for routing in routings])
-    return logits_LTE.softmax(-1)
+def _shares(routings: Sequence[Routing]) -> list[Tensor] | None:
+    """The routers' distributions; None where they follow from the logits alike."""
+    if any(r.shares_TE is not None or r.sigmoid != routings[0].sigmoid for r in routings):
+        return [r.probs_TE for r in routings]
+    return None

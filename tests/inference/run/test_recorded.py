@@ -137,7 +137,7 @@ def test_another_weight_forgets_the_recordings(make_engine):
     with torch.no_grad():
         model.norm.weight.mul_(2)  # in place: it is read where it lies
     serve(engine, records=True)
-    assert list(kept.entries.values())[0] in old
+    assert next(iter(kept.entries.values())) in old
     model.norm.weight = torch.nn.Parameter(model.norm.weight * -1, requires_grad=False)
     after = serve(engine, records=True)[0]
     assert not any(entry in old for entry in kept.entries.values())
