@@ -25,7 +25,6 @@ constexpr int64_t PACKED = 3 << 16;            // bytes of rows that pass w_in t
 constexpr int64_t SUMS = 24 * COLUMNS;         // that pass w_out together
 constexpr int64_t SOON = 1 << 13;              // bytes that are fetched ahead, at least
 constexpr int64_t NEAR = 64, FEW = 3;          // rows of w_out that stay near; rows for which they do
-constexpr int64_t LATER = 8;                   // rows of w_out that are fetched ahead, at least
 
 struct Moe {
   const void* x;
@@ -278,7 +277,7 @@ class Mixture {
     constexpr int64_t L = DEEP<type>;
     const int64_t passes = last - pass, padded = slices(many, WIDE) * WIDE, by = size * m.out_row;
     const int64_t block = g.rows < FEW ? L : passes > 2 ? 2 * NEAR : NEAR;
-    const int64_t each = passes > 1 ? block : m.units, soon = std::max(block, LATER);
+    const int64_t each = passes > 1 ? block : m.units, soon = std::max(block, slices(SOON, size * many));
     Walk walk(out(g.expert, soon, from), size * many, by, m.units - soon, ahead);
     for (int64_t k = 0; k < m.units; k += each) {
       const int64_t deep = std::min(each, m.units - k);
