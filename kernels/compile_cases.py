@@ -32,6 +32,7 @@ from .triton import (
     grouped_gemm,
     heads,
     norm,
+    quantized,
     route,
     sample,
     squares,
@@ -74,6 +75,7 @@ def cases() -> Iterator[Case]:
     yield from _elements()
     yield from _gates()
     yield _sample()
+    yield from _quantized()
 
 
 def _case(
@@ -164,13 +166,17 @@ def _attend(kind: str, width: int, tile: AttentionTile, switches: dict[str, Any]
     value = 512 if switches["LATENT"] else width
     types = dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}") | dict.fromkeys(("tables", "cu_q"), "*i32")
     types |= dict.fromkeys(("tops", "totals"), "*fp32" if switches["SPLIT"] else f"*{dtype}")
-    types |= {"contexts": "*i32", "scale": "fp32"} | dict.fromkeys(("sinks", "bias", "scales_k", "scales_v"), "*fp32")
-    absent = {"sinks", "bias", "window", "scales_k", "scales_v"}
+    types |= {"contexts": "*i32", "scale": "fp32"}
+    types |= dict.fromkeys(("sinks", "bias", "scales_k", "scales_v", "norms"), "*fp32")
+    absent = {"sinks", "bias", "window", "scales_k", "scales_v", "norms"}
     if "int8" in special:
         types |= {"k": "*i8", "v": "*i8"}
         absent -= {"scales_k", "scales_v"}
     if "learned" in special:
         absent -= {"sinks", "bias", "window"}
+    if "packed" in special:
+        absent |= {"tables"}
+        absent -= {"norms"}
     if switches["SPLIT"]:
         types["out"] = "*fp32"
     main, rest = halves(width)
@@ -238,3 +244,16 @@ def _sample() -> Case:
     constants = {"COLUMNS": sample_columns(_VOCABULARY), "WIDE": row_columns(_VOCABULARY, 2048)}
     constants |= {"PIVOTS": sample.PIVOTS, "GREEDY": sample.GREEDY, "TINY": sample.TINY, "PURPOSE": sample.SAMPLE}
     return _case("sample", sample.sample_kernel, types, constants, replace(_ROWS, warps=SAMPLE_WARPS))
+
+
+def _quantized() -> Iterator[Case]:
+    types = dict.fromkeys(("order", "expert_of", "first_of", "end_of"), "*i32") | {"x": "*i8", "y": "*bf16"}
+    types |= dict.fromkeys(("scales", "w_scales"), "*fp32") | {"bias": "*bf16"}
+    for bits in (8, 4):
+        for _, tile in HALF_TILES:
+            tile = replace(tile, depth=quantized.BLOCK)
+            weight = {"w": "*i8" if bits == 8 else "*u8"}
+            case = _tiled(f"quantized {bits}", quantized.quantized_kernel, types | weight, tile, {"BITS": bits})
+            yield replace(case, hgmma=False)
+    constants = {"COLUMNS": row_columns(_WIDTH), "ROUND": quantized.ROUND}
+    yield _case("round_rows", quantized.round_rows_kernel, {"x": "*bf16", "q": "*i8", "scales": "*fp32"}, constants)

@@ -68,13 +68,16 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "expert_rows": {
             "reference": "reference.experts",
             "torch": "torch_ops.experts",
+            "triton": "triton.experts",
         },
         "quantized_linear": {
             "reference": "reference.quantized",
+            "triton": "triton.quantized",
             "cpp": "cpp.quantized",
         },
         "quantized_moe_mlp": {
             "reference": "reference.quantized",
+            "triton": "triton.quantized",
             "cpp": "cpp.quantized",
         },
         "sort_by_expert": {

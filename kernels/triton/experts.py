@@ -94,6 +94,23 @@ def moe_mlp(
     return MoeMlp.apply(x_TD, ids_TK, weights_TK, kept_TK, w_in_EHD, w_out_EFD, wanted, None)
 
 
+def expert_rows_fits(x_ND: Tensor, ends_E: Tensor, w_in_EHD: Tensor, w_out_EFD: Tensor) -> bool:
+    return runs(x_ND) and x_ND.dtype == w_in_EHD.dtype == w_out_EFD.dtype
+
+
+def expert_rows_pays(x_ND: Tensor, ends_E: Tensor, w_in_EHD: Tensor, w_out_EFD: Tensor) -> bool:
+    return x_ND.is_cuda and x_ND.element_size() == 2
+
+
+def expert_rows(x_ND: Tensor, ends_E: Tensor, w_in_EHD: Tensor, w_out_EFD: Tensor) -> Tensor:
+    """A layer in which each row has one choice, of weight one; sorting leaves the rows where they are."""
+    at_N = torch.arange(len(x_ND), device=x_ND.device, dtype=ends_E.dtype)
+    ids_N1 = torch.searchsorted(ends_E.contiguous(), at_N, right=True)[:, None]
+    ones_N1 = torch.ones(len(x_ND), 1, device=x_ND.device)
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x_ND, w_in_EHD, w_out_EFD))
+    return MoeMlp.apply(x_ND, ids_N1, ones_N1, None, w_in_EHD, w_out_EFD, wanted, None)
+
+
 def up(
     x_TD: Tensor, w_in_EHD: Tensor, routing: Routing, map_: TileMap, tiles: ExpertTiles, keep: bool
 ) -> tuple[Tensor, Tensor | None]:

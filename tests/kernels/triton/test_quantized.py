@@ -1,0 +1,67 @@
+"""Products with weights of eight and four bits in Triton against the written-out ones."""
+
+import pytest
+import torch
+
+from turnout import kernels
+from turnout.kernels import quantize_weight, registry
+
+BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def both(op, *args):
+    with kernels.using("triton"):
+        assert registry.choose(op, *args) == "triton"
+        found = getattr(kernels, op)(*args)
+    with kernels.using("reference"):
+        return found, getattr(kernels, op)(*args)
+
+
+def assert_near(found, wanted, dtype):
+    assert found.dtype == wanted.dtype == dtype
+    assert found.shape == wanted.shape
+    assert (found.double() - wanted.double()).norm() <= BOUND[dtype] * wanted.double().norm()
+
+
+def check_linear(T, F, D, bits, dtype, bias=True):
+    w = quantize_weight(torch.randn(F, D), bits)
+    assert_near(*both("quantized_linear", torch.randn(T, D).to(dtype), w, torch.randn(F) if bias else None), dtype)
+
+
+def check_mixture(T, E, K, bits, dtype, D=64, F=64, dropping=True):
+    w_in, w_out = quantize_weight(torch.randn(E, 2 * F, D), bits), quantize_weight(torch.randn(E, D, F), bits)
+    ids = torch.stack([torch.randperm(E)[:K] for _ in range(T)]) if T else torch.empty(0, K, dtype=torch.int64)
+    kept = torch.rand(T, K) < 0.7 if dropping else None
+    args = (torch.randn(T, D).to(dtype), ids, torch.rand(T, K), kept, w_in, w_out)
+    assert_near(*both("quantized_moe_mlp", *args), dtype)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_products_are_those_of_rounded_rows(bits):
+    check_linear(3, 20, 128, bits, torch.float32)
+    check_mixture(5, 4, 2, bits, torch.bfloat16)
+
+
+def test_a_row_that_is_not_finite_is_nan_and_spoils_no_other():
+    x = torch.randn(4, 64).bfloat16()
+    x[1, 3], x[2], x[3, 0] = torch.inf, 0.0, torch.nan
+    found, wanted = both("quantized_linear", x, quantize_weight(torch.randn(7, 64)), None)
+    assert found.isnan().tolist() == wanted.isnan().tolist() == [[False] * 7, [True] * 7, [False] * 7, [True] * 7]
+    assert not found[2].any()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize(
+    ("bits", "T", "F", "D"),
+    [(8, 0, 5, 8), (8, 1, 1, 1), (8, 7, 37, 65), (8, 40, 130, 200), (4, 1, 16, 64), (4, 9, 37, 192), (4, 35, 129, 128)],
+)
+def test_grid(bits, T, F, D, dtype):
+    check_linear(T, F, D, bits, dtype, bias=T % 2 == 0)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("T", "E", "K"), [(0, 4, 2), (1, 4, 4), (9, 3, 1), (70, 2, 2)])
+def test_grid_of_mixtures(T, E, K, bits):
+    check_mixture(T, E, K, bits, (torch.float32, torch.bfloat16)[T % 2], dropping=T % 3 > 0)
