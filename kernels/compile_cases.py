@@ -15,6 +15,7 @@ from .configs import (
     SAMPLE_WARPS,
     AttentionTile,
     Tile,
+    attention_back_tile,
     gate_rows,
     halves,
     row_columns,
@@ -37,6 +38,7 @@ from .triton import (
     sample,
     squares,
     store,
+    varlen,
 )
 
 HGMMA_ROWS = 64  # from here on a half-precision tile must use the warpgroup instruction
@@ -157,6 +159,15 @@ def _attention() -> Iterator[Case]:
     few, many = ATTENTION_HALF_TILES[0][1:]
     yield _attend("bf16 int8", 128, few, {"SPLIT": True, "LATENT": False})
     yield _attend("bf16 learned", 128, many, {"SPLIT": False, "LATENT": False})
+    yield _attend("bf16 packed", 128, many, {"SPLIT": False, "LATENT": False})
+    for dtype, width, value in (
+        ("bf16", 128, 128),
+        ("bf16", 192, 128),
+        ("bf16", 256, 256),
+        ("fp32", 128, 128),
+        ("fp32", 256, 256),
+    ):
+        yield from _attend_back(dtype, width, value)
     types = dict.fromkeys(("parts", "tops", "totals", "sinks"), "*fp32") | {"out": "*bf16"}
     yield _case("merge", attention.merge_kernel, types, {"WIDTH": 512, "LOG2E": attention.LOG2E})
 
@@ -188,6 +199,20 @@ def _attend(kind: str, width: int, tile: AttentionTile, switches: dict[str, Any]
     return _case(
         name, attention.attention_kernel, types, constants, options, dtype != "fp32" and tile.rows >= HGMMA_ROWS
     )
+
+
+def _attend_back(dtype: str, width: int, value: int) -> Iterator[Case]:
+    tile, (main, rest) = attention_back_tile(width, 2 if dtype == "bf16" else 4), halves(width)
+    types = dict.fromkeys(("q", "k", "v", "grad", "out", "out_k", "out_v"), f"*{dtype}") | {"scale": "fp32"}
+    types |= dict.fromkeys(("norms", "deltas"), "*fp32") | dict.fromkeys(("cu_q", "cu_k"), "*i32")
+    constants = {"ROWS": tile.rows, "HEADS": 8, "KEYS": tile.keys, "MAIN": main, "REST": rest, "WIDTH": value}
+    constants |= {"CAUSAL": True, "LOG2E": attention.LOG2E, "bias": None, "window": None}
+    options = Tile(rows=tile.rows, columns=tile.keys, depth=1, warps=tile.warps, stages=tile.stages)
+    hgmma = dtype == "bf16" and tile.rows >= HGMMA_ROWS
+    for kernel in (varlen.query_grad_kernel, varlen.key_grad_kernel):
+        yield _case(f"{kernel.__name__} {dtype} {width}", kernel, types, constants, options, hgmma)
+    if dtype == "bf16":
+        yield _case(f"deltas {value}", varlen.deltas_kernel, types, {"WIDTH": value})
 
 
 def _store() -> Iterator[Case]:

@@ -163,6 +163,24 @@ def attention_tile(rows: int, width: int, element_size: int) -> AttentionTile:
     return low if rows <= low.rows else high
 
 
+# of heads up to this wide: `rows` queries' heads and `keys` keys of the backward pass
+ATTENTION_BACK_HALF_TILES = (
+    (128, AttentionTile(rows=64, keys=32, chunk=CHUNK, warps=8, stages=2)),
+    (256, AttentionTile(rows=32, keys=32, chunk=CHUNK, warps=8, stages=1)),
+)
+ATTENTION_BACK_FLOAT_TILES = (
+    (128, AttentionTile(rows=16, keys=16, chunk=CHUNK, warps=4, stages=1)),
+    (256, AttentionTile(rows=16, keys=16, chunk=CHUNK, warps=8, stages=1)),
+)
+MOST_BACK = 256  # numbers of a head that learns
+
+
+def attention_back_tile(width: int, element_size: int) -> AttentionTile:
+    """The tile of the backward pass for heads of `width`, with 2- or 4-byte operands."""
+    tiles = ATTENTION_BACK_HALF_TILES if element_size == 2 else ATTENTION_BACK_FLOAT_TILES
+    return next(tile for bound, tile in tiles if width <= bound)
+
+
 def halves(width: int) -> tuple[int, int]:
     """A row in two powers of two, the greatest that is in it and one that holds the rest (0 if there is none)."""
     main = max(16, 1 << (width.bit_length() - 1))

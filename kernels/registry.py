@@ -157,6 +157,7 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "varlen_attention": {
             "reference": "reference.attention",
             "torch": "torch_ops.attention",
+            "triton": "triton.varlen",
             "cpp": "cpp.attention",
             "rows": "rows.attention",
         },

@@ -33,11 +33,12 @@ def _merge(top, total, sums, next_top, next_total, next_sums):
 
 @triton.jit
 def _finish(top, total, sums, sinks, head, ok, LOG2E: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The values' mean. A sink joins the sum; a row that saw nothing is zero."""
+    """The values' mean and the sum's logarithm. A sink joins the sum; a row that saw nothing is zero."""
     if sinks is not None:
         sink = tl.load(sinks + head, mask=ok, other=0.0).to(tl.float32) * LOG2E
         top, total, sums = _merge(top, total, sums, sink, tl.full(sink.shape, 1.0, tl.float32), tl.zeros_like(sums))
-    return sums / tl.where(total > 0, total, 1.0)[:, None]
+    norm = tl.where(total > 0, top + tl.log2(total), float("inf"))
+    return sums / tl.where(total > 0, total, 1.0)[:, None], norm
 
 
 @triton.jit
@@ -55,8 +56,11 @@ def _chunk(  # type: ignore[no-untyped-def]
     for first in range(start, stop, KEYS):
         at = first + tl.arange(0, KEYS)
         there = at < stop
-        block = tl.load(table + at // SIZE, mask=there, other=0).to(tl.int64)
-        k_at = k + block * k_block + (at % SIZE) * k_line
+        if table is None:
+            block, place = at.to(tl.int64) * 0, at.to(tl.int64)
+        else:
+            block, place = tl.load(table + at // SIZE, mask=there, other=0).to(tl.int64), at % SIZE
+        k_at = k + block * k_block + place * k_line
         k_tile = tl.load(k_at[None, :] + main[:, None], mask=there[None, :] & (main < D)[:, None], other=0.0)
         k_tile = k_tile.to(q.dtype)
         scores = tl.dot(q, k_tile, input_precision="ieee")
@@ -65,14 +69,14 @@ def _chunk(  # type: ignore[no-untyped-def]
             rest_tile = tl.load(k_at[None, :] + rest[:, None], mask=there[None, :] & (rest < D)[:, None], other=0.0)
             scores = tl.dot(q_rest, rest_tile.to(q.dtype), scores, input_precision="ieee")
         if scales_k is not None:
-            line = block * s_block + (at % SIZE) * s_line
+            line = block * s_block + place * s_line
             scores *= tl.load(scales_k + line, mask=there, other=0.0)[None, :]
         scores *= scale
         ahead = at[None, :] - position[:, None]
         if bias is not None:
             away = tl.minimum(tl.maximum(ahead, -longest), longest) + longest
             scores += tl.load(bias[:, None] + away).to(tl.float32) * LOG2E
-        seen = there[None, :] & (ahead <= 0) if CAUSAL else there[None, :] & (position >= 0)[:, None]
+        seen = there[None, :] & (ahead <= 0) if CAUSAL else there[None, :] & (position == position)[:, None]
         if window is not None:
             seen = seen & (tl.abs(ahead) < window)
         scores = tl.where(seen, scores, -float("inf"))
@@ -81,12 +85,12 @@ def _chunk(  # type: ignore[no-untyped-def]
         shares, fade = tl.exp2(scores - base[:, None]), tl.exp2(top - base)
         total = total * fade + tl.sum(shares, 1)
         if scales_v is not None:
-            line = block * s_block + (at % SIZE) * s_line
+            line = block * s_block + place * s_line
             shares *= tl.load(scales_v + line, mask=there, other=0.0)[None, :]
         if LATENT:
             v_tile = tl.trans(k_tile)
         else:
-            v_at = v + block * v_block + (at % SIZE) * v_line
+            v_at = v + block * v_block + place * v_line
             v_tile = tl.load(v_at[:, None] + value[None, :], mask=there[:, None] & (value < V)[None, :], other=0.0)
         sums = tl.dot(shares.to(q.dtype), v_tile.to(q.dtype), sums * fade[:, None], input_precision="ieee")
         top = highest
@@ -95,13 +99,16 @@ def _chunk(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def attention_kernel(  # type: ignore[no-untyped-def]
-    q, k, v, tables, contexts, cu_q, out, tops, totals, sinks, bias, scales_k, scales_v,
+    q, k, v, tables, contexts, cu_q, out, tops, totals, norms, sinks, bias, scales_k, scales_v,
     scale, window, longest, B, R, D, V, table_row, q_token, q_head, k_block, k_line, k_head, v_block, v_line, v_head,
     s_block, s_line, SIZE: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
     CHUNK: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
     CAUSAL: tl.constexpr, LATENT: tl.constexpr, LOG2E: tl.constexpr,
 ):  # fmt: skip
-    """ROWS // HEADS queries of a sequence by HEADS heads of a group; SPLIT: of one chunk, to be merged."""
+    """ROWS // HEADS queries of a sequence by HEADS heads of a group; SPLIT: of one chunk, to be merged.
+
+    Without tables the keys are packed rows, and contexts the sequences' borders in them.
+    """
     TOKENS: tl.constexpr = ROWS // HEADS
     low, high = tl.program_id(0) * 0, tl.program_id(0) * 0 + B
     while high - low > 1:  # the last sequence whose queries begin at or before this program's
@@ -119,7 +126,15 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     within = (tl.program_id(1) % blocks) * HEADS + r % HEADS
     row_ok = (r < TOKENS * HEADS) & (token + r // HEADS < queries) & (within < R)
     row, head = (begin + token + r // HEADS).to(tl.int64), group * R + within
+    own_k, own_v = k + group * k_head, v + group * v_head
     context = tl.load(contexts + low).to(tl.int32)
+    own_table = tables
+    if tables is None:
+        own_k += context.to(tl.int64) * k_line
+        own_v += context.to(tl.int64) * v_line
+        context = tl.load(contexts + low + 1).to(tl.int32) - context
+    else:
+        own_table = tables + low.to(tl.int64) * table_row
     lowest = context - queries + token
     position = lowest + r // HEADS
     highest = tl.minimum(lowest + TOKENS, context)
@@ -139,11 +154,9 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     own_bias = bias
     if bias is not None:
         own_bias = bias + tl.where(row_ok, head, 0) * (2 * longest + 1)
-    own_k, own_v = k + group * k_head, v + group * v_head
     own_scales_k, own_scales_v = scales_k, scales_v
     if scales_k is not None:
         own_scales_k, own_scales_v = scales_k + group, scales_v + group
-    table = tables + low.to(tl.int64) * table_row
     value = tl.arange(0, WIDTH)
     H = tl.num_programs(1) // blocks * R
     at = row * H + head
@@ -152,7 +165,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         chunks = tl.num_programs(2)
         start, stop = tl.maximum(chunk * CHUNK, since), tl.minimum(chunk * CHUNK + CHUNK, until)
         top, total, sums = _chunk(
-            q_main, q_rest, own_k, own_v, own_scales_k, own_scales_v, table, own_bias, start, stop, position,
+            q_main, q_rest, own_k, own_v, own_scales_k, own_scales_v, own_table, own_bias, start, stop, position,
             scale, window, longest, D, V, k_block, k_line, v_block, v_line, s_block, s_line,
             SIZE, KEYS, MAIN, REST, WIDTH, CAUSAL, LATENT, LOG2E,
         )  # fmt: skip
@@ -167,12 +180,14 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         for chunk in range(since // CHUNK, tl.cdiv(until, CHUNK)):
             start, stop = tl.maximum(chunk * CHUNK, since), tl.minimum(chunk * CHUNK + CHUNK, until)
             next_top, next_total, next_sums = _chunk(
-                q_main, q_rest, own_k, own_v, own_scales_k, own_scales_v, table, own_bias, start, stop, position,
+                q_main, q_rest, own_k, own_v, own_scales_k, own_scales_v, own_table, own_bias, start, stop, position,
                 scale, window, longest, D, V, k_block, k_line, v_block, v_line, s_block, s_line,
                 SIZE, KEYS, MAIN, REST, WIDTH, CAUSAL, LATENT, LOG2E,
             )  # fmt: skip
             top, total, sums = _merge(top, total, sums, next_top, next_total, next_sums)
-        result = _finish(top, total, sums, sinks, head, row_ok, LOG2E)
+        result, norm = _finish(top, total, sums, sinks, head, row_ok, LOG2E)
+        if norms is not None:
+            tl.store(norms + at, norm, mask=row_ok)
         out_at = out + at[:, None] * V + value[None, :]
         tl.store(out_at, result.to(out.dtype.element_ty), mask=row_ok[:, None] & (value < V)[None, :])
 
@@ -192,7 +207,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
         seen = (next_top > -float("inf"))[:, None] & (value < V)[None, :]
         next_sums = tl.load(parts + (at * chunks + chunk)[:, None] * V + value[None, :], mask=seen, other=0.0)
         top, total, sums = _merge(top, total, sums, next_top, tl.load(totals + at * chunks + chunk), next_sums)
-    result = _finish(top, total, sums, sinks, at % H, at >= 0, LOG2E)
+    result, _ = _finish(top, total, sums, sinks, at % H, at >= 0, LOG2E)
     tl.store(out + at[:, None] * V + value[None, :], result.to(out.dtype.element_ty), mask=(value < V)[None, :])
 
 
@@ -268,16 +283,22 @@ def paged_attention(
 
 
 def attend(
-    q_THd: Tensor, cache_k: Tensor, cache_v: Tensor, tables_BM: Tensor, context_lens_B: Tensor, cu_q_B1: Tensor, *,
+    q_THd: Tensor, cache_k: Tensor, cache_v: Tensor, tables_BM: Tensor | None, contexts: Tensor, cu_q_B1: Tensor, *,
     scale: float, causal: bool, window: int | None, sinks_H: Tensor | None, bias_HR: Tensor | None,
-    scales_k: Tensor | None, scales_v: Tensor | None, tile: AttentionTile, chunks: int,
+    scales_k: Tensor | None, scales_v: Tensor | None, tile: AttentionTile, chunks: int, norms_TH: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention with a given tile; `chunks`: 1, or as many as the tables can hold, each with programs of its own."""
-    (T, H, D), (size, G, V), B = q_THd.shape, cache_v.shape[1:], len(context_lens_B)
+    """Attention with a given tile; `chunks`: 1, or as many as the tables can hold, each with programs of its own.
+
+    Args:
+        tables_BM: None = the one page holds packed rows, and `contexts` has their borders.
+        norms_TH: float32, filled with the binary logarithms of the softmaxes' sums (of one chunk only).
+    """
+    (T, H, D), (size, G, V), B = q_THd.shape, cache_v.shape[1:], len(cu_q_B1) - 1
     out_THV = q_THd.new_empty(T, H, V)
     if out_THV.numel() == 0:
         return out_THV
     main, rest = halves(D)
+    size, table_row = (1, 0) if tables_BM is None else (size, tables_BM.stride(0))
     width = max(16, triton.next_power_of_2(V))
     heads = min(H // G, tile.rows)
     split = chunks > 1
@@ -288,10 +309,10 @@ def attend(
     latent = cache_v.data_ptr() == cache_k.data_ptr() and cache_v.stride() == cache_k.stride() and V == main <= D
     grid = (T // (tile.rows // heads) + B, G * triton.cdiv(H // G, heads), chunks)
     attention_kernel[grid](
-        q_THd, cache_k, cache_v, tables_BM, context_lens_B, cu_q_B1, parts, tops, totals,
+        q_THd, cache_k, cache_v, tables_BM, contexts, cu_q_B1, parts, tops, totals, norms_TH,
         sinks_H, None if bias_HR is None else bias_HR.contiguous(), scales_k, scales_v,
         scale * LOG2E, window, 0 if bias_HR is None else bias_HR.shape[1] // 2, B, H // G, D, V,
-        tables_BM.stride(0), *q_THd.stride()[:2], *cache_k.stride()[:3], *cache_v.stride()[:3],
+        table_row, *q_THd.stride()[:2], *cache_k.stride()[:3], *cache_v.stride()[:3],
         *((0, 0) if scales_k is None else scales_k.stride()[:2]),
         size, tile.rows, heads, tile.keys, tile.chunk, main, rest, width, split, causal, latent, LOG2E,
         num_warps=tile.warps, num_stages=tile.stages,

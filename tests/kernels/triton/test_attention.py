@@ -115,10 +115,11 @@ def test_pages_of_int8_are_read_by_their_scales():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize("step", STEPS, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_grid(heads, step, dtype):
+def test_grid(heads, step):
+    """Every two of heads, steps and dtypes meet: all three at once take the interpreter half an hour."""
+    dtype = list(BOUND)[(HEADS.index(heads) + STEPS.index(step)) % len(BOUND)]
     args, options = make(heads, step, dtype)
     for extra in ({}, *extras(heads).values()):
         check(args, options | extra)
