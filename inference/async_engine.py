@@ -1,8 +1,8 @@
 """The engine in a thread of its own, for asyncio: many callers, one owner of model and requests.
 
 Callers put commands into an inbox and wait; the thread takes them between steps and sends outputs back through the
-callers' event loops, one call a step for each. Outputs are cumulative, so a slow caller keeps only the newest. Every request gets exactly one
-last output, or one error; when the thread dies, all that wait learn the root cause.
+callers' event loops, which it wakes once a step. Outputs are cumulative, so a slow caller keeps only the newest. Every
+request gets exactly one last output, or one error; when the thread dies, all that wait learn the root cause.
 """
 
 import asyncio
@@ -24,7 +24,6 @@ from .outputs import FailedOutput, RequestOutput
 from .prepare import Prepared, Prompt
 from .ranks import Ranks
 from .watchdog import Watchdog
-
 
 Item = RequestOutput | TurnoutError
 """What a caller gets: an output, or the error that ended its request, after which nothing comes."""

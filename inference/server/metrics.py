@@ -76,21 +76,22 @@ class Watch:
 
     def observe(self, output: RequestOutput) -> None:
         """Count what is new in the cumulative `output`."""
-        now = time.perf_counter()
         if not self._prompt_counted:
             self._prompt_counted = True
             self._metrics.prompt_tokens.inc(len(output.prompt_token_ids))
-        tokens = sum(len(choice.token_ids) for choice in output.outputs)
-        if tokens and not self._tokens:
-            self._first = now
-            self._metrics.first_token.observe(now - self._arrival)
-        self._metrics.generation_tokens.inc(max(0, tokens - self._tokens))
-        self._tokens = max(tokens, self._tokens)
+        tokens = 0
         for choice in output.outputs:
+            tokens += len(choice.token_ids)
             if choice.finish_reason is not None and choice.index not in self._reasons:
                 self._reasons[choice.index] = choice.finish_reason
                 self._metrics.choices.labels(choice.finish_reason).inc()
+        if tokens and not self._tokens:
+            self._first = time.perf_counter()
+            self._metrics.first_token.observe(self._first - self._arrival)
+        self._metrics.generation_tokens.inc(max(0, tokens - self._tokens))
+        self._tokens = max(tokens, self._tokens)
         if output.finished:
+            now = time.perf_counter()
             self._metrics.latency.observe(now - self._arrival)
             longest = max(len(choice.token_ids) for choice in output.outputs)
             if longest > 1:

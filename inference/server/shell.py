@@ -9,6 +9,8 @@ from .errors import ApiError
 from .metrics import Metrics
 
 OPEN = ("/health", "/ready")
+DIRECT = "turnout.send"
+"""In a request's scope: how to send what follows the start of an answer, past all that looks at the start only."""
 
 
 class RequireKey:
@@ -48,4 +50,4 @@ class CountAnswers:
                 self._metrics.http.labels(route, str(message["status"])).inc()
             await send(message)
 
-        await self._app(scope, receive, counting)
+        await self._app({**scope, DIRECT: send}, receive, counting)

@@ -6,10 +6,11 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import NoReturn, TypeVar
 
-from starlette.responses import StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from .errors import ApiError, api_error, to_json
+from .shell import DIRECT
 
 T = TypeVar("T")
 
@@ -58,14 +59,14 @@ async def frames(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, N
     try:
         async for chunk in chunks:
             yield _frame(chunk)
-    except Exception as error:  # noqa: BLE001  (the stream has begun: an answer with a status is no longer possible)
+    except Exception as error:
         logger.error("a stream failed: %s", error, exc_info=error)
         yield _frame(to_json(api_error(error).body()))
     else:
         yield DONE
 
 
-class EventStream(StreamingResponse):
+class EventStream(Response):
     """Sends frames until they end, the client goes, or the client reads nothing for `stall` seconds.
 
     A frame costs no task and no timer: one task a stream looks after silence and standstill.
@@ -82,31 +83,35 @@ class EventStream(StreamingResponse):
     def __init__(
         self, frames: AsyncGenerator[bytes, None], close: Callable[[], None], stall: float, keepalive: float
     ) -> None:
-        super().__init__(frames, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["Content-Length"]
         self._frames, self._close = frames, close
         self._stall, self._keepalive = stall, keepalive
-        self._sending = 0
-        """Messages that the client has not taken yet: 1 as a rule, 2 with a comment."""
+        self._sending = False
+        """The client has not taken the last frame yet."""
         self._since = time.monotonic()
-        """When that number last changed."""
+        """When the last frame was sent, or its sending began."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def noted(message: Message) -> None:
-            self._note(1)
-            await send(message)
-            self._note(-1)
-
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        direct = scope.get(DIRECT, send)
         try:
-            await _unless(self.stream_response(noted), _gone(receive), self._watch(noted))
+            await _unless(self._run(direct), _gone(receive), self._watch(direct))
         except (ApiError, TimeoutError) as error:
-            logger.info("a stream was given up: %s", error)
+            logger.info("a stream was given up: %s", error or "the client stopped reading")
         finally:
             await self._frames.aclose()
             self._close()
 
-    def _note(self, change: int) -> None:
-        self._sending += change
-        self._since = time.monotonic()
+    async def _run(self, send: Send) -> None:
+        async for frame in self._frames:
+            await self._send(send, frame, more=True)
+        await self._send(send, b"", more=False)
+
+    async def _send(self, send: Send, frame: bytes, *, more: bool) -> None:
+        self._sending, self._since = True, time.monotonic()
+        await send({"type": "http.response.body", "body": frame, "more_body": more})
+        self._sending = False
 
     async def _watch(self, send: Send) -> NoReturn:
         """Break silence.
@@ -119,9 +124,9 @@ class EventStream(StreamingResponse):
             if self._rest() > 0:
                 continue
             if self._sending:
-                raise TimeoutError("the client stopped reading")
+                raise TimeoutError
             async with asyncio.timeout(self._stall):
-                await send({"type": "http.response.body", "body": KEEPALIVE, "more_body": True})
+                await self._send(send, KEEPALIVE, more=True)
 
     def _rest(self) -> float:
         """Seconds until there is something to do if nothing happens."""

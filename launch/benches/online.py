@@ -8,7 +8,7 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -100,41 +100,82 @@ async def _one(url: str, model: str, ask: Ask, start: float) -> Answer:
         "model": model, "prompt": ask.prompt, "max_tokens": ask.tokens, "temperature": 0, "ignore_eos": True,
         "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
-    first = last = None
-    tokens = 0
-    async for chunk in _events(url, body):
-        if "error" in chunk:
-            raise PeerError(f"{url} failed: {json.dumps(chunk['error'])[:300]}")
-        if chunk.get("choices"):
-            last = time.perf_counter() - start
-            first = last if first is None else first
-        if chunk.get("usage"):
-            tokens = chunk["usage"]["completion_tokens"]
-    if first is None or last is None or tokens != ask.tokens:
+    found = await _streamed(url, body)
+    tokens = found.usage["completion_tokens"] if found.usage else 0
+    if not found.first or tokens != ask.tokens:
         raise PeerError(f"{url} gave {tokens} of {ask.tokens} tokens: its context may be too short")
+    first, last = found.first - start, found.last - start
     return Answer(
         ttft=first - ask.due, tpot=(last - first) / (tokens - 1) if tokens > 1 else None, tokens=tokens, end=last
     )
 
 
-async def _events(url: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    """The data frames of one streamed completion."""
+class _Stream(asyncio.Protocol):
+    """One streamed completion, as it arrives: when its pieces came, and what is told once. Nothing else is parsed,
+    because a client takes its time from the server beside it.
+
+    Attributes:
+        first, last: of the pieces with a choice (s); 0 when none came.
+        usage: the server's count.
+        failure: what went wrong, in words.
+        ended: the connection is closed.
+    """
+
+    def __init__(self) -> None:
+        self.first = self.last = 0.0
+        self.usage: dict[str, Any] | None = None
+        self.failure = ""
+        self.ended = asyncio.get_running_loop().create_future()
+        self._rest = b""
+        self._begun = False
+
+    def data_received(self, data: bytes) -> None:
+        now = time.perf_counter()
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data: {"):  # headers and the sizes of chunks are no frames
+                self._frame(line, now)
+            elif not self._begun:
+                self._begun = True
+                self.failure = "" if b" 200 " in line else f"answered {line.decode().strip()}"
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self.failure.startswith("answered"):
+            self.failure += f": {self._rest.decode(errors='replace')[:300]}"
+        self.failure = self.failure or (f"broke off ({error})" if error else "")
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    def _frame(self, line: bytes, now: float) -> None:
+        if b'"error"' in line or (b'"usage"' in line and b'"usage":null' not in line):
+            told = json.loads(line[6:])
+            self.usage = told.get("usage") or self.usage
+            self.failure = f"failed: {json.dumps(told['error'])[:300]}" if "error" in told else self.failure
+            if not told.get("choices"):
+                return
+        self.first, self.last = self.first or now, now
+
+
+async def _streamed(url: str, body: dict[str, Any]) -> _Stream:
+    """Post a completion and wait for its end.
+
+    Raises:
+        PeerError: it failed.
+    """
     where = urlsplit(url)
     data = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: application/json\r\n"
     try:
         async with asyncio.timeout(TIMEOUT):
-            reader, writer = await asyncio.open_connection(where.hostname, where.port, limit=1 << 20)
+            loop = asyncio.get_running_loop()
+            transport, found = await loop.create_connection(_Stream, where.hostname, where.port)
             try:
-                writer.write(f"{head}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data)
-                status = await reader.readline()
-                if b" 200 " not in status:
-                    rest = (await reader.read(2000)).decode(errors="replace")
-                    raise PeerError(f"{url} answered {status.decode().strip()}: {rest.partition('{')[2][:300]}")
-                async for line in reader:  # headers and the sizes of chunks are no frames
-                    if line.startswith(b"data: {"):
-                        yield json.loads(line[6:])
+                transport.write(f"{head}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data)
+                await found.ended
             finally:
-                writer.close()
-    except (OSError, TimeoutError, ValueError) as error:
+                transport.close()
+    except (OSError, TimeoutError) as error:
         raise PeerError(f"{url} broke off ({error or type(error).__name__}): see the server's log") from error
+    if found.failure:
+        raise PeerError(f"{url} {found.failure}")
+    return found
