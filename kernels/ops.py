@@ -259,6 +259,8 @@ def sample_rows(
     return registry.call(
         "sample_rows", scores_RV, temperature_R, top_k_R, top_p_R, min_p_R, seeds_R, choices_R, positions_R
     )
+
+
 def tally_routes(
     sums_LN: Tensor, logits: Sequence[Tensor], choices: Sequence[Tensor], wanted: Sequence[Tensor],
     kept: Sequence[Tensor], valid_T: Tensor | None = None, shares: Sequence[Tensor] | None = None,

@@ -107,8 +107,8 @@ ROWS = [
         ),
         Mutant(
             "inference/async_engine.py",
-            "                    self._send(partial(self._abort, name, stream))\n",
-            "                    pass\n",
+            "            self._send(partial(self._abort, request_id, stream))\n",
+            "            pass\n",
         ),
     ),
 ]

@@ -80,8 +80,8 @@ ROWS = [
         (f"{GRAPHS}::test_I9_no_two_tokens_write_one_slot_and_what_fills_up_writes_the_null_block",),
         Mutant(
             "inference/run/graphs.py",
-            "_fill(buffers.slots_N, batch.slots_T)",
-            "_fill(buffers.slots_N, batch.slots_T, rest=20)",
+            "_fill(self.slots_N, batch.slots_T)",
+            "_fill(self.slots_N, batch.slots_T, rest=20)",
         ),
     ),
 ]

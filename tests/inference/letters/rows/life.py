@@ -58,8 +58,8 @@ ROWS = [
         (f"{STREAM}::test_G5_every_chunk_is_a_frame_and_done_comes_once_at_the_end",),
         Mutant(
             "inference/server/stream.py",
-            "            yield DONE\n",
-            "            yield DONE\n            yield DONE\n",
+            "        yield DONE\n",
+            "        yield DONE\n        yield DONE\n",
         ),
     ),
     Row(
