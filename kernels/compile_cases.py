@@ -205,7 +205,14 @@ def _attend_back(dtype: str, width: int, value: int) -> Iterator[Case]:
     tile, (main, rest) = attention_back_tile(width, 2 if dtype == "bf16" else 4), halves(width)
     types = dict.fromkeys(("q", "k", "v", "grad", "out", "out_k", "out_v"), f"*{dtype}") | {"scale": "fp32"}
     types |= dict.fromkeys(("norms", "deltas"), "*fp32") | dict.fromkeys(("cu_q", "cu_k"), "*i32")
-    constants = {"ROWS": tile.rows, "HEADS": 8, "KEYS": tile.keys, "MAIN": main, "REST": rest, "WIDTH": value}
+    constants: dict[str, Any] = {
+        "ROWS": tile.rows,
+        "HEADS": 8,
+        "KEYS": tile.keys,
+        "MAIN": main,
+        "REST": rest,
+        "WIDTH": value,
+    }
     constants |= {"CAUSAL": True, "LOG2E": attention.LOG2E, "bias": None, "window": None}
     options = Tile(rows=tile.rows, columns=tile.keys, depth=1, warps=tile.warps, stages=tile.stages)
     hgmma = dtype == "bf16" and tile.rows >= HGMMA_ROWS
@@ -266,7 +273,7 @@ def _gates() -> Iterator[Case]:
 def _sample() -> Case:
     types = dict.fromkeys(("seeds", "choices", "positions", "ids", "top_k"), "*i64") | {"scores": "*fp32"}
     types |= {"probs": "*fp32"} | dict.fromkeys(("temperature", "top_p", "min_p"), "*fp64")
-    constants = {"COLUMNS": sample_columns(_VOCABULARY), "WIDE": row_columns(_VOCABULARY, 2048)}
+    constants: dict[str, Any] = {"COLUMNS": sample_columns(_VOCABULARY), "WIDE": row_columns(_VOCABULARY, 2048)}
     constants |= {"PIVOTS": sample.PIVOTS, "GREEDY": sample.GREEDY, "TINY": sample.TINY, "PURPOSE": sample.SAMPLE}
     return _case("sample", sample.sample_kernel, types, constants, replace(_ROWS, warps=SAMPLE_WARPS))
 

@@ -19,14 +19,14 @@ from .probe import runs
 
 
 @triton.jit
-def _keys(rank):  # type: ignore[no-untyped-def]
+def _keys(rank):
     """int32 in the order of the floats: NaN above all, both zeros one."""
     bits = (rank + 0.0).to(tl.int32, bitcast=True)
     return tl.where(rank == rank, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
 
 
 @triton.jit
-def _highest(keys, at):  # type: ignore[no-untyped-def]
+def _highest(keys, at):
     """The place of each row's highest key, the first of several."""
     return tl.min(tl.where(keys == tl.max(keys, 1)[:, None], at[None, :], at.shape[0] - 1), 1)
 
@@ -54,7 +54,7 @@ def _within(keys, rank, e, size, groups, top_groups, best, BINS: tl.constexpr, N
 
 
 @triton.jit
-def _shares(x, ok):  # type: ignore[no-untyped-def]
+def _shares(x, ok):
     """A row's softmax where `ok`; NaN where anything is NaN."""
     x = tl.where(ok, x, -float("inf"))
     powers = tl.where(ok, tl.exp(x - tl.max(x, 1)[:, None]), 0.0)
@@ -62,7 +62,7 @@ def _shares(x, ok):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _log_sigmoid(x):  # type: ignore[no-untyped-def]
+def _log_sigmoid(x):
     return tl.where(x < 0, x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
 
 

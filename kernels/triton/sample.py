@@ -64,12 +64,12 @@ def _mass(row, V, floor, pivots, least, ties, COLUMNS: tl.constexpr):  # type: i
 
 
 @triton.jit
-def _value(bits):  # type: ignore[no-untyped-def]
+def _value(bits):
     return tl.maximum(bits, 0).to(tl.float32, bitcast=True).to(tl.float64)
 
 
 @triton.jit
-def _first(values):  # type: ignore[no-untyped-def]
+def _first(values):
     return tl.sum(tl.where(tl.arange(0, values.shape[0]) == 0, values, 0), 0)
 
 
