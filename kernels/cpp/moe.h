@@ -257,7 +257,7 @@ class Mixture {
       for (int64_t p = pass; p < last; p++) {
         const int64_t row = g.row(p), rows = g.row(p + 1) - row;
         const float* sums = (float*)room + (row - g.row(pass)) * slices(many, WIDE) * WIDE;
-        const int64_t wide = 16 * tiles<type>(rows).across;
+        const int64_t wide = tiles<type>(rows).wide;
         for (int64_t i = 0; i < many; i += 32)
           for (int64_t r = 0; r < rows; r++) {
             V y[2];
@@ -285,17 +285,18 @@ class Mixture {
         const int64_t row = g.row(p), rows = g.row(p + 1) - row;
         const char* h = (const char*)hidden(g.start + row) + SIZE<held> * k * rows;
         const Tiles& tile = tiles<type>(rows);
-        const int64_t wide = 16 * tile.across, full = deep % L ? 0 : many / wide * wide;
+        const int64_t wide = tile.wide, full = deep % L ? 0 : many / wide * wide;
         const int64_t lines = slices(size * wide * block / 64, passes);
         float* y = room + (row - g.row(pass)) * padded;
         tile.axpy(h, deep / L, block / L, out(g.expert, k, from), by, full, y, k == 0, walk, lines);
         for (int64_t i = full; i < many; i += wide)  // what is no whole tile, with zeros beside it
           for (int64_t n = 0; n < deep; n += NEAR) {
             alignas(64) char edge[NEAR * WIDE * size] = {};
-            for (int64_t j = n; j < std::min(n + NEAR, deep); j++)
-              std::memcpy(edge + (j - n) * wide * size, out(g.expert, k + j, from + i), size * std::min(wide, many - i));
-            const int64_t steps = slices(std::min(NEAR, deep - n), L);
-            tile.axpy(h + SIZE<held> * n * rows, steps, steps, edge, wide * size, wide, y + i * rows, k + n == 0, walk, 0);
+            const int64_t wk = wide * size, high = std::min(NEAR, deep - n), steps = slices(high, L);
+            for (int64_t j = 0; j < high; j++)
+              std::memcpy(edge + j * wk, out(g.expert, k + n + j, from + i), size * std::min(wide, many - i));
+            const char* own = h + SIZE<held> * n * rows;
+            tile.axpy(own, steps, steps, edge, wk, wide, y + i * rows, k + n == 0, walk, 0);
           }
       }
     }

@@ -14,7 +14,9 @@ constexpr int PASS = 2;
 #endif
 constexpr int WIDE = 16 * BROAD;  // columns of an "axpy" tile, at most
 template <int R>
-constexpr int ACROSS = R <= TALL ? BROAD : 2;  // columns of a "dot" tile, vectors of an "axpy" tile
+constexpr int ACROSS = R <= TALL ? BROAD : 2;  // vectors of an "axpy" tile
+template <int R>
+constexpr int BESIDE = R < 5 ? 2 : ACROSS<R>;  // columns of a "dot" tile: few, where memory is what is waited for
 
 // R rows of a step of "dot" after another, zeros past the end.
 template <Type type>
@@ -29,7 +31,7 @@ static void pack_rows(const void* const* x, int64_t R, int64_t K, V* to) {
 // y[i] = Σ_k x[r][k] · w[c][k]. As a step of "axpy" wants them: DEEP columns of a row side by side, then the next row.
 template <Type type, int R>
 [[gnu::noinline]] static void dot_packed(const V* x, const char* const* w, int64_t K, float* y, Ahead ahead) {
-  constexpr int C = ACROSS<R>, L = DEEP<type>, N = R * C;
+  constexpr int C = BESIDE<R>, L = DEEP<type>, N = R * C;
   V sum[N];
 #pragma GCC unroll 32
   for (int i = 0; i < N; i++) sum[i] = V{};
@@ -167,16 +169,17 @@ template <Type type, int R>
   ahead = walk;
 }
 
-// The two for R rows, and ACROSS.
+// The two for R rows, the columns of the first and of the second.
 struct Tiles {
   decltype(&dot_packed<FLOAT32, 1>) dot;
   decltype(&axpy_packed<FLOAT32, 1>) axpy;
-  int64_t across;
+  int64_t across, wide;
 };
 
 template <Type type, int... R>
 static const Tiles& tiles(int64_t rows, std::integer_sequence<int, R...>) {
-  static constexpr Tiles of[] = {{dot_packed<type, R + 1>, axpy_packed<type, R + 1>, ACROSS<R + 1>}...};
+  static constexpr Tiles of[] = {
+      {dot_packed<type, R + 1>, axpy_packed<type, R + 1>, BESIDE<R + 1>, 16 * ACROSS<R + 1>}...};
   return of[rows - 1];
 }
 
