@@ -1,7 +1,8 @@
 // Attention over packed rows and pages: units of rows, divided over threads, long ones chunk by chunk.
+#include <atomic>
 #include <vector>
 
-#include "attention.h"
+#include "decode.h"
 #include "kernels.h"
 
 // Rows `row` to `row + rows` of each of `heads` key/value heads of a sequence, and chunks `chunk` to `end` of its keys.
@@ -17,6 +18,7 @@ struct Room {  // of a thread; kept, so that a step allocates nothing
   const char* zeros;
   Row rows[ROWS];
   int64_t k_at[CHUNK], v_at[CHUNK], k_next[BLOCK];
+  const char *keys_at[CHUNK + SOON], *values_at[CHUNK + SOON];  // of few rows, then those that come next
 };
 
 template <bool pairs, int type>  // of the pages
@@ -74,17 +76,24 @@ struct Kernel {
   // Where keys and values first to last lie, in bytes; with scales those too.
   void locate(const Unit& u, int64_t first, int64_t last, int64_t* k_at, int64_t* v_at, float* scales_k,
               float* scales_v) const {
-    for (int64_t j = first; j < last; j++) {
+    for (int64_t j = first; j < last;) {
       const int64_t block = a.page ? a.table[u.sequence * a.table_row + j / a.page] : 0;
       const int64_t row = a.page ? j % a.page : a.keys[u.sequence] + j;
-      *k_at++ = bytes(type) * (block * a.k_block + row * a.k_row + u.head * a.k_head);
-      if (v_at) *v_at++ = bytes(type) * (block * a.v_block + row * a.v_row + u.head * a.v_head);
+      const int64_t n = a.page ? std::min(a.page - row, last - j) : last - j;
+      const int64_t k = block * a.k_block + row * a.k_row + u.head * a.k_head;
+      const int64_t v = block * a.v_block + row * a.v_row + u.head * a.v_head;
+      for (int64_t i = 0; i < n; i++) *k_at++ = bytes(type) * (k + i * a.k_row);
+      for (int64_t i = 0; v_at && i < n; i++) *v_at++ = bytes(type) * (v + i * a.v_row);
       if (type == INT8 && scales_k) {
         const int64_t slot = (block * a.page + row) * a.kv_heads + u.head;
         for (int64_t g = 0; g < u.heads; g++)
-          scales_k[g * CHUNK] = a.scales_k[slot + g], scales_v[g * CHUNK] = a.scales_v[slot + g];
-        scales_k++, scales_v++;
+          for (int64_t i = 0; i < n; i++) {
+            scales_k[g * CHUNK + i] = a.scales_k[slot + i * a.kv_heads + g];
+            scales_v[g * CHUNK + i] = a.scales_v[slot + i * a.kv_heads + g];
+          }
+        scales_k += n, scales_v += n;
       }
+      j += n;
     }
   }
 
@@ -166,8 +175,8 @@ struct Kernel {
     return reduce(sum) == 0;
   }
 
-  // What chunk c adds to each row that sees some of it: a record, out[lanes], most and sum.
-  void attend(const Unit& u, Room& room, int64_t c, float* records) const {
+  // What chunk c adds to each row that sees some of it: a record, out[lanes], most and sum. `then` is read next.
+  void attend(const Unit& u, Room& room, int64_t c, float* records, const Unit* then) const {
     const int64_t base = c * CHUNK, n = u.heads * u.rows;
     const Span all = seen(room.rows, u.rows, base);
     if (all.lo >= all.hi) return;
@@ -175,24 +184,94 @@ struct Kernel {
            room.scales_v + all.lo);
     const int64_t after = c + 1 < u.end ? std::min(base + CHUNK + BLOCK, keys(u.sequence)) - base - CHUNK : 0;
     locate(u, base + CHUNK, base + CHUNK + after, room.k_next, nullptr, nullptr, nullptr);
-    score(u, room, all, base);
+    const bool few = waits(u);
+    if (few) point(room, all, after, then), score_few(u, room, all);
+    else score(u, room, all, base);
     bool ragged = false;
     for (int64_t i = 0; i < n; i++) {
       const Row& row = room.rows[i % u.rows];
       const int64_t g = i / u.rows, head = (u.head + g) * group + (u.row + i % u.rows) % group;
       const Span own = seen(&row, 1, base);
       const Soft found = soften<pairs>(
-          room.s + i * CHUNK, own.lo, own.hi, scale, type == INT8 ? room.scales_k + g * CHUNK : nullptr,
+          room.s + i * CHUNK, own.lo, own.hi, all.lo, all.hi, scale, type == INT8 ? room.scales_k + g * CHUNK : nullptr,
           type == INT8 ? room.scales_v + g * CHUNK : nullptr, a.bias ? a.bias + head * (2 * a.longest + 1) : nullptr,
           base - row.place, a.longest, room.p + i * p_width);
       records[i * record + lanes] = found.most, records[i * record + lanes + 1] = found.sum;
       ragged = ragged || own.lo != all.lo || own.hi != all.hi;
     }
-    if (!ragged || finite(u, room, all)) {
+    if (!ragged && few) {
+      weigh_few(u, room, all, records);
+    } else if (!ragged || finite(u, room, all)) {
       weigh(u, room, all, base, 0, u.rows, records, after);
     } else {
       for (int64_t r = 0; r < u.rows; r++) weigh(u, room, seen(room.rows + r, 1, base), base, r, r + 1, records, 0);
     }
+  }
+
+  // Few rows and keys, of sizes that whole registers hold.
+  bool waits(const Unit& u) const {
+#if defined(__AVX512BF16__)
+    const int64_t reach = bytes(type) * std::max(u.heads * a.k_head + a.d, u.heads * a.v_head + a.d_v);
+    const bool whole = a.d % 32 == 0 && a.d_v % 64 == 0 && reach <= (int64_t)sizeof ZEROS;
+    return pairs && u.rows <= FEW && keys(u.sequence) <= CHUNK && whole;
+#else
+    return false;
+#endif
+  }
+
+  // Where few rows find the keys of a chunk: zeros about those that are seen, behind them what is read next.
+  void point(Room& room, const Span& all, int64_t after, const Unit* then) const {
+    const int64_t from = all.lo / 16 * 16, to = up(all.hi, 16);
+    for (int64_t j = from; j < to; j++) {
+      const bool is = j >= all.lo && j < all.hi;
+      room.keys_at[j] = is ? (const char*)a.k + room.k_at[j] : ZEROS;
+      room.values_at[j] = is ? (const char*)a.v + room.v_at[j] : ZEROS;
+    }
+    if (!after && then) {
+      Row row;
+      look({then->sequence, then->head, then->heads, then->row, 1, 0, 0, 0}, &row);
+      const int64_t first = std::max(row.first, then->chunk * CHUNK);
+      after = std::clamp<int64_t>(keys(then->sequence) - first, 0, SOON);
+      locate(*then, first, first + after, room.k_next, nullptr, nullptr, nullptr);
+    }
+    for (int64_t j = 0; j < SOON; j++) {
+      room.keys_at[to + j] = from + j < to ? room.values_at[from + j] : ZEROS;
+      room.values_at[to + j] = j < after ? (const char*)a.k + room.k_next[j] : ZEROS;
+    }
+  }
+
+  void score_few(const Unit& u, Room& room, const Span& all) const {
+#if defined(__AVX512BF16__)
+    const int64_t head = bytes(type) * a.k_head;
+    for (int64_t j = all.lo / 16 * 16; j < all.hi; j += 16)
+      for (int64_t g = 0, both; g < u.heads; g += both) {
+        both = std::min<int64_t>(2, u.heads - g);
+        for (int64_t r = 0, n; r < u.rows; r += n) {
+          n = u.rows - r >= 4 ? 4 : u.rows - r >= 2 ? 2 : 1;
+          auto* const run = n == 4   ? (both == 2 ? score_rows<type, 2, 4> : score_rows<type, 1, 4>)
+                            : n == 2 ? (both == 2 ? score_rows<type, 2, 2> : score_rows<type, 1, 2>)
+                                     : (both == 2 ? score_rows<type, 2, 1> : score_rows<type, 1, 1>);
+          const int64_t i = g * u.rows + r;
+          run(room.keys_at + j, g * head, head, a.d, room.q + i * q_width, q_width, u.rows, room.s + i * CHUNK + j);
+        }
+      }
+#endif
+  }
+
+  void weigh_few(const Unit& u, Room& room, const Span& all, float* records) const {
+#if defined(__AVX512BF16__)
+    const int64_t start = all.lo / 2 * 2, stop = up(all.hi, 2);
+    for (int64_t j = start; j < stop; j += SOON)
+      for (int64_t g = 0; g < u.heads; g++)
+        for (int64_t r = 0, n; r < u.rows; r += n) {
+          n = u.rows - r >= 4 ? 4 : u.rows - r >= 2 ? 2 : 1;
+          auto* const run = n == 4 ? weigh_rows<type, 4> : n == 2 ? weigh_rows<type, 2> : weigh_rows<type, 1>;
+          const int64_t i = g * u.rows + r;
+          for (int64_t m = 0; m < a.d_v; m += BLOCK)
+            run(room.values_at + j, bytes(type) * (g * a.v_head + m), std::min(SOON, stop - j) / 2,
+                room.p + i * p_width + j / 2, p_width, records + i * record + m, record, j > start);
+        }
+#endif
   }
 
   void finish(const Row& row, int64_t head, const float* found) const {
@@ -201,7 +280,7 @@ struct Kernel {
     if (row.last > row.first) {
       const float most = found[lanes], sink = a.sinks ? a.sinks[head] * (pairs ? 1.44269504f : 1.0f) : -INF;
       const float top = std::max(most, sink), base = top == -INF ? 0.0f : top;
-      by = raise<pairs>(all(most - base))[0];
+      by = most == base ? 1.0f : raise<pairs>(all(most - base))[0];
       total = found[lanes + 1] * by + (a.sinks ? raise<pairs>(all(sink - base))[0] : 0.0f);
     }
     for (int64_t i = 0; i < a.d_v; i += 16) {
@@ -212,13 +291,13 @@ struct Kernel {
     }
   }
 
-  void run(const Unit& u, Room& room, float* parts) const {
+  void run(const Unit& u, Room& room, float* parts, const Unit* then) const {
     lay_out(room, u.heads * u.rows, u.heads);
     look(u, room.rows);
     take_queries(u, room);
-    if (u.part >= 0) return attend(u, room, u.chunk, parts + u.part);
+    if (u.part >= 0) return attend(u, room, u.chunk, parts + u.part, then);
     for (int64_t c = u.chunk; c < u.end; c++) {
-      attend(u, room, c, room.found);
+      attend(u, room, c, room.found, then);
       for (int64_t i = 0; i < u.heads * u.rows; i++) {
         const Row& row = room.rows[i % u.rows];
         if (row.sees(c)) fold<pairs>(room.state + i * record, room.found + i * record, lanes, row.first >= c * CHUNK);
@@ -281,7 +360,8 @@ struct Kernel {
     if (threads > 1 && (int64_t)tasks.size() < 4 * threads)  // too few to be shared well: halves of the heads
       for (size_t i = tasks.size(); i--;) {
         Unit u = tasks[i];
-        if (u.heads < 2 || u.work() * CHUNK * a.d <= 4 * SMALL) continue;
+        const int64_t seen = std::min(keys(u.sequence), (u.end - u.chunk) * CHUNK);
+        if (u.heads < 2 || u.heads * u.rows * seen * a.d <= SMALL) continue;
         Unit half = u;
         u.heads /= 2, half.head += u.heads, half.heads -= u.heads;
         if (half.part >= 0) half.part += u.heads * u.rows * record;
@@ -290,11 +370,15 @@ struct Kernel {
     if ((int64_t)parts.size() < room) parts.resize(room);
     std::stable_sort(tasks.begin(), tasks.end(), [](const Unit& x, const Unit& y) { return x.work() > y.work(); });
     float* const at = parts.data();
+    std::atomic<size_t> taken{0};
 #pragma omp parallel num_threads(threads)
     {
       static thread_local Room own;
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < (int64_t)tasks.size(); i++) run(tasks[i], own, at);
+      for (size_t i = taken++, then; i < tasks.size(); i = then) {
+        then = taken++;
+        run(tasks[i], own, at, then < tasks.size() ? &tasks[then] : nullptr);
+      }
+#pragma omp barrier
       for (const Unit& u : whole) {
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < u.heads * u.rows; i++) merge(u, i, at);

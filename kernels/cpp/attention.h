@@ -242,14 +242,24 @@ static void pack_values(const Places& at, int64_t d, int64_t width, int64_t lo, 
       store<FLOAT32>(panel + key * width, i, wide<type>(at.row[key] ? at.row[key] : zeros, i, d - i));
 }
 
-// Scores s of keys lo to hi of a chunk become shares p of all its keys, 0 where unseen. Returns their (most, sum).
+static inline float highest(V x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float top = x[0];
+  for (int j = 1; j < 16; j++) top = x[j] > top ? x[j] : top;
+  return top;
+#endif
+}
+
+// Scores s of keys lo to hi of a chunk become shares p of keys from to end, 0 where unseen. Returns their (most, sum).
 struct Soft {
   float most, sum;
 };
 
 template <bool pairs>
-static Soft soften(float* s, int64_t lo, int64_t hi, float scale, const float* scales_k, const float* scales_v,
-                   const float* bias, int64_t ahead, int64_t longest, float* p) {
+static Soft soften(float* s, int64_t lo, int64_t hi, int64_t from, int64_t end, float scale, const float* scales_k,
+                   const float* scales_v, const float* bias, int64_t ahead, int64_t longest, float* p) {
   static const V lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   V most = all(-INF), sum{};
   for (int64_t i = lo / 16 * 16; i < hi; i += 16) {
@@ -263,10 +273,9 @@ static Soft soften(float* s, int64_t lo, int64_t hi, float scale, const float* s
     store<FLOAT32>(s, i, x);
     most = x > most ? x : most;
   }
-  float top = most[0];
-  for (int j = 1; j < 16; j++) top = most[j] > top ? most[j] : top;
+  const float top = highest(most);
   const float base = top == -INF ? 0.0f : top;
-  for (int64_t i = 0; i < CHUNK; i += 16) {
+  for (int64_t i = from / 16 * 16; i < end; i += 16) {
     V e{};
     if (i + 16 > lo && i < hi) {
       e = raise<pairs>(load<FLOAT32>(s, i) - base);

@@ -81,6 +81,15 @@ def test_around_the_borders_of_chunks_and_units(dtype):
     check([CHUNK + 1, 0, 1, ROWS // 4 + 1], (8, 2), 24, 40, dtype)
 
 
+@pytest.mark.parametrize("heads", [(4, 1), (6, 3), (7, 1), (12, 3)], ids=str)
+def test_few_keys_give_the_bits_of_many_rows(heads):
+    """Odd first and last keys, two heads together or one alone, any number of rows of a head."""
+    lengths = [1, 2, 15, 16, 17, 33, 100, CHUNK - 1, CHUNK]
+    check(lengths, heads, 64, 64, torch.bfloat16)
+    check(lengths, heads, 32, 128, torch.bfloat16, window=31)
+    check(lengths, heads, 96, 64, torch.bfloat16, page=7, window=CHUNK - 2)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
@@ -146,7 +155,7 @@ def test_a_key_or_value_that_is_not_finite_spoils_only_who_sees_it(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_int8_pages_are_read_as_what_they_stand_for(dtype):
-    lengths = [CHUNK + 9, 30]
+    lengths = [CHUNK + 9, 30, 1, 77]
     q, k, v = random(lengths, (8, 2), 64, dtype)
     caches, tables, scales = paged(k, v, lengths, to=torch.int8)
     cu = torch.tensor([0, *lengths]).cumsum(0)
@@ -155,7 +164,7 @@ def test_int8_pages_are_read_as_what_they_stand_for(dtype):
     found = paged_attention(q, *caches, tables, torch.tensor(lengths), cu, scale=0.125, **scales)
     assert (found.double() - truth).norm() <= BOUNDS[dtype] * truth.norm()
     last = cu[1:] - 1
-    one = paged_attention(q[last], *caches, tables, torch.tensor(lengths), torch.arange(3), scale=0.125, **scales)
+    one = paged_attention(q[last], *caches, tables, torch.tensor(lengths), torch.arange(5), scale=0.125, **scales)
     assert torch.equal(one, found[last])
 
 
