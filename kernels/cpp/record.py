@@ -192,30 +192,34 @@ class Recorder(TorchDispatchMode):
             self._restore(args, func)
         out = func(*args, **kwargs)
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        self.recording.keep(*outputs)
         if not _repeatable(func, args) or (inputs and not outputs):
             self.recording.void = self.recording.void or str(func)
         elif func._schema.name.removeprefix("aten::") in EMPTY:
             out = self._arena.take(out)
-            self.recording.keep(out)
         elif mutable or not {_place(t) for t in outputs if t.numel()} <= {_place(t) for t in inputs}:
-            self._compute(func, args, kwargs, inputs, outputs)
+            out = self._compute(func, args, kwargs, inputs, out)
+        self.recording.keep(*tree_leaves(out))
         return out
 
     def _compute(
-        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: list[Tensor], outputs: list[Tensor]
-    ) -> None:
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: list[Tensor], out: Any
+    ) -> Any:
+        """What an operation gave, in the arena if it is one tensor; and how to give it again."""
         mutable = func._schema.is_mutable
+        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         if not mutable and all(_place(t) in self._constants for t in inputs):
             self._constants |= {_place(t) for t in outputs}
-            return
-        found = stand_in(func, args, outputs[0]) if len(outputs) == 1 else None
+            return out
+        if not mutable and isinstance(out, Tensor):
+            out = self._arena.take(out).copy_(out)
+        found = stand_in(func, args, out) if isinstance(out, Tensor) else None
         if found is not None:
             self._stand(found)
         elif mutable:
             self.recording.again(partial(func, *args, **kwargs))
         else:
-            self.recording.again(partial(_repeat, func, args, kwargs, outputs))
+            self.recording.again(_into(func, args, kwargs, [out] if isinstance(out, Tensor) else outputs))
+        return out
 
     def _stand(self, found: Stand) -> None:
         kernels = library()
@@ -254,6 +258,16 @@ def _repeatable(func: Any, args: Sequence[Any]) -> bool:
 
 def _place(t: Tensor) -> int:
     return t.untyped_storage().data_ptr()
+
+
+def _into(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: Sequence[Tensor]) -> partial[Any]:
+    """The operation, its results where they were: at once, where it can write them."""
+    packet = func.overloadpacket
+    if len(outputs) == 1 and "out" in packet.overloads():
+        inputs, known = ([(a.name, str(a.type)) for a in f._schema.arguments] for f in (func, packet.out))
+        if known == [*inputs, ("out", "Tensor")]:
+            return partial(packet.out, *args, **kwargs, out=outputs[0])
+    return partial(_repeat, func, args, kwargs, outputs)
 
 
 def _repeat(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: Sequence[Tensor]) -> None:

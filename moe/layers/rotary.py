@@ -37,7 +37,9 @@ class Rotary:
         found = turns.get(kind)
         if found is None or found[0] is not positions_T:
             angles_Th = positions_T[:, None] * frequencies(*kind, positions_T.device)
-            cos_Th, sin_Th = (pointwise(f, angles_Th) * self.magnitude for f in (torch.cos, torch.sin))
+            cos_Th, sin_Th = (pointwise(f, angles_Th) for f in (torch.cos, torch.sin))
+            if self.magnitude != 1:
+                cos_Th, sin_Th = cos_Th * self.magnitude, sin_Th * self.magnitude
             found = turns[kind] = positions_T, cos_Th, sin_Th
         return found[1], found[2]
 
