@@ -133,7 +133,7 @@ class Recording:
 def _whole(argument: Any) -> int:
     """A number or an address."""
     if isinstance(argument, bytes):
-        return ctypes.cast(argument, ctypes.c_void_p).value or 0
+        return ctypes.cast(ctypes.c_char_p(argument), ctypes.c_void_p).value or 0
     if hasattr(argument, "_obj"):  # of `ctypes.byref`
         return ctypes.addressof(argument._obj)
     return int(getattr(argument, "value", argument) or 0)
