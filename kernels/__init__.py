@@ -32,21 +32,22 @@ if TYPE_CHECKING:
         sort_by_expert,
         square_sum,
         store_kv,
-        store_routes,
         swiglu,
-        tally_routes,
         top_k_gates,
         varlen_attention,
     )
     from .quantized import QuantizedWeight, quantize_weight
     from .random import normal, uniform
     from .registry import table, using
+    from .routes import store_routes, tally_routes
 
 _ELSEWHERE = {
     "QuantizedWeight": ".quantized",
     "normal": ".random",
     "quantize_weight": ".quantized",
+    "store_routes": ".routes",
     "table": ".registry",
+    "tally_routes": ".routes",
     "uniform": ".random",
     "using": ".registry",
 }
