@@ -54,6 +54,7 @@ class PartRunner(ModelRunner):
 
     def __init__(self, link: Link, model: Decoder, *settings: Any) -> None:
         super().__init__(model, *settings)
+        self.records = False  # an exchange is no kernel, and all ranks must take part
         self.link = link
         self._tp = link.mesh.size("tp")
 

@@ -40,6 +40,7 @@ class ModelRunner:
     Attributes:
         pages: where every cached token went.
         routing: what the routers did since start, recomputed tokens included.
+        records: decode steps may be recorded.
     """
 
     def __init__(

@@ -42,6 +42,7 @@ def serve(path: str, sizes: dict[str, int], deterministic: bool) -> tuple[Said, 
     """On every rank; rank 0 says what came together and what came alone."""
     ranks = Ranks(build_mesh(ParallelConfig(**sizes)), config(deterministic))
     engine = Engine.from_path(path, config(deterministic), ranks=ranks)
+    assert not engine.runner.records
     if not ranks.leads:
         ranks.follow()
         return None
