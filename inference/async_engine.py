@@ -25,6 +25,9 @@ from .prepare import Prepared, Prompt
 from .ranks import Ranks
 from .watchdog import Watchdog
 
+FIRST_TOKENS = 16384
+"""So many tokens find the KV cache's memory there: a step that waits for new pages takes twice its time."""
+
 Item = RequestOutput | TurnoutError
 """What a caller gets: an output, or the error that ended its request, after which nothing comes."""
 
@@ -92,8 +95,10 @@ class AsyncEngine:
         return self._thread.is_alive() and self._stopped is None
 
     def start(self) -> None:
-        """Start the thread, once."""
+        """Start the thread, once. Another one fetches memory for the first tokens meanwhile, and ends."""
         self._thread.start()
+        fetch = partial(self._engine.runner.cache.populate, FIRST_TOKENS)
+        threading.Thread(target=fetch, name="turnout-memory", daemon=True).start()
         self._watchdog.start()
         if self._engine.ranks is not None:
             self._engine.ranks.when_lost(partial(self._lose, self._engine.ranks))

@@ -17,6 +17,8 @@ from torch import Tensor
 
 HUGE = 2**21
 """Bytes of a huge page. Smaller tensors come from the allocator."""
+POPULATE_WRITE = 23
+"""Linux's MADV_POPULATE_WRITE (5.14), which Python 3.11 has no name for."""
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: str | torch.device = "cpu") -> Tensor:
@@ -32,6 +34,16 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: str | torch.device =
         room.madvise(mmap.MADV_HUGEPAGE)
     start = -torch.frombuffer(room, dtype=torch.uint8).data_ptr() % HUGE
     return torch.frombuffer(room, dtype=dtype, count=math.prod(shape), offset=start).view(*shape)
+
+
+def populate(tensor: Tensor) -> None:
+    """Give a contiguous tensor its pages now, with what is in them, so that nobody waits for one later; any thread may.
+
+    Without effect where the system has no such call.
+    """
+    if tensor.device.type == "cpu" and sys.platform == "linux" and tensor.is_contiguous() and tensor.nbytes >= HUGE:
+        first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        _madvise()(first, tensor.data_ptr() + tensor.nbytes - first, POPULATE_WRITE)
 
 
 def forget(tensor: Tensor) -> None:

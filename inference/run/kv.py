@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import ConfigError
-from ...kernels.memory import zeros
+from ...kernels.memory import populate, zeros
 from ...kernels.ops import copy_blocks
 from ...moe.config import ModelConfig
 from ...moe.shapes import KVForm
@@ -131,6 +131,13 @@ class KVCache:
         )
         own = (self.keys, None if form.shared else self.values, self.key_scales, self.value_scales)
         self.pages: list[Tensor] = [tensor for tensor in own if tensor is not None]
+
+    def populate(self, tokens: int) -> None:
+        """Take the memory of the blocks that the first so many tokens will lie in; any thread may call it."""
+        count = min(-(-tokens // self.plan.block_size) + 1, self.plan.num_blocks)
+        for tensor in self.pages:
+            for layer in range(tensor.shape[0]):
+                populate(tensor[layer, :count])
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """(keys, values), each [num_blocks, block_size, G, d]."""

@@ -1,10 +1,11 @@
 """The engine's thread: many callers, exactly one end for each request, whatever happens."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
-from turnout import NonFiniteError, RequestError
+from turnout import NonFiniteError, RequestError, TurnoutError
 from turnout.inference.async_engine import AsyncEngine
 from turnout.inference.config import EngineConfig
 from turnout.inference.core.request import QueueFullError
@@ -184,6 +185,45 @@ def test_shutdown_ends_what_runs_and_refuses_what_comes(make_engine):
 
     asyncio.run(main())
     engine.shutdown()
+
+
+def test_the_first_tokens_find_their_memory_there(serve, make_model, make_engine):
+    engine = make_engine(make_model().double(), num_blocks=2048)  # 2 MiB of keys a layer for the first tokens
+    before = resident()
+
+    async def client(engine: AsyncEngine) -> None:
+        while resident() - before < 14 << 20:
+            await asyncio.sleep(0.002)
+        assert engine.stats().steps == 0
+
+    serve(client, of=engine)
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_a_caller_without_a_task_gets_every_end_and_may_leave(serve):
+    async def client(engine: AsyncEngine) -> None:
+        taken: list[RequestOutput | TurnoutError] = []
+        await engine.submit(taken.append, "a", [1, 2, 3], GREEDY)
+        with pytest.raises(RequestError, match="token ids from 0"):
+            await engine.submit(taken.append, "b", [999], GREEDY)
+        while not any(isinstance(item, RequestOutput) and item.finished for item in taken):
+            await asyncio.sleep(0.002)
+        assert [item.finished for item in taken if isinstance(item, RequestOutput)] == [False] * 11 + [True]
+        twice: list[RequestOutput | TurnoutError] = []
+        leave = await engine.submit(taken.append, "c", [1, 2], LONG)
+        await engine.submit(twice.append, "c", [1, 2], GREEDY)
+        while not twice:
+            await asyncio.sleep(0.002)
+        assert isinstance(twice[0], RequestError)
+        leave()
+        await idle(engine)
+        assert engine.stats().computed_tokens < 200
+
+    serve(client)
 
 
 def test_callers_in_two_event_loops_are_served_by_one_engine(make_engine):

@@ -54,6 +54,18 @@ def test_large_ones_take_memory_when_written_and_in_huge_pages():
     assert resident() - before < 2**24
 
 
+def test_populated_ones_have_their_memory_and_keep_what_is_in_them():
+    tensor = memory.zeros((4, 2**25), torch.int8)
+    tensor[1, 5] = 7
+    before = resident()
+    memory.populate(tensor[1])
+    assert 2**24 < resident() - before <= 2**25 + 2 * memory.HUGE, "of one row and no other"
+    assert tensor[1, 5] == 7
+    assert tensor.sum() == 7
+    memory.populate(tensor[:, ::2])  # not in one piece: left as it is
+    memory.populate(torch.zeros(3))
+
+
 def test_forgotten_pages_of_a_file_go_and_come_back(tmp_path):
     kept = torch.arange(2**23, dtype=torch.int32)
     save_file({"kept": kept}, tmp_path / "file.safetensors")

@@ -1,5 +1,7 @@
 """The size of the KV cache is planned as data."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -43,6 +45,21 @@ def test_a_token_takes_the_bytes_of_the_formula(make_model, form, dtype):
     assert sum(stores.values()) / (10 * 16) == numbers * dtype.itemsize
     keys, values = cache.layer(3)
     assert (keys.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()) == (form == "MLA")
+
+
+def test_the_first_tokens_can_have_their_memory_early(model):
+    cache = KVCache(plan(model, num_blocks=8192), torch.device("cpu"))  # 8 MiB a layer, keys and values each
+    before = resident()
+    cache.populate(16 * 4095)
+    assert 24 * MIB < resident() - before < 40 * MIB
+    cache.populate(10**9)
+    assert 48 * MIB < resident() - before < 80 * MIB
+    assert not cache.keys.any()
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def test_what_sets_the_size_is_named(model):
