@@ -168,7 +168,7 @@ async def _streamed(url: str, body: dict[str, Any]) -> _Stream:
     try:
         async with asyncio.timeout(TIMEOUT):
             loop = asyncio.get_running_loop()
-            transport, found = await loop.create_connection(_Stream, where.hostname, where.port)
+            transport, found = await loop.create_connection(_Stream, where.hostname or "", where.port or 80)
             try:
                 transport.write(f"{head}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data)
                 await found.ended
