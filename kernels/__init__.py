@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .ops import (
+        adamw_step,
         add_rms_norm,
         combine,
         copy_blocks,
@@ -54,6 +55,7 @@ _ELSEWHERE = {
 
 __all__ = [
     "QuantizedWeight",
+    "adamw_step",
     "add_rms_norm",
     "combine",
     "copy_blocks",

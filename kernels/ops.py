@@ -286,6 +286,20 @@ def square_sum(x: Tensor) -> Tensor:
     return registry.call("square_sum", x)
 
 
+def adamw_step(
+    weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, *,
+    step: int, lr: float, betas: tuple[float, float], eps: float, decay: float, scale: float = 1.0,
+) -> None:  # fmt: skip
+    """AdamW's step number `step` (from 1) of a parameter, in place; a number's depends on nothing beside it.
+
+    Args:
+        weight, mean, square: of one shape, type and device.
+        grad: of that shape, in any floating type; it is multiplied by `scale` as it is read, and stays as it is.
+    """
+    settings = {"step": step, "lr": lr, "betas": betas, "eps": eps, "decay": decay, "scale": scale}
+    registry.call("adamw_step", weight, grad, mean, square, **settings)
+
+
 def varlen_attention(
     q_THd: Tensor,
     k_TGd: Tensor,

@@ -154,6 +154,10 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "triton": "triton.squares",
             "cpp": "cpp.squares",
         },
+        "adamw_step": {
+            "reference": "reference.adamw",
+            "cpp": "cpp.adamw",
+        },
         "varlen_attention": {
             "reference": "reference.attention",
             "torch": "torch_ops.attention",

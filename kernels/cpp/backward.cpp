@@ -154,6 +154,24 @@ static void cross_entropy_rows(void* x, const int64_t* targets, float* losses, i
   }
 }
 
+// parts[b] = Σ x² over BLOCK numbers, in float64.
+template <Type type>
+static void squares(const void* x, double* parts, int64_t count, int threads) {
+  const int64_t blocks = (count + BLOCK - 1) / BLOCK;
+#pragma omp parallel for num_threads(count < SMALL ? 1 : threads)
+  for (int64_t b = 0; b < blocks; b++) {
+    double lanes[16] = {};
+    const int64_t end = std::min(count, (b + 1) * BLOCK);
+    for (int64_t i = b * BLOCK; i < end; i += 16) {
+      V a = load<type>(x, i, end - i);
+      for (int lane = 0; lane < 16; lane++) lanes[lane] += (double)a[lane] * a[lane];
+    }
+    double total = 0;
+    for (int lane = 0; lane < 16; lane++) total += lanes[lane];
+    parts[b] = total;
+  }
+}
+
 extern "C" {
 
 void turnout_cross_entropy(int type, void* x, const int64_t* targets, float* losses, int64_t rows, int64_t N,
@@ -198,20 +216,9 @@ void turnout_norm_backward(int type, const void* x, const float* weight, const f
 #undef CALL
 }
 
-// parts[b] = Σ x² over BLOCK numbers, in float64.
-void turnout_squares(const float* x, double* parts, int64_t count, int threads) {
-  const int64_t blocks = (count + BLOCK - 1) / BLOCK;
-#pragma omp parallel for num_threads(count < SMALL ? 1 : threads)
-  for (int64_t b = 0; b < blocks; b++) {
-    double lanes[16] = {};
-    const int64_t end = std::min(count, (b + 1) * BLOCK);
-    for (int64_t i = b * BLOCK; i < end; i += 16) {
-      V a = load<FLOAT32>(x, i, end - i);
-      for (int lane = 0; lane < 16; lane++) lanes[lane] += (double)a[lane] * a[lane];
-    }
-    double total = 0;
-    for (int lane = 0; lane < 16; lane++) total += lanes[lane];
-    parts[b] = total;
-  }
+void turnout_squares(int type, const void* x, double* parts, int64_t count, int threads) {
+#define CALL(T) squares<T>(x, parts, count, threads)
+  BY_TYPE(type, CALL)
+#undef CALL
 }
 }

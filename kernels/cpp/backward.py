@@ -73,9 +73,9 @@ def cross_entropy(logits_TV: Tensor, targets_T: Tensor, learns: bool) -> Tensor:
 
 
 def square_sum(x: Tensor) -> Tensor:
-    """Σ x² of float32 numbers, in float64."""
+    """Σ x² in float64."""
     parts = torch.empty(-(-x.numel() // BLOCK), dtype=torch.float64)
-    call("squares", *_places(x, parts), c_int64(x.numel()))
+    call("squares", TYPES[x.dtype], *_places(x, parts), c_int64(x.numel()))
     return parts.sum()
 
 

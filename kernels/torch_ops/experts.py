@@ -60,7 +60,8 @@ class _Experts(Function):
     ) -> Tensor:  # fmt: skip
         x_TD = x_TD.contiguous()
         spans = _Spans(counts, x_TD)
-        z_NH, y_ND = spans.rows(w_in_EHD.shape[1]), spans.rows(x_TD.shape[1])
+        z_NH = x_TD.new_empty(spans.end, w_in_EHD.shape[1])
+        y_ND = spans.rows(x_TD.shape[1])
         h_mF = spans.space(w_out_EFD.shape[1])
         gather, w_in, w_out = _Rows(x_TD, order_N, slot_TK, spans), _Cast(w_in_EHD, x_TD), _Cast(w_out_EFD, x_TD)
         for expert, start, end, room in spans:
@@ -113,13 +114,14 @@ class _Spans:
         for expert, count in enumerate(counts):
             self.spans.append((expert, start, start + count, _room(count) if like.element_size() == 2 else count))
             start += count
+        self.end = max((start + room for _, start, _, room in self.spans), default=0)
 
     def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
         return iter(self.spans)
 
     def rows(self, width: int) -> Tensor:
         """For the products of all experts; only the first `total` rows are the experts'."""
-        return self.like.new_empty(max((start + room for _, start, _, room in self.spans), default=0), width)
+        return self.like.new_empty(self.end, width)
 
     def space(self, width: int) -> Tensor:
         """For those of any one expert."""
@@ -162,11 +164,12 @@ class _Cast:
 
 
 class _Gradient:
-    """The gradient of all matrices; zero where an expert has no rows."""
+    """The gradient of all matrices, in the type that is asked of it; zero where an expert has no rows."""
 
     def __init__(self, w_EAB: Tensor, x_TD: Tensor, needed: bool) -> None:
-        self.whole = torch.empty_like(w_EAB, memory_format=torch.contiguous_format) if needed else None
-        self.space = None if w_EAB.dtype == x_TD.dtype else x_TD.new_empty(w_EAB.shape[1:])
+        dtype = w_EAB.grad_dtype or w_EAB.dtype if w_EAB.is_leaf else w_EAB.dtype
+        self.whole = w_EAB.new_empty(w_EAB.shape, dtype=dtype) if needed else None
+        self.space = None if dtype == x_TD.dtype else x_TD.new_empty(w_EAB.shape[1:])
 
     def product(self, expert: int, left_nA: Tensor, right_nB: Tensor) -> None:
         """leftᵀ · right, of this expert."""

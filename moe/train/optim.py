@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from ...parallel.fsdp import own_parameters
 from ...parallel.mesh import Mesh
@@ -21,6 +21,7 @@ from ...parallel.shard import ShardSpec
 from ...parallel.whole import Whole
 from ..shapes import is_hidden_matrix, is_router
 from .adafactor import Adafactor
+from .adamw import AdamW
 from .config import OptimConfig
 from .moments import CompactAdamW, Rounding
 

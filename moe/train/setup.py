@@ -34,10 +34,11 @@ from ..families.reading import Source, open_source, whole_shapes
 from ..families.upcycle import Upcycled
 from ..models.decoder import Decoder
 from ..models.init import init_weights
-from ..shapes import is_router
+from ..shapes import is_expert, is_router
 from ..upcycle_config import UpcycleConfig
 from . import state
 from .config import RunConfig, flatten, identity
+from .narrow import narrow_gradients
 from .optim import build_optimizers
 from .recompute import recompute
 
@@ -72,6 +73,10 @@ def prepare_run(config: RunConfig, run: Path, mesh: Mesh) -> Setup:
 
         compile_blocks(model)
     recompute(model, config.train.recompute)
+    if mesh.device.type == "cpu" and narrow_gradients(config, mesh.layout):
+        for name, weight in model.named_parameters():
+            if is_expert(name):
+                weight.grad_dtype = torch.bfloat16
     return Setup(
         tokenizer=tokenizer,
         rows=rows,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from ... import ConfigError
 from ...configs.typed import build
@@ -24,6 +24,7 @@ from ..config import ModelConfig
 from ..data.rows import Cursor
 from ..models.decoder import Decoder
 from .adafactor import Adafactor, state_shapes
+from .adamw import AdamW
 from .moments import CompactAdamW
 from .optim import Muon
 

@@ -135,8 +135,10 @@ def sum_divided(
     with naming("sum of the divided gradients"):
         for name in divided:
             parameter = parameters[name]
-            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            wide = widen(grad)
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
             if mesh.size(shards[name].along) > 1:
+                wide = widen(parameter.grad)
                 dist.all_reduce(wide, group=mesh.group(shards[name].along))
-            parameter.grad = grad if wide is grad else grad.copy_(wide)
+                if wide is not parameter.grad:
+                    parameter.grad.copy_(wide)

@@ -1,10 +1,12 @@
 """From a rank's gradients to an optimizer step, the same on every rank: sum, norm, vote, clip, optimizers."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..fsdp import own_parameters
 from ..gradients import clip_coefficient, global_norm, sum_in_buckets
@@ -12,6 +14,14 @@ from ..mesh import Dimension, Mesh
 from ..process import naming
 from ..shard import ShardSpec
 from .engine import Engine, StepResult
+
+
+class ScaledOptimizer(Optimizer, ABC):
+    """One that multiplies gradients itself, as it reads them."""
+
+    @abstractmethod
+    def step(self, closure: None = None, *, scale: float = 1.0) -> None:  # type: ignore[override]
+        """Move every parameter by `scale` times its gradient, which may be lost."""
 
 
 def sum_replicas(
@@ -51,12 +61,21 @@ def clip_and_step(engine: Engine, replicas: Callable[[str], int]) -> StepResult:
     finite = math.isfinite(norm)
     coefficient = clip_coefficient(norm, engine.clip) if finite else 0.0
     if finite:
-        for grad in grads.values():
-            if coefficient < 1.0:
-                grad.mul_(coefficient)
         for optimizer in engine.optimizers:
-            optimizer.step()
+            _step(optimizer, coefficient)
     for parameter in parameters.values():
         parameter.grad = None
     rescaled = engine.scale is not None and engine.scale.update(finite)
     return StepResult(norm, coefficient, finite, rescaled)
+
+
+def _step(optimizer: Optimizer, coefficient: float) -> None:
+    """Step by `coefficient` times the gradients."""
+    if isinstance(optimizer, ScaledOptimizer):
+        optimizer.step(scale=coefficient)
+        return
+    if coefficient < 1.0:
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            if parameter.grad is not None:
+                parameter.grad.mul_(coefficient)
+    optimizer.step()

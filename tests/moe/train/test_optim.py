@@ -3,11 +3,11 @@
 import pytest
 import torch
 from torch import nn
-from torch.optim import AdamW
 
 from turnout.launch.compose import compose
 from turnout.moe.models.decoder import Decoder
 from turnout.moe.train.adafactor import Adafactor
+from turnout.moe.train.adamw import AdamW
 from turnout.moe.train.config import OptimConfig
 from turnout.moe.train.optim import Muon, build_optimizers, orthogonalize, set_rate
 
