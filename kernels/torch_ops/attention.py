@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ..cpp import flash
 from ..reference.attention import dequantised, distance_bias, nothing, own_keys, visible
 from ..reference.precision import wide
 
@@ -39,6 +40,8 @@ def varlen_attention(
 ) -> Tensor:
     """Neighbouring sequences of as many queries and as many keys form a batch."""
     cus = (cu_seqlens_B1, own_keys(cu_seqlens_B1, cu_k_B1))
+    if len(q_THd) and len(k_TGd) and sinks_H is None and bias_HR is None and flash.runs(q_THd, k_TGd, v_TGd):
+        return flash.attention(q_THd, k_TGd, v_TGd, *cus, scale, causal, window)
     lengths = zip(*([end - start for start, end in itertools.pairwise(cu.tolist())] for cu in cus), strict=True)
     outputs, start, first = [], 0, 0
     for (S, L), run in itertools.groupby(lengths):

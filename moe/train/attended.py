@@ -15,8 +15,9 @@ EXPLICIT = 1 << 23  # kernels/torch_ops/attention.py: the most scores that are w
 
 
 def attention(
-    model: ModelConfig, *, tokens: int, attended: int, read: int, length: int, width: int, tp: int, cpu: bool
-) -> int:
+    model: ModelConfig, *, tokens: int, attended: int, read: int, length: int, width: int, tp: int, cpu: bool,
+    narrow: bool,
+) -> int:  # fmt: skip
     """Bytes.
 
     Args:
@@ -26,12 +27,15 @@ def attention(
         width: b.
         tp: ranks that divide the heads.
         cpu: whether attention takes the CPU's form.
+        narrow: whether it computes in bfloat16.
     """
     latent, b, d = model.attention.latent, width, model.head_dim
     heads, kv_heads = model.heads // tp, max(model.kv_heads // tp, 1)
     matrices = 3 if latent is None else 2
-    copies = matrices * b if b < WIDE else WIDE  # autocast casts for each matrix anew
+    copies = b * (1 if cpu and _plain(model) else matrices) if b < WIDE else WIDE  # autocast casts for each matrix anew
     found = tokens * model.width * copies if tp == 1 else attended * b * model.width
+    if cpu and narrow and _flash(model):
+        return found + attended * (2 * WIDE * d + heads * (2 * b * d + WIDE)) + read * 2 * b * kv_heads * d
     if latent is None:
         found += attended * (2 * WIDE * d + 3 * b * heads * d) + read * 2 * b * kv_heads * d
     else:
@@ -39,6 +43,25 @@ def attention(
     if cpu and b < WIDE and attended * heads * length <= EXPLICIT:
         return found + attended * heads * length * b
     return found + attended * WIDE * heads + b * (heads // kv_heads) * length**2
+
+
+def _plain(model: ModelConfig) -> bool:
+    """Whether queries, keys and values are one operation, which casts once."""
+    own = model.attention
+    return (
+        own.latent is None
+        and own.positions == "rotary"
+        and own.clip is None
+        and not own.qkv_bias
+        and own.qk_norm != "width"
+    )
+
+
+def _flash(model: ModelConfig) -> bool:
+    """Whether the kernel of kernels/cpp/flash.py takes it."""
+    own = model.attention
+    fits = model.head_dim % 32 == 0 and model.head_dim <= 256
+    return fits and own.latent is None and own.positions != "relative" and not own.sinks
 
 
 def _latent(latent: LatentConfig, attended: int, read: int, b: int, heads: int, d: int) -> int:

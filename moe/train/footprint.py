@@ -168,6 +168,7 @@ class Footprint:
         return attention(
             self.config.model, tokens=self.tokens, attended=self.attended, read=self.read,
             length=self.config.train.seq_len, width=self.width, tp=self.layout.tp, cpu=self.cpu,
+            narrow=self.config.train.dtype == "bfloat16",
         )  # fmt: skip
 
     def feed_forward(self, hidden: int, activation: str = "swiglu", tp: int = 1) -> int:
