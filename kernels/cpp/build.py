@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,21 +57,36 @@ def load(flags: tuple[str, ...]) -> ctypes.CDLL:
     Raises:
         UnbuiltError: there is no compiler, or it fails. OSError: nowhere to write to.
     """
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise UnbuiltError(f"they are written for x86-64, this is {platform.machine()}")
+    sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".h", ".cpp"))
+    return load_units([path for path in sources if path.suffix == ".cpp"], (*FLAGS, *flags), (), sources)
+
+
+def load_units(
+    units: Sequence[Path], flags: tuple[str, ...], last: tuple[str, ...], sources: Sequence[Path]
+) -> ctypes.CDLL:
+    """A library of these units, compiled unless it is there.
+
+    Args:
+        last: what the linker wants behind the objects.
+        sources: what it is made of.
+
+    Raises:
+        UnbuiltError, OSError: as `load`.
+    """
     compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
     if compiler is None:
         raise UnbuiltError(f"no compiler: install one of {', '.join(COMPILERS)}")
-    if platform.machine() not in ("x86_64", "AMD64"):
-        raise UnbuiltError(f"they are written for x86-64, this is {platform.machine()}")
-    command = (compiler, *FLAGS, *flags)
+    command = (compiler, *flags)
     version = subprocess.run((compiler, "--version"), capture_output=True, text=True, check=False).stdout  # noqa: S603
-    sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".h", ".cpp"))
-    key = repr((command, version, [path.read_text(encoding="utf-8") for path in sources]))
+    key = repr((command, last, version, [path.read_text(encoding="utf-8") for path in sources]))
     folder = _folder()
     built = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not built.exists():
-            _compile(command, built)
+            _compile(command, units, last, built)
     return ctypes.CDLL(str(built))
 
 
@@ -79,16 +95,15 @@ def instructions(has: set[str]) -> tuple[str, ...]:
     return next(flags for needed, flags in INSTRUCTIONS if needed <= has)
 
 
-def _compile(command: tuple[str, ...], built: Path) -> None:
-    LOG.info("compiling the C++ kernels (%s), once on this machine", command[0])
-    units = sorted(SOURCES.glob("*.cpp"))
+def _compile(command: tuple[str, ...], units: Sequence[Path], last: tuple[str, ...], built: Path) -> None:
+    LOG.info("compiling C++ (%s), once on this machine", command[0])
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         objects = [Path(folder) / f"{unit.stem}.o" for unit in units]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             calls = [(*command, "-c", str(unit), "-o", str(it)) for unit, it in zip(units, objects, strict=True)]
             list(pool.map(_run, calls))
         whole = Path(folder) / built.name
-        _run((*command, "-shared", *map(str, objects), "-o", str(whole)))
+        _run((*command, "-shared", *map(str, objects), *last, "-o", str(whole)))
         whole.replace(built)
 
 

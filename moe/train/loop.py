@@ -33,9 +33,10 @@ from ..eval.perplexity import evaluate, limit_bytes
 from ..flops import flops_per_token
 from ..models.store import save_model
 from ..routing.bias import update_biases
-from . import heap, nonfinite, spikes, state
+from . import nonfinite, spikes, state
 from .alarm import CollapseAlarm
 from .config import RunConfig
+from .heap import Heap
 from .metrics import Metrics, Window, peak_flops
 from .optim import set_rate
 from .part import Part, part_of
@@ -71,7 +72,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, run: Path, mesh: Mesh, stop: Callable[[], bool]) -> None:
         torch.manual_seed(config.seed)
-        heap.apart()
+        self.heap = Heap()
         self.config, self.run_dir, self.mesh, self.stop = config, run, mesh, stop
         self.setup = prepare_run(config, run, mesh)
         self.now, saved = resume(config, run, self.setup)
@@ -123,7 +124,7 @@ class Trainer:
                     self.profile.end_step()
                 if taken is None:
                     continue
-                heap.keep()
+                self.heap.keep()
                 grad_norm, lr = taken
                 if self.compiling:
                     self._tell_compiled()
@@ -131,10 +132,10 @@ class Trainer:
                     self._report(grad_norm, lr, seconds - before)
                 if train.eval_every and self.now.step % train.eval_every == 0:
                     self._evaluate(train.eval_bytes)
-                    heap.release()
+                    self.heap.release()
                 if train.save_every and self.now.step % train.save_every == 0:
                     self._save()
-                    heap.release()
+                    self.heap.release()
             self.profile.close()
             self.saver.settle()
             if not self.saver.holds(self.now.step):
