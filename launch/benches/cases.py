@@ -373,6 +373,14 @@ def _square_sum(m: Maker) -> Iterator[Case]:
     )
 
 
+def _adamw_step(m: Maker) -> Iterator[Case]:
+    yield Case(
+        op="adamw_step", shape=f"{D} x {D}", size=28 * D * D, flops=15 * D * D,
+        make=lambda: [tuple(m.rows(D, D, dtype=torch.float32).abs() for _ in range(4))],
+        keywords={"step": 1, "lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "decay": 0.1},
+    )  # fmt: skip
+
+
 def _copy_blocks(m: Maker) -> Iterator[Case]:
     def make() -> Arguments:
         held = m.weight(4, 128, PAGE, G, HEAD)
@@ -400,6 +408,7 @@ CASES: Mapping[str, Callable[[Maker], Iterator[Case]]] = {
     "linear_cross_entropy": _linear_cross_entropy,
     "sample_rows": _sample_rows,
     "square_sum": _square_sum,
+    "adamw_step": _adamw_step,
     "varlen_attention": _prefill,
     "paged_attention": _paged,
     "store_kv": _store_kv,
