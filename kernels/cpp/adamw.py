@@ -20,10 +20,16 @@ def adamw_step(
     call("adamw", TYPES[grad.dtype], *places, c_int64(weight.numel()), *map(c_float, numbers))
 
 
-def adamw_step_fits(weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, **settings: object) -> bool:
+def adamw_step_fits(
+    weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, *,
+    step: int, lr: float, betas: tuple[float, float], eps: float, decay: float, scale: float = 1.0,
+) -> bool:  # fmt: skip
     held = (weight, mean, square)
     return weight.dtype == float32 and fits(*held) and fits(grad) and all(tensor.is_contiguous() for tensor in held)
 
 
-def adamw_step_pays(weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, **settings: object) -> bool:
+def adamw_step_pays(
+    weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, *,
+    step: int, lr: float, betas: tuple[float, float], eps: float, decay: float, scale: float = 1.0,
+) -> bool:  # fmt: skip
     return weight.is_cpu
