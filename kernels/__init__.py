@@ -12,7 +12,6 @@ if TYPE_CHECKING:
         adamw_step,
         add_rms_norm,
         combine,
-        copy_blocks,
         cross_entropy,
         expert_rows,
         grouped_gemm,
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
         linear,
         linear_cross_entropy,
         moe_mlp,
-        paged_attention,
         permute,
         pointwise,
         quantized_linear,
@@ -32,11 +30,10 @@ if TYPE_CHECKING:
         sample_rows,
         sort_by_expert,
         square_sum,
-        store_kv,
         swiglu,
         top_k_gates,
-        varlen_attention,
     )
+    from .paging import copy_blocks, paged_attention, store_kv, varlen_attention
     from .quantized import QuantizedWeight, quantize_weight
     from .random import normal, uniform
     from .registry import table, using
@@ -44,13 +41,17 @@ if TYPE_CHECKING:
 
 _ELSEWHERE = {
     "QuantizedWeight": ".quantized",
+    "copy_blocks": ".paging",
     "normal": ".random",
+    "paged_attention": ".paging",
     "quantize_weight": ".quantized",
+    "store_kv": ".paging",
     "store_routes": ".routes",
     "table": ".registry",
     "tally_routes": ".routes",
     "uniform": ".random",
     "using": ".registry",
+    "varlen_attention": ".paging",
 }
 
 __all__ = [

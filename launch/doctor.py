@@ -223,8 +223,9 @@ def operations() -> dict[str, dict[str, Any]]:
     import torch
 
     from ..kernels import registry
-    from .benches.cases import Maker, cases
+    from .benches.cases import cases
     from .benches.ceilings import device
+    from .benches.maker import Maker
 
     found: dict[str, dict[str, Any]] = {}
     maker = Maker(device(), cold=0)

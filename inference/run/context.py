@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ...kernels.ops import paged_attention, store_kv
+from ...kernels.paging import paged_attention, store_kv
 from ...moe.layers.context import AttentionSpec, Heads, Latent, Turns
 from ...moe.layers.latent import absorb, release
 from ...moe.routing.record import Decision, RouteContext, Routing

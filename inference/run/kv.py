@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import ConfigError
 from ...kernels.memory import populate, zeros
-from ...kernels.ops import copy_blocks
+from ...kernels.paging import copy_blocks
 from ...moe.config import ModelConfig
 from ...moe.shapes import KVForm
 from ..config import EngineConfig

@@ -8,8 +8,10 @@ import torch
 from ... import kernels
 from ...configs.typed import check
 from ...kernels import registry
-from .cases import Case, Maker, cases
+from .case import Case
+from .cases import cases
 from .ceilings import device
+from .maker import Maker
 from .timing import Run, alternate
 
 FORMS = ("reference", "torch", "cpp", "triton")

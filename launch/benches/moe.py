@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ... import ConfigError, kernels
 from ...configs.typed import check
 from ...kernels import registry
-from .cases import Maker
 from .ceilings import device, pages
+from .maker import Maker
 from .timing import Run, alternate
 
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)

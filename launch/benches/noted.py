@@ -8,7 +8,7 @@ import torch
 from .case import Arguments, Case
 
 if TYPE_CHECKING:
-    from .cases import Maker
+    from .maker import Maker
 
 LAYERS = 4
 

@@ -22,9 +22,8 @@ class AdamW(optim.AdamW, ScaledOptimizer):
     @torch.no_grad()
     def step(self, closure: None = None, *, scale: float = 1.0) -> None:  # type: ignore[override]
         """Move every parameter that has a gradient, by `scale` times that gradient, which may be lost."""
-        moved = [
-            (group, weight) for group in self.param_groups for weight in group["params"] if weight.grad is not None
-        ]
+        groups = self.param_groups
+        moved = [(group, weight) for group in groups for weight in group["params"] if weight.grad is not None]
         if all(weight.is_cpu for _, weight in moved):
             for group, weight in moved:
                 self._move(group, weight, scale)
@@ -35,6 +34,7 @@ class AdamW(optim.AdamW, ScaledOptimizer):
 
     def _move(self, group: dict[str, Any], weight: Tensor, scale: float) -> None:
         state = self.state[weight]
+        assert weight.grad is not None, "only what has a gradient moves"
         if not state:
             state.update({key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")}, step=torch.zeros(()))
         state["step"] += 1

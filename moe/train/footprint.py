@@ -22,9 +22,9 @@ stream, the norms, the routers and the loss stay float32. Kept for backward:
     head            T (2 b D + 16) + 4 V D                       operand and its gradient, ids, the matrix's gradient
 
 N is T K, or with slots what finds one when every token draws its experts evenly. Segments shorter than a row keep less
-of P; masks of a byte a token and sums of a number an expert are left out. `train.recompute` keeps less and has one
-block's rest again in the backward pass: `selective` keeps the input in place of all that a feed-forward network
-or an expert stack keeps, `full` of a block T · 4 D and the record of its routing, T (16 E + 16 K).
+of P; masks of a byte a token and sums of a number an expert are left out. `train.recompute` has a block's rest again in
+the backward pass: `selective` keeps the input in place of all that a feed-forward network or an expert stack keeps,
+`full` of a block T · 4 D and the record of its routing, T (16 E + 16 K).
 
 A pipeline rank keeps this for every micro-batch in flight: all of them under gpipe; min(m, pp - stage) under 1f1b; and
 min(m v, (v - 1) pp + 2 (pp - stage) - 1) parts of 1 / v each when v interleave (Narayanan et al. 2104.04473 §2.2).
@@ -166,9 +166,8 @@ class Footprint:
     def attention(self) -> int:
         """One block's attention."""
         return attention(
-            self.config.model, tokens=self.tokens, attended=self.attended, read=self.read,
-            length=self.config.train.seq_len, width=self.width, tp=self.layout.tp, cpu=self.cpu,
-            narrow=self.config.train.dtype == "bfloat16",
+            self.config.model, tokens=self.tokens, attended=self.attended, read=self.read, width=self.width, cpu=self.cpu,
+            length=self.config.train.seq_len, tp=self.layout.tp, narrow=self.config.train.dtype == "bfloat16",
         )  # fmt: skip
 
     def feed_forward(self, hidden: int, activation: str = "swiglu", tp: int = 1) -> int:

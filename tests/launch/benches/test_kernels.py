@@ -7,6 +7,7 @@ from turnout import ConfigError, kernels
 from turnout.kernels import registry
 from turnout.launch.benches import cases as shapes
 from turnout.launch.benches.kernels import check_names, measure
+from turnout.launch.benches.maker import Maker
 from turnout.launch.benches.moe import composed
 
 
@@ -27,7 +28,7 @@ def test_every_operation_has_cases():
 
 @pytest.mark.parametrize("op", registry.FORMS)
 def test_every_case_runs_in_all_its_forms_and_they_agree(op):
-    for case in shapes.cases(op, shapes.Maker(torch.device("cpu"))):
+    for case in shapes.cases(op, Maker(torch.device("cpu"))):
         assert case.size > 0
         assert case.flops >= 0
         arguments = case.make()
@@ -55,14 +56,14 @@ def test_rows_name_the_form_that_runs_unasked():
 
 def test_weights_go_round_so_that_none_is_found_in_the_cache(monkeypatch):
     monkeypatch.setattr(shapes, "COLD", 10 * 2 * 64 * 32)
-    arguments = shapes.cases("linear", shapes.Maker(torch.device("cpu")))[0].make()
+    arguments = shapes.cases("linear", Maker(torch.device("cpu")))[0].make()
     assert len({w.data_ptr() for _, w in arguments}) == 10
 
 
 @pytest.mark.parametrize("op", ["grouped_gemm", "moe_mlp", "quantized_moe_mlp"])
 def test_few_rows_meet_other_experts_in_the_next_call(op, monkeypatch):
     monkeypatch.setattr(shapes, "E", 8)
-    case = shapes.cases(op, shapes.Maker(torch.device("cpu")))[0]
+    case = shapes.cases(op, Maker(torch.device("cpu")))[0]
     which = {str(arguments[2 if op == "grouped_gemm" else 1].tolist()) for arguments in case.make()}
     assert len(which) > 4
 

@@ -5,7 +5,7 @@ import torch
 
 from turnout import ConfigError, kernels
 from turnout.launch.benches import moe
-from turnout.launch.benches.cases import Maker
+from turnout.launch.benches.maker import Maker
 
 TINY = moe.Shape(width=64, hidden=32, experts=6, top_k=2)
 
