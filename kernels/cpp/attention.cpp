@@ -210,13 +210,9 @@ struct Kernel {
 
   // Few rows and keys, of sizes that whole registers hold.
   bool waits(const Unit& u) const {
-#if defined(__AVX512BF16__)
     const int64_t reach = bytes(type) * std::max(u.heads * a.k_head + a.d, u.heads * a.v_head + a.d_v);
     const bool whole = a.d % 32 == 0 && a.d_v % 64 == 0 && reach <= (int64_t)sizeof ZEROS;
     return pairs && u.rows <= FEW && keys(u.sequence) <= CHUNK && whole;
-#else
-    return false;
-#endif
   }
 
   // Where few rows find the keys of a chunk: zeros about those that are seen, behind them what is read next.
