@@ -1,4 +1,4 @@
-"""AdamW's step of a parameter in one pass over its memory, as `reference/adamw.py` has it in float32."""
+"""AdamW's step of a parameter in one pass over its memory; in float32, whatever type the gradients have."""
 
 from ctypes import c_float, c_int64, c_void_p
 

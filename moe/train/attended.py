@@ -9,32 +9,29 @@ of a head's keys without positions and of its values, all by head once the laten
 """
 
 from ..config import LatentConfig, ModelConfig
+from .config import RunConfig
 from .held import WIDE
 
 EXPLICIT = 1 << 23  # kernels/torch_ops/attention.py: the most scores that are written out
 
 
-def attention(
-    model: ModelConfig, *, tokens: int, attended: int, read: int, length: int, width: int, tp: int, cpu: bool,
-    narrow: bool,
-) -> int:  # fmt: skip
+def attention(config: RunConfig, *, tokens: int, attended: int, read: int, width: int, tp: int, cpu: bool) -> int:
     """Bytes.
 
     Args:
-        model: the shapes.
+        config: the run.
         tokens, attended, read: T, A and W.
-        length: S.
         width: b.
         tp: ranks that divide the heads.
         cpu: whether attention takes the CPU's form.
-        narrow: whether it computes in bfloat16.
     """
+    model, length = config.model, config.train.seq_len
     latent, b, d = model.attention.latent, width, model.head_dim
     heads, kv_heads = model.heads // tp, max(model.kv_heads // tp, 1)
     matrices = 3 if latent is None else 2
     copies = b * (1 if cpu and _plain(model) else matrices) if b < WIDE else WIDE  # autocast casts for each matrix anew
     found = tokens * model.width * copies if tp == 1 else attended * b * model.width
-    if cpu and narrow and _flash(model):
+    if cpu and config.train.dtype == "bfloat16" and _flash(model):
         return found + attended * (2 * WIDE * d + heads * (2 * b * d + WIDE)) + read * 2 * b * kv_heads * d
     if latent is None:
         found += attended * (2 * WIDE * d + 3 * b * heads * d) + read * 2 * b * kv_heads * d

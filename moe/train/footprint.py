@@ -166,8 +166,8 @@ class Footprint:
     def attention(self) -> int:
         """One block's attention."""
         return attention(
-            self.config.model, tokens=self.tokens, attended=self.attended, read=self.read, width=self.width, cpu=self.cpu,
-            length=self.config.train.seq_len, tp=self.layout.tp, narrow=self.config.train.dtype == "bfloat16",
+            self.config, tokens=self.tokens, attended=self.attended, read=self.read, width=self.width,
+            tp=self.layout.tp, cpu=self.cpu,
         )  # fmt: skip
 
     def feed_forward(self, hidden: int, activation: str = "swiglu", tp: int = 1) -> int:

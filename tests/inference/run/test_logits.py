@@ -19,7 +19,8 @@ from turnout.inference.core.request import Request
 from turnout.inference.core.sampling import SamplingParams
 from turnout.inference.core.step import Scheduled
 from turnout.inference.run.logits import constrain
-from turnout.inference.run.sampler import _above_min_p, _truncate, sample
+from turnout.inference.run.sampler import sample
+from turnout.kernels.reference.sampling import _above_min_p, _truncate
 
 V = 60
 PROMPT = [3, 9, 9, 14, 30]
@@ -124,7 +125,8 @@ def test_filters_keep_what_those_of_transformers_keep(seed):
     probs = expected.softmax(-1)
     for warper in (MinPLogitsWarper(params.min_p), TopKLogitsWarper(params.top_k), TopPLogitsWarper(params.top_p)):
         expected = warper(None, expected)
-    kept = _truncate(_above_min_p(probs, [params]), [params])
+    kept = _above_min_p(probs, torch.tensor([params.min_p]))
+    kept = _truncate(kept, torch.tensor([params.top_k]), torch.tensor([params.top_p], dtype=torch.float64))
     assert torch.equal(kept > 0, expected.isfinite())
     torch.testing.assert_close(kept / kept.sum(), expected.softmax(-1))
 
@@ -132,8 +134,8 @@ def test_filters_keep_what_those_of_transformers_keep(seed):
 def test_min_p_at_its_edges(logits):
     logits[[5, 41]] = 20.0
     probs = logits[None].softmax(-1)
-    assert _above_min_p(probs, [SamplingParams(min_p=1)])[0].nonzero().flatten().tolist() == [5, 41]
-    assert _above_min_p(probs, [SamplingParams(min_p=0)]) is probs
+    assert _above_min_p(probs, torch.tensor([1.0]))[0].nonzero().flatten().tolist() == [5, 41]
+    assert _above_min_p(probs, torch.tensor([0.0])) is probs
     rows = [item(seed=seed, min_p=1.0) for seed in range(40)]
     assert {found.token for found in sample(logits.expand(40, -1), rows)} == {5, 41}
 

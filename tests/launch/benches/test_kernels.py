@@ -6,6 +6,7 @@ import torch
 from turnout import ConfigError, kernels
 from turnout.kernels import registry
 from turnout.launch.benches import cases as shapes
+from turnout.launch.benches import maker
 from turnout.launch.benches.kernels import check_names, measure
 from turnout.launch.benches.maker import Maker
 from turnout.launch.benches.moe import composed
@@ -14,11 +15,12 @@ from turnout.launch.benches.moe import composed
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     for name, value in {
-        "COLD": 1 << 12, "MOST": 1 << 20, "ROWS": (1, 3), "D": 64, "F": 32, "VOCABULARY": 96, "E": 4, "HIDDEN": 64,
+        "MOST": 1 << 20, "ROWS": (1, 3), "D": 64, "F": 32, "VOCABULARY": 96, "E": 4, "HIDDEN": 64,
         "K": 2, "H": 4, "G": 2, "HEAD": 32, "CONTEXTS": (20,), "BATCHES": (1, 3), "PROMPTS": (7,),
         "SCALE": {"scale": 0.2},
     }.items():  # fmt: skip
         monkeypatch.setattr(shapes, name, value)
+    monkeypatch.setattr(maker, "COLD", 1 << 12)
 
 
 def test_every_operation_has_cases():
