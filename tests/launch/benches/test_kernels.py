@@ -57,7 +57,7 @@ def test_rows_name_the_form_that_runs_unasked():
 
 
 def test_weights_go_round_so_that_none_is_found_in_the_cache(monkeypatch):
-    monkeypatch.setattr(shapes, "COLD", 10 * 2 * 64 * 32)
+    monkeypatch.setattr(maker, "COLD", 10 * 2 * 64 * 32)
     arguments = shapes.cases("linear", Maker(torch.device("cpu")))[0].make()
     assert len({w.data_ptr() for _, w in arguments}) == 10
 
