@@ -45,6 +45,7 @@ ceilings (memory read, matrix products) are measured in the same run.
   url=null        serve: a server that runs already, any that speaks OpenAI's API; null = start ours on CKPT
   peers=null      offline, serve, train: the folder in which other engines are installed; their rows stand beside ours
   rounds=null     how often; null = once (5 times: kernels, moe, train)
+  nproc=null      train: beside one process, so many that share the experts (peak: of rank 0)
   running=64,512  scheduler: requests that decode at once
   steps=16        scheduler: steps that are measured
   engine.*        the engine's settings, such as engine.dtype=bfloat16
@@ -73,13 +74,14 @@ class BenchOptions(Options):
     url: str | None = None
     peers: str | None = None
     rounds: int | None = None
+    nproc: int | None = None
     running: tuple[int, ...] = (64, 512)
     steps: int = 16
     plot: str | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        for name in ("requests", "rounds", "experts", "running", "tokens"):
+        for name in ("requests", "rounds", "experts", "running", "tokens", "nproc"):
             given = getattr(self, name)
             for value in given if isinstance(given, tuple) else (given,):
                 check(value is None or value >= 1, name, value, "must be at least 1", "use a positive number")
@@ -199,7 +201,7 @@ def _train(path: str, options: BenchOptions) -> Found:
     from .benches import ceilings, train
 
     config, before = train.config_of(path), ceilings.measure(ceilings.device())
-    rows = train.measure(config, options.rounds or 5, _peers(options))
+    rows = train.measure(config, options.rounds or 5, _peers(options), options.nproc)
     found = before.or_better(ceilings.measure(ceilings.device()))
     for row in rows:
         if "flops" in row:

@@ -113,13 +113,14 @@ class Contestant:
         return PeerError(f"{self.name} ended with code {self._process.wait()}: see {self._log}\n{tail}")
 
 
-def measure(config: RunConfig, rounds: int, peers: Path | None) -> list[dict[str, Any]]:
+def measure(config: RunConfig, rounds: int, peers: Path | None, nproc: int | None = None) -> list[dict[str, Any]]:
     """A row a contestant: tokens/s, seconds, FLOPs of a step, peak memory, and ours / theirs in pairs.
 
     Args:
         config: as `config_of` has it.
         rounds: steps that count.
         peers: the folder of other engines, whose `venvs/train` has training libraries; None = ours only.
+        nproc: beside one process, so many that share the experts, with as many threads in all.
     """
     tokens = config.train.global_batch * config.train.seq_len
     dense = twin(config.model) if config.model.moe else None
@@ -128,7 +129,7 @@ def measure(config: RunConfig, rounds: int, peers: Path | None) -> list[dict[str
         with _started("turnout", _worker(config, folder / "turnout"), folder) as own:
             paired: dict[str, tuple[list[float], list[float], float]] = {}
             notes: list[dict[str, Any]] = []
-            for other, words in _others(config, dense, folder, peers).items():
+            for other, words in _others(config, dense, folder, peers, nproc).items():
                 if isinstance(words, str):
                     notes.append({"contestant": other, "note": words})
                     continue
@@ -152,14 +153,16 @@ def measure(config: RunConfig, rounds: int, peers: Path | None) -> list[dict[str
 
 
 def _others(
-    config: RunConfig, dense: ModelConfig | None, folder: Path, peers: Path | None
+    config: RunConfig, dense: ModelConfig | None, folder: Path, peers: Path | None, nproc: int | None = None
 ) -> dict[str, list[str] | str]:
     """Contestant → the command that starts it, or why there is none."""
     if dense is None:
         return {}
-    found: dict[str, list[str] | str] = {
-        "turnout, dense twin": _worker(replace(config, model=dense), folder / "dense twin")
-    }
+    found: dict[str, list[str] | str] = {}
+    if nproc is not None:
+        spread = replace(config, parallel=replace(config.parallel, ep=nproc))
+        found[f"turnout, experts on {nproc} ranks"] = [*_worker(spread, folder / "ranks"), str(nproc)]
+    found["turnout, dense twin"] = _worker(replace(config, model=dense), folder / "dense twin")
     host = ["-P", str(Path(__file__).with_name("host.py")), json.dumps(vars(sizes(config)))]
     found |= {f"plain PyTorch, {kind}": [sys.executable, *host, kind] for kind in HOSTS}
     if peers is not None:

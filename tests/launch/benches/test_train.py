@@ -51,13 +51,13 @@ def test_a_process_that_ends_is_an_error_with_its_last_words(tmp_path):
 
 
 @pytest.mark.full
-def test_ours_its_twin_and_plain_hosts_take_turns():
+def test_ours_on_two_ranks_its_twin_and_plain_hosts_take_turns():
     config = compose(TINY, world=1).config
     quiet = dataclasses.replace(config.train, steps=10**6, save_every=None)
     config = dataclasses.replace(config, train=quiet, log=dataclasses.replace(config.log, every=10**6))
-    rows = train.measure(config, rounds=1, peers=None)
+    rows = train.measure(config, rounds=1, peers=None, nproc=2)
     assert [row["contestant"] for row in rows] == [
-        "turnout", "turnout, dense twin", "plain PyTorch, loop", "plain PyTorch, dense",
+        "turnout", "turnout, experts on 2 ranks", "turnout, dense twin", "plain PyTorch, loop", "plain PyTorch, dense",
     ]  # fmt: skip
     assert all(row["tokens_per_second"] > 0 and row["peak_mb"] > 100 for row in rows)
     assert rows[0]["ours / theirs"] == 1
