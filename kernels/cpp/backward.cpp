@@ -47,6 +47,24 @@ static void gather_sum_rows(const void* rows, const int64_t* slots, const float*
     }
 }
 
+// Of out = gather_sum(rows, slots, weights), whose row n is choice order[n]: the gradients of rows and weights.
+template <Type type>
+static void gather_sum_backward_rows(const void* d, const void* rows, const int64_t* order, const float* weights,
+                                     void* drows, float* dweights, int64_t N, int64_t K, int64_t D, int threads) {
+#pragma omp parallel for num_threads(N * D < SMALL ? 1 : threads)
+  for (int64_t n = 0; n < N; n++) {
+    const void *grads = at<type>(d, order[n] / K * D), *row = at<type>(rows, n * D);
+    const V weight = all(weights[order[n]]);
+    V dot{};
+    for (int64_t i = 0; i < D; i += 16) {
+      V grad = load<type>(grads, i, D - i);
+      dot = fma(grad, load<type>(row, i, D - i), dot);
+      store<type>((void*)at<type>(drows, n * D), i, grad * weight, D - i);
+    }
+    dweights[order[n]] = reduce(dot);
+  }
+}
+
 // y = weight · x · turn with turn = 1 / sqrt(mean(x²) + eps), which is kept.
 template <Type type>
 static void norm_rows(const void* x, const float* weight, void* y, float* turns, int64_t rows, int64_t D, float eps,
@@ -198,6 +216,13 @@ void turnout_swiglu_backward(int type, const void* z, const void* d, const float
 void turnout_gather_sum(int type, const void* rows, const int64_t* slots, const float* weights, void* out, int64_t T,
                         int64_t K, int64_t D, int threads) {
 #define CALL(C) gather_sum_rows<C>(rows, slots, weights, out, T, K, D, threads)
+  BY_TYPE(type, CALL)
+#undef CALL
+}
+
+void turnout_gather_sum_backward(int type, const void* d, const void* rows, const int64_t* order, const float* weights,
+                                 void* drows, float* dweights, int64_t N, int64_t K, int64_t D, int threads) {
+#define CALL(C) gather_sum_backward_rows<C>(d, rows, order, weights, drows, dweights, N, K, D, threads)
   BY_TYPE(type, CALL)
 #undef CALL
 }

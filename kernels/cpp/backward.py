@@ -37,6 +37,15 @@ def gather_sum(rows_ND: Tensor, slot_TK: Tensor, weights_TK: Tensor | None) -> T
     return out_TD
 
 
+def gather_sum_backward(grad_TD: Tensor, rows_ND: Tensor, order_N: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of rows and weights (float32) where row n is choice order[n]; a choice without a row has 0."""
+    drows_ND, dweights_TK = torch.empty_like(rows_ND), torch.zeros_like(weights_TK)
+    places = _places(grad_TD, rows_ND, order_N, weights_TK, drows_ND, dweights_TK)
+    sizes = (c_int64(size) for size in (len(rows_ND), weights_TK.shape[1], rows_ND.shape[1]))
+    call("gather_sum_backward", TYPES[rows_ND.dtype], *places, *sizes)
+    return drows_ND, dweights_TK
+
+
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The norm, and 1 / rms of each row in float32."""
     y_TD = x_TD.new_empty(x_TD.shape)

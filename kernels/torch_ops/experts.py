@@ -70,7 +70,7 @@ class _Experts(Function):
             torch.mm(h_mF[:room], w_out(expert), out=y_ND[start : start + room])
         ctx.save_for_backward(x_TD, z_NH, weights_TK, w_in_EHD, w_out_EFD, order_N, slot_TK)
         ctx.spans, y_ND = spans, y_ND[: spans.total]
-        return y_ND if slot_TK is None else _sum_choices(y_ND, slot_TK, weights_TK)
+        return y_ND if slot_TK is None else gather_sum(y_ND, weights_TK, slot_TK)
 
     @staticmethod
     @once_differentiable
@@ -98,7 +98,7 @@ class _Experts(Function):
                 torch.mm(dz, w_in(expert), out=dx_ND[start : start + room])
         dx, dweights = None if dx_ND is None else dx_ND[: spans.total], None
         if slot_TK is not None:
-            dx = None if dx is None else _sum_choices(dx, slot_TK, None)
+            dx = None if dx is None else gather_sum(dx, None, slot_TK)
             if needs_weights:
                 dweights = weights_TK.new_zeros(weights_TK.numel()).index_copy_(0, order_N, dots_N.to(weights_TK.dtype))
                 dweights = dweights.view_as(weights_TK)
@@ -203,9 +203,3 @@ def _swiglu_backward(z_nH: Tensor, grad_nF: Tensor, weights_n: Tensor | None, ou
     slope = sigmoid * (1 + gate * (1 - sigmoid))
     out_nH.copy_(torch.cat((grad * scale * up * slope, grad * scale * gate * sigmoid), -1))
     grad_nF.copy_(hidden * scale)
-
-
-def _sum_choices(rows_ND: Tensor, slot_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
-    if not fits(rows_ND):
-        return gather_sum(rows_ND, weights_TK, slot_TK)
-    return passes.gather_sum(rows_ND, slot_TK, None if weights_TK is None else weights_TK.float().contiguous())

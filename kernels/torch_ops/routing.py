@@ -1,4 +1,5 @@
-"""One stable sort, and gathers in both directions: no scatter-add, so every sum has one order.
+"""One stable sort, and gathers in both directions: no scatter-add, so every sum has one order. On a CPU a gather with
+its sum is one pass over memory.
 
 T tokens, K choices, D width, E experts, N rows = kept assignments.
 """
@@ -10,6 +11,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ..cpp import backward as passes
+from ..cpp.call import fits
 from ..reference.precision import wide
 
 
@@ -53,6 +56,9 @@ class _Combine(Function):
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         y_ND, weights_TK, order_N, slot_TK = ctx.saved_tensors
+        if _passes(grad_TD, weights_TK, y_ND) and all(ctx.needs_input_grad[:2]):
+            operands = (t.contiguous() for t in (grad_TD, y_ND, order_N, weights_TK))
+            return *passes.gather_sum_backward(*operands), None, None
         grad_ND = wide(grad_TD.index_select(0, order_N // slot_TK.shape[1]))
         grad_y = grad_weights = None
         if ctx.needs_input_grad[0]:
@@ -65,6 +71,9 @@ class _Combine(Function):
 
 def gather_sum(rows_ND: Tensor, weights_TK: Tensor | None, slot_TK: Tensor) -> Tensor:
     """out[t] = sum over k, ascending, of weights[t, k] · rows[slot[t, k]]; dropped ones never read or counted."""
+    if _passes(rows_ND, weights_TK):
+        weights_TK = None if weights_TK is None else weights_TK.contiguous()
+        return passes.gather_sum(rows_ND.contiguous(), slot_TK.contiguous(), weights_TK)
     total = wide(rows_ND[:0]).new_zeros(slot_TK.shape[0], rows_ND.shape[1])
     if rows_ND.shape[0] == 0:
         return total.to(rows_ND.dtype)
@@ -74,3 +83,8 @@ def gather_sum(rows_ND: Tensor, weights_TK: Tensor | None, slot_TK: Tensor) -> T
             term = term * weights_TK[:, k, None]
         total += term.masked_fill(slot_TK[:, k, None] < 0, 0.0)
     return total.to(rows_ND.dtype)
+
+
+def _passes(rows_ND: Tensor, weights_TK: Tensor | None, *others: Tensor) -> bool:
+    """Whether the kernels of one pass take them."""
+    return (weights_TK is None or weights_TK.dtype == torch.float32) and fits(rows_ND, *others)

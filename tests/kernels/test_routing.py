@@ -95,6 +95,22 @@ def test_gradients_are_those_of_dense_float64_sums(form, T, K, E, share):
         torch.testing.assert_close(value.double(), truth, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)], ids=str)
+def test_narrow_rows_have_gradients_that_are_rounded_once(form, dtype, bound):
+    ids, kept = assignments(9, 3, 4, 0.7)
+    order, slot, _ = sort_by_expert(ids, kept, 4)
+    y, weights = torch.randn(len(order), 37).to(dtype).requires_grad_(), torch.rand(9, 3).requires_grad_()
+    grad = torch.randn(9, 37).to(dtype)
+    of_y, of_weights = torch.autograd.grad(combine(y, weights, order, slot), (y, weights), grad)
+    g64 = grad.double()[order // 3]
+    assert (
+        of_y.double() - g64 * weights.detach().double().flatten()[order, None]
+    ).abs().max() <= bound * g64.abs().max()
+    truth = torch.zeros(27, dtype=torch.float64)
+    truth[order] = (g64 * y.detach().double()).sum(1)
+    torch.testing.assert_close(of_weights.double().flatten(), truth, rtol=1e-5, atol=1e-5)
+
+
 def test_gradcheck(form):
     ids, kept = assignments(5, 2, 3, 0.7)
     order, slot, _ = sort_by_expert(ids, kept, 3)
