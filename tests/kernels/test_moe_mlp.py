@@ -39,7 +39,8 @@ def check(values):
     y, truth = moe_mlp(*values), choice_by_choice(*values)
     assert y.dtype == values[0].dtype
     assert y.shape == truth.shape
-    assert (y.double() - truth).norm() <= BOUNDS[y.dtype] * truth.norm()
+    usual = truth.numel() ** 0.5 / 2  # of numbers of their size: a few may cancel, which their rounding does not
+    assert (y.double() - truth).norm() <= BOUNDS[y.dtype] * max(truth.norm(), usual)
 
 
 @pytest.fixture(autouse=True)

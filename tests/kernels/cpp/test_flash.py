@@ -35,7 +35,7 @@ def check(heads, kv_heads, d, lengths, causal, window):
     with kernels.using("reference"):
         exact = results(q.double(), k.double(), v.double(), cu, grad, causal=causal, window=window)
     for ours, theirs in zip(found, exact, strict=True):
-        assert (ours.double() - theirs).norm() <= 6e-3 * theirs.norm()
+        assert (ours.double() - theirs).norm() <= 6e-3 * theirs.norm() + 1e-5  # one key: dq is 0
 
 
 @pytest.mark.parametrize(("causal", "window"), MASKS)
