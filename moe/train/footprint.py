@@ -43,7 +43,8 @@ from ..config import ModelConfig, MoEConfig
 from ..shapes import Part
 from .attended import attention
 from .config import RunConfig
-from .held import WIDE, Held
+from .held import NARROW, WIDE, Held
+from .narrow import narrow_gradients
 
 KEPT = {"swiglu": 4, "swiglu_clamped": 7, "gelu": 2, "relu": 1}  # hidden widths that an activation function keeps
 CHUNK, FEWEST = 1 << 23, 256  # kernels/torch_ops/loss.py: logits that exist at once, and the fewest rows of them
@@ -76,10 +77,10 @@ class Footprint:
     @cached_property
     def held(self) -> Held:
         """Weights, gradients, states."""
-        return Held(self.config, self.layout, self.layers)
+        return Held(self.config, self.layout, self.layers, self.cpu and narrow_gradients(self.config, self.layout))
 
     weights = property(lambda self: self.held.weights, doc="Parameters, float32.")
-    gradients = property(lambda self: self.held.gradients, doc="Gradients, float32.")
+    gradients = property(lambda self: self.held.gradients, doc="Gradients.")
     optimizer = property(lambda self: self.held.optimizer, doc="The optimizer's states.")
     workspace = property(lambda self: self.held.workspace, doc="What the optimizer's step takes for a moment.")
 
@@ -298,22 +299,21 @@ class Footprint:
 
     @cached_property
     def total(self) -> int:
-        """The peak: what lasts, and the largest of a forward pass's end, a loss, a block's backward pass and a step."""
-        ends = (self.norm + self.head) if self._last else 0
+        """The peak: what lasts, and the largest of what micro-batches and a step take."""
+        return self.weights + self.gradients + self.optimizer + self.travelling + max(self.passing, self.workspace)
+
+    @cached_property
+    def passing(self) -> int:
+        """The largest of a forward pass's end, a loss and a block's backward pass."""
+        model, ends = self.config.model, (self.norm + self.head) if self._last else 0
+        tied, table = model.tie_embeddings and self._last, WIDE * model.vocab_size * model.width
         kept = self.activations - ends
-        block = max(self.again(sparse) for sparse, _ in self._blocks)
-        if self._last and self.config.model.tie_embeddings:  # the head's gradient waits for the lookup's
-            block += WIDE * self.config.model.vocab_size * self.config.model.width
+        block = max(self.again(sparse) for sparse, _ in self._blocks) + (table if tied else 0)  # waits for the lookup's
         micro = self.casts + kept + max(ends + self.logits, block + self.buffers)
         if self.config.parallel.fsdp:
-            micro = max(micro, self.casts + kept + block + self.buffers + self.gathered)
-        else:
-            cached = self._casts(part for part in self.held.parts if not shapes.is_expert(part.name))
-            model = self.config.model
-            lookup = WIDE * model.vocab_size * model.width * (3 if model.tie_embeddings and self._last else 1)
-            micro = max(micro, cached + kept + ends, cached + lookup)
-        lasting = self.weights + self.gradients + self.optimizer + self.travelling
-        return lasting + max(micro, self.workspace)
+            return max(micro, self.casts + kept + block + self.buffers + self.gathered)
+        cached = self._casts(part for part in self.held.parts if not shapes.is_expert(part.name))
+        return max(micro, cached + kept + ends, cached + table * (3 if tied else 1))
 
     @property
     def kv_token(self) -> int:
@@ -333,7 +333,7 @@ class Footprint:
         """Of fused experts' backward pass: gradients of weights and rows; of one expert casts and hidden rows."""
         experts, rows = (part for part in self._block(True) if shapes.is_expert(part.name)), self.received(moe)
         elsewhere = self.config.parallel.fsdp or self.held.zero  # counts the gradients of what it gathers or sums
-        weights = 0 if elsewhere else WIDE * sum(part.count for part in experts)
+        weights = 0 if elsewhere else (NARROW if self.held.narrow else WIDE) * sum(part.count for part in experts)
         each = rows if self.collapsed else ceil(rows * self.layout.ep / moe.num_experts)
         matrices = 2 * moe.width if self.width < WIDE else 0
         return weights + self.width * ((rows + self.tokens) * moe.width + 3 * (each + matrices) * moe.expert_width)

@@ -8,7 +8,8 @@
               2     the gradients too
               3     the weights too
 
-All numbers are bytes; float32 but for states that `optim.state_dtype` says otherwise of.
+All numbers are bytes; float32 but for states that `optim.state_dtype` says otherwise of, and for narrow gradients of
+experts (`narrow.py`).
 """
 
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ from ..shapes import Part
 from .config import RunConfig
 
 WIDE = 4  # bytes of float32: parameters, gradients, optimizer, residual stream
+NARROW = 2  # of bfloat16
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Held:
     config: RunConfig
     layout: Layout
     layers: tuple[int, ...]
+    narrow: bool = False
 
     @cached_property
     def parts(self) -> list[Part]:
@@ -106,6 +109,8 @@ class Held:
     @property
     def gradients(self) -> int:
         """As many as parameters, but for ZeRO-2 and ZeRO-3."""
+        if self.narrow:
+            return WIDE * self.dense + NARROW * (self.numbers - self.dense)
         return WIDE * (self._own - self.dense + self._piece if self.zero > 1 else self._own)
 
     @cached_property
@@ -118,7 +123,7 @@ class Held:
 
     @cached_property
     def workspace(self) -> int:
-        """Muon's step: about three bfloat16 copies of all matrices of its most common shape. AdamW works in place.
+        """Muon's step: about six bfloat16 copies of all matrices of its most common shape. AdamW works in place.
 
         Adafactor and AdamW in bfloat16 take about three and five float32 copies of the largest tensor.
         """
@@ -130,7 +135,7 @@ class Held:
             if self._muon(name, shape):
                 key = (*shape[-2:], name.endswith("w_out"))
                 groups[key] = groups.get(key, 0) + times * prod(shape)
-        return max(3 * 2 * max(groups.values(), default=0), copies * WIDE * largest)
+        return max(6 * NARROW * max(groups.values(), default=0), copies * WIDE * largest)
 
     def _state(self, name: str, shape: tuple[int, ...]) -> int:
         """Bytes of a parameter's optimizer state."""

@@ -24,7 +24,7 @@ def measure(run: str, words: list[str]) -> dict[str, tuple[int, int]]:
     count, engine = held.config.micro_batches(held.layout.dp), trainer.setup.engine
     weights = list(trainer.setup.model.parameters())
     for weight in weights:
-        weight.grad = torch.zeros_like(weight)
+        weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
     if held.layout.pp == 1:
         _micro(trainer, 0).backward()  # from now on DDP's gradients are views of its buckets
     trainer.parts = {}
@@ -39,12 +39,11 @@ def measure(run: str, words: list[str]) -> dict[str, tuple[int, int]]:
                 kept = kept if micro else measured.living()
                 loss.backward()
     step(trainer, count)
-    rest = held.weights + held.gradients + held.optimizer
     return {
         "lasting": (sum(tensor.nbytes for tensor in lasting), held.weights + held.gradients),
         "states": (sum(tensor.nbytes for tensor in _states(engine.optimizers)), held.optimizer),
         "kept": (kept, held.casts + held.activations),
-        "peak": (measured.peak, held.total - rest),
+        "peak": (measured.peak, held.travelling + held.passing),
     }
 
 
