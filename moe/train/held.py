@@ -123,7 +123,7 @@ class Held:
 
     @cached_property
     def workspace(self) -> int:
-        """Muon's step: about six bfloat16 copies of all matrices of its most common shape. AdamW works in place.
+        """Muon's step: about three bfloat16 copies of all matrices of its most common shape. AdamW works in place.
 
         Adafactor and AdamW in bfloat16 take about three and five float32 copies of the largest tensor.
         """
@@ -135,7 +135,7 @@ class Held:
             if self._muon(name, shape):
                 key = (*shape[-2:], name.endswith("w_out"))
                 groups[key] = groups.get(key, 0) + times * prod(shape)
-        return max(6 * NARROW * max(groups.values(), default=0), copies * WIDE * largest)
+        return max(3 * NARROW * max(groups.values(), default=0), copies * WIDE * largest)
 
     def _state(self, name: str, shape: tuple[int, ...]) -> int:
         """Bytes of a parameter's optimizer state."""

@@ -63,7 +63,7 @@ def test_bfloat16_and_muon_by_hand():
     assert held.logits == 2 * 300 * (4 + 2 * 4)
     assert held.sparse(MOE) == 4 * (16 + 40 + 20 + 16) + 4 * 2 * (4 + 2 * 3)
     assert held.optimizer == 4 * 240 + 8 * 1228 + 4 * 7
-    assert held.workspace == 12 * 64  # wq and wo of both blocks, 4 x 4
+    assert held.workspace == 6 * 64  # wq and wo of both blocks, 4 x 4
     assert held.attention == 4 * (8 + 16 + 2 * 2 * 8 + 2 * 4 * 2)
 
 
