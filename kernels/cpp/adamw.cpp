@@ -4,7 +4,7 @@
 constexpr int64_t BLOCK = 16384;  // numbers that one thread takes at a time
 
 struct AdamW {
-  float scale, keep, fresh, beta2, rate, root, eps;  // grad · scale, 1 - lr · decay, 1 - β1, lr / bias1, √bias2
+  float scale, keep, fresh1, fresh2, rate, root, eps;  // of grad; 1 - lr · decay, 1 - β1, 1 - β2, lr / bias1, √bias2
 };
 
 static inline V square_root(V x) {
@@ -29,16 +29,16 @@ static void step(float* weight, const void* grads, float* mean, float* square, i
       const int64_t n = count - i;
       V grad = load<type>(grads, i, n) * a.scale, w = load<FLOAT32>(weight, i, n) * a.keep;
       V m = load<FLOAT32>(mean, i, n), s = load<FLOAT32>(square, i, n);
-      m = fma(grad - m, all(a.fresh), m), s = fma(grad * (1.0f - a.beta2), grad, s * a.beta2);
+      m = fma(grad - m, all(a.fresh1), m), s = fma(grad * grad - s, all(a.fresh2), s);
       store<FLOAT32>(mean, i, m, n), store<FLOAT32>(square, i, s, n);
       store<FLOAT32>(weight, i, w - a.rate * m / (square_root(s) / a.root + a.eps), n);
     }
 }
 
 extern "C" void turnout_adamw(int type, float* weight, const void* grads, float* mean, float* square, int64_t count,
-                              float scale, float keep, float fresh, float beta2, float rate, float root, float eps,
+                              float scale, float keep, float fresh1, float fresh2, float rate, float root, float eps,
                               int threads) {
-  const AdamW a{scale, keep, fresh, beta2, rate, root, eps};
+  const AdamW a{scale, keep, fresh1, fresh2, rate, root, eps};
 #define CALL(T) step<T>(weight, grads, mean, square, count, a, threads)
   BY_TYPE(type, CALL)
 #undef CALL

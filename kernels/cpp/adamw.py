@@ -15,7 +15,7 @@ def adamw_step(
 ) -> None:  # fmt: skip
     beta1, beta2 = betas
     rate, root = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
-    numbers = (scale, 1 - lr * decay, 1 - beta1, beta2, rate, root, eps)
+    numbers = (scale, 1 - lr * decay, 1 - beta1, 1 - beta2, rate, root, eps)
     places = (c_void_p(tensor.data_ptr()) for tensor in (weight, grad.contiguous(), mean, square))
     call("adamw", TYPES[grad.dtype], *places, c_int64(weight.numel()), *map(c_float, numbers))
 

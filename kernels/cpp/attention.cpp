@@ -135,8 +135,7 @@ struct Kernel {
           const int64_t n = std::min<int64_t>(TALL, u.rows - r), i = g * u.rows + r;
           const Span own = seen(room.rows + r, n, base);
           if (own.lo < from + BLOCK && own.hi > from)
-            product<pairs>(n, room.q + i * q_width, q_width, room.keys, BLOCK, depth, room.s + i * CHUNK + from, CHUNK,
-                           BLOCK, false, next);
+            meet<pairs>(n, room.q + i * q_width, q_width, room.keys, depth, room.s + i * CHUNK + from, next);
         }
       }
     }
@@ -160,7 +159,7 @@ struct Kernel {
           const int64_t last = up(std::min(own.hi, hi), PER) / PER;
           if (first < last)
             product<pairs>(n, room.p + i * p_width + first, p_width, room.values + (first - from / PER) * lanes, lanes,
-                           last - first, records + i * record, record, lanes, own.lo < from, next);
+                           last - first, records + i * record, record, lanes, own.lo < from ? FURTHER : NEW, next);
         }
       }
     }

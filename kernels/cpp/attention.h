@@ -1,9 +1,9 @@
 // softmax(scale · q kᵀ + bias) v for packed rows and for pages: one function of a query row and its keys in order.
 //
 // Keys are taken in chunks of CHUNK, counted from the sequence's first. Of a row and a chunk: each score is summed over
-// d in one lane, in ascending order; the exponentials' sum has sixteen lanes, key j in lane j mod 16, and one tree;
-// values are added key after key. Chunks are merged in order. How rows are tiled and chunks are divided over threads
-// never shows.
+// d in one lane, in ascending order, float32's in stretches that are added up; the exponentials' sum has sixteen lanes,
+// key j in lane j mod 16, and one tree; values are added key after key. Chunks are merged in order. How rows are tiled
+// and chunks are divided over threads never shows.
 //
 // bfloat16 queries meet bfloat16 or int8 pages in products of pairs (two neighbours along d, or two keys, are a step of
 // dpbf16; probabilities are rounded to bfloat16); all else is widened to float32 first. The scale of an int8 row
@@ -14,6 +14,7 @@
 constexpr int INT8 = 3;                     // a type of pages beside those of simd.h
 constexpr int64_t CHUNK = 256, BLOCK = 64;  // keys
 constexpr int64_t ROWS = 128;               // of a unit
+constexpr int64_t STRETCH = 128;            // numbers of d
 #if defined(__AVX512F__)
 constexpr int TALL = 8;  // rows of the largest tile of accumulators, two vectors wide
 #else
@@ -111,16 +112,18 @@ struct Ahead {
   }
 };
 
+enum Sum { NEW, FURTHER, APART };  // c = Σ; Σ begins with c; c += Σ
+
 // c[r, 16 n lanes] (+)= Σ_i a[r, i] · b[i, 16 n lanes], i ascending; with pairs a number is two of bfloat16.
 template <bool pairs, int rows, int n>
 static inline void tile(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t steps, float* c,
-                        int64_t c_row, bool add, Ahead& ahead) {
+                        int64_t c_row, Sum how, Ahead& ahead) {
   Ahead next = ahead;
   V sum[rows][n];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-    for (int j = 0; j < n; j++) sum[r][j] = add ? load<FLOAT32>(c + r * c_row, 16 * j) : V{};
+    for (int j = 0; j < n; j++) sum[r][j] = how == FURTHER ? load<FLOAT32>(c + r * c_row, 16 * j) : V{};
   for (int64_t i = 0; i < steps; i++) {
     if (next.rows)
 #pragma GCC unroll 4
@@ -138,17 +141,20 @@ static inline void tile(const float* a, int64_t a_row, const float* b, int64_t b
 #pragma GCC unroll 8
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-    for (int j = 0; j < n; j++) store<FLOAT32>(c + r * c_row, 16 * j, sum[r][j]);
+    for (int j = 0; j < n; j++) {
+      if (how == APART) sum[r][j] += load<FLOAT32>(c + r * c_row, 16 * j);
+      store<FLOAT32>(c + r * c_row, 16 * j, sum[r][j]);
+    }
   ahead = next;
 }
 
 // The same for up to TALL rows and any multiple of 64 lanes.
 template <bool pairs>
 static void product(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t steps, float* c,
-                    int64_t c_row, int64_t lanes, bool add, Ahead& ahead) {
+                    int64_t c_row, int64_t lanes, Sum how, Ahead& ahead) {
 #define TILE_OF(T, N)                                                                     \
   for (int64_t j = 0; j < lanes; j += 16 * N)                                             \
-    tile<pairs, T, N>(a, a_row, b + j, b_row, steps, c + j, c_row, add, ahead);           \
+    tile<pairs, T, N>(a, a_row, b + j, b_row, steps, c + j, c_row, how, ahead);           \
   a += T * a_row, c += T * c_row, rows -= T;
   while (rows >= TALL) { TILE_OF(TALL, 2) }
 #if defined(__AVX512F__)
@@ -157,6 +163,16 @@ static void product(int64_t rows, const float* a, int64_t a_row, const float* b,
 #endif
   if (rows >= 1) { TILE_OF(1, 4) }
 #undef TILE_OF
+}
+
+// Scores of a block of keys. In float32 stretches are added up: rounding grows with a stretch, not with all of d.
+template <bool pairs>
+static void meet(int64_t rows, const float* q, int64_t q_row, const float* keys, int64_t depth, float* s,
+                 Ahead& ahead) {
+  const int64_t stretch = pairs ? depth : STRETCH;
+  for (int64_t i = 0; i < depth; i += stretch)
+    product<pairs>(rows, q + i, q_row, keys + i * BLOCK, BLOCK, std::min(stretch, depth - i), s, CHUNK, BLOCK,
+                   i ? APART : NEW, ahead);
 }
 
 static inline void transpose(V* x) {  // sixteen by sixteen

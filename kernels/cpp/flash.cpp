@@ -25,9 +25,18 @@ struct Flash {
   float scale;
 };
 
+// sum + a · b of words: their low halves, then their high ones.
+static inline V mac(VU a, VU b, V sum) {
+#if defined(__AVX512BF16__)
+  return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+  return fma((V)(a & 0xFFFF0000u), (V)(b & 0xFFFF0000u), fma((V)(a << 16), (V)(b << 16), sum));
+#endif
+}
+
 static inline V mac(uint32_t a, VU b, V sum) {
 #if defined(__AVX512BF16__)
-  return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+  return mac(VU{} + a, b, sum);
 #else
   const uint32_t halves[2] = {a << 16, a & 0xFFFF0000u};
   float x[2];
@@ -223,13 +232,13 @@ static void forward_head(const Flash& a, const Sight& sight, const Operand& k, c
   }
 }
 
-// Σ g · o of each row, zeros past the last.
-static void meetings(const uint16_t* grad, const uint16_t* out, int64_t row, int64_t n, int64_t d, float* to) {
-  for (int64_t t = 0; t < up(n, BLOCK); t++) {
+// Σ g · o of each row, added as g · v is: where a query sees one key, whose value o is, they have the same bits.
+static void meetings(const Operand& grad, const Operand& out, float* to) {
+  for (int64_t m = 0; m < grad.padded; m += 16) {
     V sum{};
-    for (int64_t c = 0; t < n && c < d; c += 16)
-      sum = fma(load<BFLOAT16>(grad + t * row, c), load<BFLOAT16>(out + t * row, c), sum);
-    to[t] = reduce(sum);
+    for (int64_t i = 0; i < grad.d / 2; i++)
+      sum = mac(words(out.right.get() + i * out.padded + m), words(grad.right.get() + i * grad.padded + m), sum);
+    store<FLOAT32>(to, m, sum);
   }
 }
 
@@ -239,7 +248,7 @@ static void backward_head(const Flash& a, const Sight& sight, const Operand& k, 
   const int64_t d = a.d, row = a.heads * d, keys = k.padded, place = first * row + head * d;
   const Operand q(a.q + place, row, sight.S, d), grad(a.grad + place, row, sight.S, d);
   std::unique_ptr<float[]> delta(new float[q.padded]), lse(new float[q.padded]), dq(new float[q.padded * d]());
-  meetings(a.grad + place, a.out + place, row, sight.S, d, delta.get());
+  meetings(grad, Operand(a.out + place, row, sight.S, d, false), delta.get());
   for (int64_t m = 0; m < q.padded; m++) lse[m] = m < sight.S ? a.lse[(first + m) * a.heads + head] : INF;
   alignas(64) float p[BLOCK * BLOCK], dp[BLOCK * BLOCK];
   alignas(64) uint16_t p_rows[BLOCK * BLOCK], ds_rows[BLOCK * BLOCK];

@@ -14,6 +14,6 @@ def adamw_step(
     beta1, beta2 = betas
     grad = grad.to(weight.dtype) * scale
     mean.lerp_(grad, 1 - beta1)
-    square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    square.lerp_(grad * grad, 1 - beta2)
     root = square.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
     weight.mul_(1 - lr * decay).addcdiv_(mean, root, value=-lr / (1 - beta1**step))

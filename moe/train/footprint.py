@@ -332,8 +332,8 @@ class Footprint:
     def _through(self, moe: MoEConfig) -> int:
         """Of fused experts' backward pass: gradients of weights and rows; of one expert casts and hidden rows."""
         experts, rows = (part for part in self._block(True) if shapes.is_expert(part.name)), self.received(moe)
-        elsewhere = self.config.parallel.fsdp or self.held.zero  # counts the gradients of what it gathers or sums
-        weights = 0 if elsewhere else (NARROW if self.held.narrow else WIDE) * sum(part.count for part in experts)
+        whole = 0 if self.held.zero else sum(part.count for part in experts if not self.held.divides(part))
+        weights = whole * (NARROW if self.held.narrow else WIDE)  # others are counted where they are gathered, summed
         each = rows if self.collapsed else ceil(rows * self.layout.ep / moe.num_experts)
         matrices = 2 * moe.width if self.width < WIDE else 0
         return weights + self.width * ((rows + self.tokens) * moe.width + 3 * (each + matrices) * moe.expert_width)

@@ -106,8 +106,8 @@ def test_every_way_around_every_border(heads, d, d_v, options, dtype):
         else:
             q, k, v = random(lengths, heads, d, dtype, d_v)
             cu = torch.tensor([0, *lengths]).cumsum(0)
-            truth = exact(q, k, v, lengths, scale=d**-0.5, **options)
-            found = varlen_attention(q, k, v, cu, scale=d**-0.5, **options)
+            truth = exact(q, k, v, lengths, scale=0.2, **options)
+            found = varlen_attention(q, k, v, cu, scale=0.2, **options)
             assert (found.double() - truth).norm() <= BOUNDS[dtype] * truth.norm()
 
 

@@ -9,7 +9,7 @@ from turnout import kernels
 from turnout.kernels.cpp import build, flash
 
 MASKS = [(True, None), (False, None), (True, 17), (False, 40)]
-QUICK = [(8, 8, 64, [130]), (4, 2, 32, [1, 3, 65, 0, 64]), (3, 1, 96, [63])]
+QUICK = [(8, 8, 64, [130]), (6, 2, 128, [1]), (4, 2, 32, [1, 3, 65, 0, 64]), (3, 1, 96, [63])]
 FULL = [
     (h, g, d, lengths) for h, g in ((4, 4), (6, 2), (2, 1)) for d in (32, 64, 128, 256) for lengths in ([1], [200, 64])
 ]
@@ -35,7 +35,7 @@ def check(heads, kv_heads, d, lengths, causal, window):
     with kernels.using("reference"):
         exact = results(q.double(), k.double(), v.double(), cu, grad, causal=causal, window=window)
     for ours, theirs in zip(found, exact, strict=True):
-        assert (ours.double() - theirs).norm() <= 6e-3 * theirs.norm() + 1e-5  # one key: dq is 0
+        assert (ours.double() - theirs).norm() <= 6e-3 * theirs.norm()  # one key: dq is 0
 
 
 @pytest.mark.parametrize(("causal", "window"), MASKS)
