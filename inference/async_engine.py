@@ -17,16 +17,15 @@ from functools import partial
 
 from .. import TurnoutError
 from .core.sampling import SamplingParams
-from .engine import Engine, EngineStats
+from .engine import Engine
 from .errors import EngineStoppedError
 from .faults import step_error
 from .outputs import FailedOutput, RequestOutput
 from .prepare import Prepared, Prompt
 from .ranks import Ranks
+from .rehearsal import FIRST_TOKENS
+from .stats import EngineStats
 from .watchdog import Watchdog
-
-FIRST_TOKENS = 16384
-"""So many tokens find the KV cache's memory there: a step that waits for new pages takes twice its time."""
 
 Item = RequestOutput | TurnoutError
 """What a caller gets: an output, or the error that ended its request, after which nothing comes."""
@@ -69,7 +68,8 @@ class AsyncEngine:
         engine: nobody else may use it from now on.
 
     Attributes:
-        tokenizer, chat, config, model_config: the engine's; read-only.
+        tokenizer, chat, config, model_config, timeline, pools: the engine's; read-only.
+        routed: the layers of which `routed_experts` tells; none in a dense model.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -77,6 +77,8 @@ class AsyncEngine:
         self.chat = engine.chat
         self.config = engine.config
         self.model_config = engine.model_config
+        self.timeline, self.pools = engine.timeline, engine.pools
+        self.routed = engine.runner.pages.layers
         self._engine = engine
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}  # the thread's

@@ -8,7 +8,6 @@ uses it (`AsyncEngine` gives it one of its own).
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,14 +17,14 @@ from .. import RequestError, TurnoutError
 from ..moe.config import ModelConfig
 from ..moe.models.decoder import Decoder
 from ..moe.models.store import load_model, tokenizer_directory
-from ..moe.routing.stats import RoutingSnapshot
 from .choice import Choice
 from .compiling import Compiling
 from .config import EngineConfig
-from .core.gauge import TimeMean
+from .core.blocks import BlockManager
+from .core.gauge import Histogram, TimeMean
+from .core.replicas import Replicas
 from .core.request import Request
 from .core.sampling import SamplingParams
-from .core.scheduler import SchedulerStats
 from .core.step import StepPlan
 from .errors import QueueTimeoutError, StepError
 from .faults import no_token, probe, step_error
@@ -34,33 +33,20 @@ from .machine import Machine
 from .outputs import RequestOutput
 from .prepare import Prepared, Prompt, admissible, check_ids
 from .ranks import Ranks
+from .rehearsal import FIRST_TOKENS, rehearse
 from .run.executor import StepResult
+from .run.runner import compile_kernels
 from .run.sampler import Sampled
+from .stages import Stages
+from .stats import GAUGES, STEP_TOKENS, EngineStats
 from .text.chat import ChatTemplate
 from .text.grammar import GrammarCompiler
 from .text.tokenizer import TextTokenizer
+from .timeline import Timeline
 
 T = TypeVar("T")
-GAUGES = tuple(field.name for field in fields(SchedulerStats))
 IDLE_SECONDS = 0.01
 """The longest pause between two looks at whether anything can be scheduled."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats(SchedulerStats):
-    """The scheduler's gauges and counters, and the engine's own since start.
-
-    Args:
-        kv_utilisation_mean: of `kv_utilisation` over the time in which it was not idle.
-        steps: steps that computed something.
-        computed_tokens: tokens that went through the model, recomputed ones included.
-        routing: what the routers did with them.
-    """
-
-    kv_utilisation_mean: float
-    steps: int
-    computed_tokens: int
-    routing: RoutingSnapshot
 
 
 class Engine:
@@ -78,6 +64,7 @@ class Engine:
         config: resolved: `max_model_len` and `num_blocks` are numbers.
         memory_plan: what weights, the worst step and the KV cache take.
         kv_plan: how large the KV cache is and why.
+        timeline: the last steps, while somebody watches.
 
     Raises:
         ConfigError: settings that do not fit the model or the memory.
@@ -108,7 +95,9 @@ class Engine:
         self._clock = clock
         self._steps = 0
         self._computed_tokens = 0
+        self._step_tokens = Histogram(STEP_TOKENS)
         self._utilisation = TimeMean()
+        self.timeline = Timeline(clock)
 
     @classmethod
     def from_path(
@@ -117,6 +106,7 @@ class Engine:
         config: EngineConfig | None = None,
         device: str | torch.device | None = None,
         ranks: Ranks | None = None,
+        stages: Stages | None = None,
     ) -> "Engine":
         """Load a model.
 
@@ -125,6 +115,7 @@ class Engine:
             config: the engine's settings.
             device: None = the GPU if there is one; with `ranks` it is theirs.
             ranks: those that compute together.
+            stages: is told when weights, kernels and the KV cache are there.
 
         Raises:
             CheckpointError, DataError: files are missing or broken. ConfigError: settings do not fit.
@@ -134,9 +125,21 @@ class Engine:
             tokenizer = TextTokenizer.from_dir(directory)
             chat = ChatTemplate.from_dir(directory, tokenizer)
         if ranks is not None:
-            return cls(ranks.load(path, config.dtype), tokenizer, config, chat, ranks=ranks)
-        model = load_model(path, config.dtype, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(model, tokenizer, config, chat)
+            model = ranks.load(path, config.dtype)
+        else:
+            model = load_model(path, config.dtype, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        (stages := stages or Stages()).done("weights")
+        compile_kernels(model.embed.weight.device, config.form)
+        stages.done("kernels")
+        engine = cls(model, tokenizer, config, chat, ranks=ranks)
+        stages.done("KV cache")
+        return engine
+
+    def warm_up(self) -> None:
+        """Compute a prefill and a decode, uncounted: the first request finds kernels compiled and memory touched."""
+        rehearse(self._executor, self.scheduler, self.config, self.model_config)
+        self.runner.cache.populate(FIRST_TOKENS)
+        self.runner.forget()
 
     @property
     def has_unfinished(self) -> bool:
@@ -212,6 +215,13 @@ class Engine:
         """End a request wherever it stands and return its last output; None when it is not (or no longer) known."""
         return self._end(request_id) if request_id in self._ledger else None
 
+    @property
+    def pools(self) -> list[BlockManager]:
+        """The blocks of every replica."""
+        scheduler = self.scheduler
+        replicas = scheduler.schedulers if isinstance(scheduler, Replicas) else (scheduler,)
+        return [replica.blocks for replica in replicas]
+
     def abort_all(self) -> list[RequestOutput]:
         """End every request."""
         return [self._end(request_id) for request_id in list(self._ledger)]
@@ -221,6 +231,7 @@ class Engine:
         self.abort_all()
         self._executor.discard()
         self._plans.clear()
+        self.timeline.discarded()
         self.scheduler.discard()
         self._executor.close()
         self._compiling.close()
@@ -245,9 +256,12 @@ class Engine:
 
     def _launch(self, plan: StepPlan | None) -> None:
         if plan is not None:
-            self._steps += bool(plan.scheduled)
-            self._computed_tokens += plan.num_tokens
+            if plan.scheduled:
+                self._steps += 1
+                self._computed_tokens += plan.num_tokens
+                self._step_tokens.add(plan.num_tokens)
             self._plans.append(plan)
+            self.timeline.launched()
             self._executor.launch(plan)
 
     def _commit(self, plan: StepPlan, results: StepResult) -> list[RequestOutput]:
@@ -268,10 +282,13 @@ class Engine:
         ended = [self._end(name, error) for name, error in failed.items()]
         tokens = {request_id: result.token for request_id, result in sampled.items() if result.token is not None}
         advanced: dict[str, StepError | None] = {}
+        now = self._clock()
         for request in self.scheduler.commit(plan, tokens):
-            name, error = self._advance(request, sampled.get(request.id))
+            name, error = self._advance(request, sampled.get(request.id), now)
             advanced[name] = advanced.get(name) or error
-        self._utilisation.note(self.scheduler.stats().kv_utilisation, self._clock())
+        stats = self.scheduler.stats()
+        self._utilisation.note(stats.kv_utilisation, now)
+        self.timeline.committed(plan, stats, now)
         return ended + [self._end(name, e) if e else self._output(name) for name, e in advanced.items()]
 
     def _hand(self, results: Mapping[str, T], give: Callable[[Choice, T], None]) -> dict[str, TurnoutError]:
@@ -300,10 +317,12 @@ class Engine:
         plans = list(self._plans)
         self._plans.clear()
         self._executor.discard()
+        self.timeline.discarded()
         guilty = {item.request.id for plan in plans for item in plan.scheduled if item.request.suspect}
         suspects = self.scheduler.discard()
         self._launch(probe(self.model_config.encoder is not None))
         self._plans.clear()
+        self.timeline.discarded()
         self._executor.collect()
         failed = self._expired(plans[0])
         for request in suspects:
@@ -318,11 +337,13 @@ class Engine:
             **{name: getattr(stats, name) for name in GAUGES},
             kv_utilisation_mean=self._utilisation.mean,
             steps=self._steps,
+            step_tokens=self._step_tokens.copy(),
             computed_tokens=self._computed_tokens,
             routing=self.runner.totals(idle=not self.has_unfinished),
+            all_to_all_bytes=self.runner.sent_bytes,
         )
 
-    def _advance(self, request: Request, result: Sampled | None) -> tuple[str, StepError | None]:
+    def _advance(self, request: Request, result: Sampled | None, now: float) -> tuple[str, StepError | None]:
         """Hand a committed token to its choice, and its stop string back to the scheduler; None = it wanted none.
 
         Returns:
@@ -333,6 +354,7 @@ class Engine:
             if result is None:
                 choice.finish("length")
             else:
+                request.first_token, request.last_token = request.first_token or now, now
                 choice.advance(request.token_ids[-1], result.logprobs, request.finish_reason)
         except Exception as cause:  # noqa: BLE001  (the others' texts are not its affair)
             choice.finish_reason, error = "abort", step_error(cause)

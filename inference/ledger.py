@@ -10,7 +10,7 @@ from .. import RequestError, TurnoutError
 from ..moe.config import ModelConfig
 from .choice import Choice
 from .core.request import Request
-from .outputs import FailedOutput, RequestOutput
+from .outputs import FailedOutput, RequestOutput, RequestStats
 from .prepare import Prepared
 from .routed import RoutedExperts
 from .text.tokenizer import TextTokenizer
@@ -116,6 +116,7 @@ class Ledger:
             finished,
             first.request.num_cached_tokens,
             scored,
+            _stats(entry.choices),
         )
         return RequestOutput(*state) if error is None else FailedOutput(*state, error)
 
@@ -127,3 +128,12 @@ class Ledger:
         """The key of a request without a seed: the engine's seed and how many requests came before it."""
         key = f"{self._seed}/{self._arrivals}".encode()
         return int.from_bytes(hashlib.sha256(key).digest()[:8], "little")
+
+
+def _stats(choices: tuple[Choice, ...]) -> RequestStats:
+    first = choices[0].request
+    if len(choices) == 1:
+        return RequestStats(first.arrival, first.started, first.first_token, first.last_token)
+    begun = [choice.request.first_token for choice in choices if choice.request.first_token]
+    newest = max(choice.request.last_token for choice in choices)
+    return RequestStats(first.arrival, first.started, min(begun, default=0.0), newest)

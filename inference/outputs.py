@@ -1,6 +1,7 @@
 """What the engine hands out, under vLLM's names. Every output is cumulative: all text and tokens so far."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,6 +32,25 @@ class CompletionOutput:
     routed_experts: np.ndarray | None = None
 
 
+class RequestStats(NamedTuple):
+    """When what happened to a request, in seconds on the engine's clock; 0 = it has not happened yet.
+
+    Args:
+        queued_ts: it came to the engine.
+        scheduled_ts: its first choice left the queue.
+        first_token_ts: the first token of any choice was there.
+        last_token_ts: so was the newest.
+    """
+
+    queued_ts: float = 0.0
+    scheduled_ts: float = 0.0
+    first_token_ts: float = 0.0
+    last_token_ts: float = 0.0
+
+
+NOTHING_YET = RequestStats()
+
+
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
     """A request and its choices.
@@ -44,6 +64,7 @@ class RequestOutput:
         num_cached_tokens: prompt tokens that the prefix cache had when the request started.
         prompt_logprobs: one dict a prompt token, token id → log-probability in nats, but None for the first; None
             unless asked for, and until the whole prompt is computed.
+        metrics: when what happened.
     """
 
     request_id: str
@@ -53,6 +74,7 @@ class RequestOutput:
     finished: bool
     num_cached_tokens: int = 0
     prompt_logprobs: list[dict[int, float] | None] | None = None
+    metrics: RequestStats = NOTHING_YET
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,9 @@ from .request import Request
 NULL = 0
 """The null block, the target of padding; it stands in a table where a block was given back."""
 
+FREE, CACHED, USED = range(3)
+"""Of a block's states: nobody needs it, it keeps a prefix, live requests hold it."""
+
 
 class BlockManager:
     """Owns block ids, not tensors; a failed call changes nothing.
@@ -64,6 +67,12 @@ class BlockManager:
     def usage(self) -> float:
         """Referenced / usable blocks."""
         return (self.num_usable - self.num_available) / self.num_usable
+
+    def states(self) -> bytes:
+        """What every usable block is, in the order of their ids: FREE, CACHED or USED. Any thread may look, and finds
+        single blocks as they are at that moment."""
+        counts, idle = self.counts, self.prefix.idle
+        return bytes([USED if counts[block] else CACHED if block in idle else FREE for block in range(1, len(counts))])
 
     def utilisation(self, requests: Iterable[Request]) -> float:
         """Filled slots / slots of the referenced blocks, 0 when idle.

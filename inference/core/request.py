@@ -86,6 +86,11 @@ class Request:
     num_reported_tokens: int = field(default=0, init=False)
     """Leading tokens whose experts its caller has; the engine's, for requests that ask."""
     num_preemptions: int = field(default=0, init=False)
+    started: float = field(default=0.0, init=False)
+    """When it first left the queue, on the scheduler's clock; 0 = it has not."""
+    first_token: float = field(default=0.0, init=False)
+    """When its first token was there, on the same clock; 0 = it is not. The engine's, like the next."""
+    last_token: float = field(default=0.0, init=False)
     order: int = field(default=-1, init=False)
     """Its place in the order of arrival at the scheduler."""
     in_flight: int = field(default=0, init=False)

@@ -60,12 +60,14 @@ class Scheduler:
     Args:
         config: limits; `max_model_len` None means whatever fits the pool.
         blocks: the KV cache's blocks, used by this scheduler alone.
-        clock: seconds, the same clock as `Request.arrival`; read only where a deadline or a window is set.
+        clock: seconds, the same clock as `Request.arrival`; read once for each request that starts, and where a
+            deadline or a window is set.
     """
 
     def __init__(self, config: EngineConfig, blocks: BlockManager, clock: Callable[[], float]) -> None:
         self.config = config
         self.blocks = blocks
+        self._clock = clock
         self.requests: dict[str, Request] = {}
         """All live requests by id, in the order of their arrival."""
         self.running: list[Request] = []
@@ -347,6 +349,7 @@ class Scheduler:
             self.running.append(request)
             request.status = Status.RUNNING
             if request.num_preemptions == 0:
+                request.started = self._clock()
                 request.num_cached_tokens = request.num_computed_tokens
                 self._prefix_hits += request.num_computed_tokens
                 self._prefix_queries += request.num_tokens

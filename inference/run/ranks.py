@@ -12,6 +12,7 @@ from dataclasses import replace
 from enum import IntEnum
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ... import PeerError
@@ -19,6 +20,7 @@ from ...kernels.registry import using
 from ...moe.models.decoder import Decoder
 from ...moe.routing.stats import RoutingSnapshot
 from ...parallel import process
+from ...parallel.dispatch.all_to_all import traffic_of
 from ...parallel.serving import Link
 from ..core.replicas import JointPlan
 from ..core.step import StepPlan
@@ -57,6 +59,7 @@ class PartRunner(ModelRunner):
         self.records = False  # an exchange is no kernel, and all ranks must take part
         self.link = link
         self._tp = link.mesh.size("tp")
+        self._traffic, self._sent, self._uncounted = traffic_of(model), 0, 0
 
     def follow(self) -> None:
         """Do what rank 0 orders, until it says that this is the end. Every error is for its caller to end by."""
@@ -80,8 +83,15 @@ class PartRunner(ModelRunner):
         return DividedContext(batch, self.cache, self.link.mesh, taken)
 
     def _sum(self) -> RoutingSnapshot:
-        total = process.all_sum(self.routing.tensor, "sum of the routers' statistics")
-        return RoutingSnapshot(self.routing.layers, total)
+        """What the routers did on all ranks, and what these have sent: the last number of what is summed."""
+        if self._traffic is not None:
+            self._sent += self._traffic.bytes
+            self._traffic.clear()  # its list of times would grow for ever
+        sums_LN = self.routing.tensor
+        own = torch.cat([sums_LN.flatten(), sums_LN.new_tensor([self._sent])])
+        total = process.all_sum(own, "sum of the routers' statistics")
+        self.sent_bytes = int(total[-1]) - self._uncounted
+        return RoutingSnapshot(self.routing.layers, total[:-1].view_as(sums_LN))
 
 
 class LeadRunner(PartRunner):
@@ -89,7 +99,9 @@ class LeadRunner(PartRunner):
 
     def __init__(self, link: Link, model: Decoder, *settings: Any) -> None:
         super().__init__(link, model, *settings)
-        self._totals, self._summed, self._stale = self.routing.snapshot(), time.monotonic(), False
+        self._before = self._totals = self.routing.snapshot()
+        """What is not counted, and what is."""
+        self._summed, self._stale = time.monotonic(), False
 
     def forward(self, plan: StepPlan) -> tuple[Batch, Tensor]:
         """As `ModelRunner.forward`, with the logits of all replicas, one after another.
@@ -124,12 +136,19 @@ class LeadRunner(PartRunner):
             self._sum()
         return self._totals
 
+    def forget(self) -> None:
+        """As `ModelRunner.forget`; the others go on with their sums."""
+        self.link.order(Order.SUM)
+        self._before = super()._sum()
+        self._totals, self._stale = self._before.since(self._before), False
+        self._uncounted, self.sent_bytes = self.sent_bytes, 0
+
     def end(self) -> None:
         """Let the others go."""
         self.link.order(Order.END)
 
     def _sum(self) -> RoutingSnapshot:
-        self._totals, self._summed, self._stale = super()._sum(), time.monotonic(), False
+        self._totals, self._summed, self._stale = super()._sum().since(self._before), time.monotonic(), False
         return self._totals
 
 

@@ -41,6 +41,7 @@ class ModelRunner:
         pages: where every cached token went.
         routing: what the routers did since start, recomputed tokens included.
         records: decode steps may be recorded.
+        sent_bytes: what all ranks have sent one another for experts, as of the last `totals`.
     """
 
     def __init__(
@@ -60,8 +61,7 @@ class ModelRunner:
         self._newest: dict[str, int] = {}
         """The tokens that the last step sampled, by request."""
         self.form = form
-        if self.device.type == "cpu" and form in (None, "cpp", "invariant"):
-            library()  # compiled while nobody waits for a token
+        compile_kernels(self.device, form)
         self.dropless = moe_capacity == "dropless"
         self.pages = ExpertPages(model.cfg, plan.num_blocks, plan.block_size, self.device, counted=not self.dropless)
         self._prompts: dict[str, PromptLogprobs] = {}
@@ -70,6 +70,7 @@ class ModelRunner:
         width = -(-model.cfg.max_seq_len // plan.block_size)
         self._recorded = RecordedSteps(model, min(width, plan.num_blocks), self.routing.tensor)
         half = model.embed.weight.dtype == torch.bfloat16 or form in ("cpp", "invariant")
+        self.sent_bytes = 0
         self.records = self.device.type == "cpu" and half
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -124,6 +125,10 @@ class ModelRunner:
         """What the routers did on all ranks; `idle`: no request is left, so that there is time to ask."""
         return self.routing.snapshot()
 
+    def forget(self) -> None:
+        """Count what the routers do from now on."""
+        self.routing.clear()
+
     @torch.inference_mode()
     def encode(self, memory: Memory) -> Tensor:
         """The encoder's hidden states [S, D] of a step's new inputs, each of which sees nothing of the others."""
@@ -144,3 +149,9 @@ class ModelRunner:
     def _surround(self, batch: Batch, memory_SD: Tensor | None, taken: Mapping[int, Tensor] | None) -> PagedContext:
         """What the model asks."""
         return PagedContext(batch, self.cache, memory_SD, taken)
+
+
+def compile_kernels(device: torch.device, form: str | None) -> None:
+    """Have a CPU's kernels compiled, if they are not, while nobody waits for a token."""
+    if device.type == "cpu" and form in (None, "cpp", "invariant"):
+        library()

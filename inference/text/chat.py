@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ... import ConfigError, DataError, RequestError
@@ -20,6 +21,10 @@ PLAIN = """\
 {% endfor %}
 {% if add_generation_prompt %}
 assistant:{% endif %}"""
+
+
+OURS = ("messages", "tools", "add_generation_prompt")
+"""What `render` tells a template, beside the special tokens."""
 
 
 class ChatTemplate:
@@ -42,11 +47,13 @@ class ChatTemplate:
     ) -> None:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _refuse
+        environment.filters["tojson"] = _to_json
         self._tokenizer = tokenizer
         self.own = source is not None
         self._tokens = dict(tokens or {})
         try:
             self._template = environment.from_string(PLAIN if source is None else source)
+            self._reads = meta.find_undeclared_variables(environment.parse(PLAIN if source is None else source))
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"chat template (line {error.lineno}) does not parse: {error.message}") from error
 
@@ -66,23 +73,78 @@ class ChatTemplate:
         tokens = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
         return cls(tokenizer, source, tokens)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    def knows(self, name: str) -> bool:
+        """Whether the template reads a variable of this name."""
+        return name in self._reads
+
+    def takes(self, name: str) -> bool:
+        """Whether a caller may set a variable of this name: the template reads it, and it is none of ours."""
+        return self.knows(name) and name not in {*OURS, *self._tokens}
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
+    ) -> str:
         """The prompt of `messages` (each `{"role": ..., "content": ...}`).
+
+        Args:
+            messages: the chat.
+            add_generation_prompt: end with what an answer begins with.
+            tools: what the model may call, in OpenAI's form; a template that does not know tools leaves them out.
+            variables: of the template's own.
+            continue_final: end where the last message's content ends, so that the model goes on with it.
 
         Raises:
             RequestError: the template refuses the messages.
         """
         if not messages:
             raise RequestError("messages (0) must hold at least one message: add one", "messages")
+        ours = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": list(tools) or None}
         try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._tokens)
-        except (jinja2.TemplateError, TypeError) as error:
+            text = self._template.render(**{**(variables or {}), **self._tokens, **ours})
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise RequestError(f"messages do not fit the model's chat template: {error}", "messages") from error
+        return _until(text, messages[-1]["content"]) if continue_final else text
 
-    def encode(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """The prompt's token ids. A model's own template spells its special tokens itself, so none are added to it."""
-        text = self.render(messages, add_generation_prompt)
-        return self._tokenizer.encode(text, add_special_tokens=not self.own, parse_special_tokens=self.own)
+    def encode(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        add_special_tokens: bool | None = None,
+        **options: Any,
+    ) -> list[int]:
+        """The prompt's token ids.
+
+        Args:
+            messages, add_generation_prompt, options: as `render` has them.
+            add_special_tokens: what the tokenizer adds around a text. None = not to a model's own template, which
+                spells its special tokens itself.
+        """
+        text = self.render(messages, add_generation_prompt, **options)
+        add = not self.own if add_special_tokens is None else add_special_tokens
+        return self._tokenizer.encode(text, add_special_tokens=add, parse_special_tokens=self.own)
+
+
+def _until(text: str, last: str) -> str:
+    """`text` up to the end of the last message's content, which a template may have stripped."""
+    wanted = last.strip()
+    start = text.rfind(wanted)
+    if not wanted or start < 0:
+        rule = "must end with a message whose content is in the prompt: continue_final_message goes on with it"
+        raise RequestError(f"messages {rule}", "messages")
+    whole = last.lstrip()
+    return text[: start + len(whole if text.startswith(whole, start) else wanted)]
+
+
+def _to_json(value: object, indent: int | None = None, **options: Any) -> str:
+    """transformers' filter, with which templates were written: jinja2's own escapes for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -39,6 +39,14 @@ class RoutingSnapshot:
         """Wanted assignments, by layer and expert."""
         return self.sums_LN[:, :-REST].long().tolist()
 
+    def dropped(self) -> list[int]:
+        """Dropped assignments, by layer."""
+        return self.sums_LN[:, -REST].long().tolist()
+
+    def since(self, earlier: "RoutingSnapshot") -> "RoutingSnapshot":
+        """What was added after an earlier snapshot of the same layers."""
+        return RoutingSnapshot(self.layers, self.sums_LN - earlier.sums_LN)
+
     def fields(self) -> dict[str, Any]:
         """The routing fields of a row of `metrics.jsonl`; all 0 (and every expert dead) where nothing was routed.
 
