@@ -15,17 +15,24 @@ from .protocol import GenerationRequest
 
 
 class Cursor:
-    """How much of one choice has been sent."""
+    """How much of one choice has been sent.
 
-    def __init__(self, logprobs: Logprobs | None) -> None:
+    Args:
+        logprobs: where they are asked for.
+        plain: a chunk may bring text and nothing else.
+    """
+
+    def __init__(self, logprobs: Logprobs | None, plain: bool) -> None:
         self.logprobs = logprobs
+        self._plain = plain and logprobs is None
         self._chars = 0
         self._tokens = 0
+        self._rows = 0
         self._finished = False
 
     def text(self, output: CompletionOutput) -> str | None:
         """What is new in the cumulative `output` where that is text and nothing else; otherwise `advance` tells."""
-        if self.logprobs is not None or output.finish_reason is not None:
+        if not self._plain or output.finish_reason is not None or output.routed_experts is not None:
             return None
         new = output.text[self._chars :]
         self._chars += len(new)
@@ -38,11 +45,13 @@ class Cursor:
             text=output.text[self._chars :],
             token_ids=output.token_ids[self._tokens :],
             logprobs=None if output.logprobs is None else output.logprobs[self._tokens :],
+            routed_experts=None if output.routed_experts is None else output.routed_experts[self._rows :],
         )
         silent = not part.text and part.finish_reason is None and not (part.token_ids and self.logprobs)
         if self._finished or silent:
             return None
         self._chars, self._tokens = len(output.text), len(output.token_ids)
+        self._rows = 0 if output.routed_experts is None else len(output.routed_experts)
         self._finished = part.finish_reason is not None
         return part
 
@@ -59,6 +68,8 @@ class Answer:
 
     prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
+    plain = True
+    """Text is sent as it comes."""
 
     def __init__(self, asked: GenerationRequest, tokenizer: TextTokenizer, opens: bool, *, echo: bool = False) -> None:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
@@ -80,7 +91,7 @@ class Answer:
                 index = prompt * generation.params.n + choice.index
                 shown = self._shown(prompt, output, choice, cursors[index])
                 spelled = self._choice(shown, cursors[index].logprobs) | {"index": index}
-                choices.append(spelled | self._scored(output) | _routed(choice))
+                choices.append(spelled | self._scored(output) | _routed(choice) | self._ids(shown))
         body = {"object": self.whole_object, "choices": choices, "usage": generation.usage()}
         return to_json(self._head | body | self._scores(generation))
 
@@ -91,6 +102,7 @@ class Answer:
             for opening in self._opening():
                 yield self._chunk(opening | {"index": index})
         plain = [self._around(index) for index in range(len(cursors))]
+        told: set[int] = set()
         async for prompt, output in generation:
             for choice in output.outputs:
                 cursor = cursors[index := prompt * generation.params.n + choice.index]
@@ -100,7 +112,12 @@ class Answer:
                         head, tail = plain[index]
                         yield head + to_json(text) + tail
                 elif (part := cursor.advance(shown)) is not None:
-                    yield self._chunk(self._delta(part, cursor.logprobs) | {"index": index} | _routed(part))
+                    once = {} if index in told else self._scored(output)
+                    more = {"index": index} | _routed(part) | self._ids(part) | once
+                    for delta in self._deltas(part, index, cursor.logprobs):
+                        yield self._chunk(delta | more, {} if told else self._scores(generation))
+                        told.add(index)
+                        more = {"index": index}
         if self._include_usage:
             body = {"object": self.chunk_object, "choices": [], "usage": generation.usage()}
             yield to_json(self._head | body)
@@ -117,10 +134,11 @@ class Answer:
         return echo.before(choice, output)
 
     def _scored(self, output: RequestOutput) -> Json:
-        """The prompt's log-probabilities where vLLM has them in every choice."""
-        if self._asked.prompt_logprobs is None:
-            return {}
-        return {"prompt_logprobs": prompt_logprobs(self._tokenizer, output)}
+        """What is asked of the prompt, tokens and log-probabilities, where vLLM has it in every choice."""
+        found: Json = {"prompt_token_ids": output.prompt_token_ids} if self._asked.return_token_ids else {}
+        if self._asked.prompt_logprobs is not None:
+            found["prompt_logprobs"] = prompt_logprobs(self._tokenizer, output)
+        return found
 
     def _scores(self, generation: Generation) -> Json:
         """The same where it has them once."""
@@ -136,9 +154,17 @@ class Answer:
     def _delta(self, part: CompletionOutput, logprobs: Logprobs | None) -> Json:
         return self._choice(part, logprobs)
 
-    def _chunk(self, choice: Json) -> bytes:
+    def _deltas(self, part: CompletionOutput, index: int, logprobs: Logprobs | None) -> list[Json]:
+        """What a part of the choice `index` is in chunks."""
+        return [self._delta(part, logprobs)]
+
+    def _ids(self, part: CompletionOutput) -> Json:
+        """The tokens of what is sent, if they were asked for."""
+        return {"token_ids": part.token_ids} if self._asked.return_token_ids else {}
+
+    def _chunk(self, choice: Json, more: Json | None = None) -> bytes:
         usage: Json = {"usage": None} if self._include_usage else {}
-        return to_json(self._head | {"object": self.chunk_object, "choices": [choice]} | usage)
+        return to_json(self._head | {"object": self.chunk_object, "choices": [choice]} | usage | (more or {}))
 
     def _around(self, index: int) -> tuple[bytes, bytes]:
         """A chunk that brings text and nothing else: what stands before its text and what behind it."""
@@ -155,7 +181,8 @@ class Answer:
                 return None
             return Logprobs(self._tokenizer, params.logprobs, params.skip_special_tokens, self._opens)
 
-        return [Cursor(logprobs()) for _ in range(len(generation.outputs) * params.n)]
+        plain = self.plain and not self._asked.return_token_ids
+        return [Cursor(logprobs(), plain) for _ in range(len(generation.outputs) * params.n)]
 
 
 class ChatAnswer(Answer):
@@ -188,7 +215,7 @@ class ChatAnswer(Answer):
 
 
 def _routed(choice: CompletionOutput) -> Json:
-    """Where the choice's tokens went, if it was asked for, once the choice has ended."""
-    if choice.routed_experts is None or choice.finish_reason is None:
+    """Where the choice's tokens went, if it was asked for."""
+    if choice.routed_experts is None:
         return {}
     return {"routed_experts": choice.routed_experts.tolist()}

@@ -92,9 +92,14 @@ def api_error(error: BaseException) -> ApiError:
     return ApiError(500, "internal error: the server's log has the cause", code="internal_error")
 
 
+def json_response(value: object, status: int = 200) -> Response:
+    """`value` as an answer."""
+    return Response(to_json(value), status, media_type="application/json")
+
+
 async def answer_error(request: Request, error: Exception) -> Response:
     """Starlette's exception handler."""
     answer = api_error(error)
     if answer.status == 500:
-        logger.error("a request failed: %s", error)
+        logger.error("a request failed: %s", error, exc_info=None if isinstance(error, TurnoutError) else error)
     return answer.response()

@@ -51,8 +51,9 @@ class Generation:
         self._fresh: dict[int, RequestOutput] = {}
         self._news = asyncio.Event()
         self._error: BaseException | None = None
-        self._watches = {i: metrics.watch() for i in range(len(prompts))}
+        self._watches = {i: metrics.watch(params.n) for i in range(len(prompts))}
         """Of the prompts that have not ended."""
+        self.watched = tuple(self._watches.values())
         self._leave: dict[int, Callable[[], None]] = {}
         self._tasks = [self._start(i, prompt) for i, prompt in enumerate(prompts)]
 
@@ -105,6 +106,16 @@ class Generation:
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens for output in known)},
         }
+
+    @property
+    def first(self) -> float | None:
+        """When the first token of any prompt came, on `time.monotonic`."""
+        return min((watch.first for watch in self.watched if watch.first), default=None)
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why each choice of each prompt has ended."""
+        return [reason for watch in self.watched for reason in watch.reasons]
 
     def _start(self, index: int, prompt: Prompt) -> asyncio.Task[None]:
         task = asyncio.create_task(self._submit(index, prompt))

@@ -11,7 +11,6 @@ import errno
 import os
 import signal
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -22,6 +21,7 @@ from ... import ConfigError
 from ..core.sampling import SamplingParams
 from .app import create_app
 from .config import ServerConfig
+from .connection import Connections
 from .service import Service
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class Server:
 
     def __init__(self, config: ServerConfig, model_name: str, load: Callable[[], "AsyncEngine"]) -> None:
         self.service = Service(config, model_name)
+        self.connections = Connections(config, self.service.metrics.refused)
         self._config = config
         self._load = load
         self._stopping = asyncio.Event()
@@ -89,9 +90,10 @@ class Server:
         http = _Uvicorn(
             uvicorn.Config(
                 create_app(self.service),
-                http="h11",
+                http=self.connections,  # type: ignore[arg-type]  # uvicorn calls it as it would a class
                 ws="none",
                 lifespan="off",
+                proxy_headers=False,
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -100,13 +102,24 @@ class Server:
         )
         serving = asyncio.create_task(http.serve([listener]))
         try:
-            with self._signals():
-                await self._serve(on_ready)
+            await self._serve(on_ready)
         finally:
             http.should_exit = True
             await serving
             if self.service.engine is not None:
                 self.service.engine.shutdown(ABORT_SECONDS)
+            if self.service.traces is not None:
+                await asyncio.to_thread(self.service.traces.close)
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """Signals are the server's while this lasts, also before `run` and after it; for the main thread."""
+        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def stop(self) -> None:
         """Begin to shut down: drain, then end."""
@@ -121,6 +134,7 @@ class Server:
         service.phase = "ready"
         on_ready()
         while not self._stopping.is_set():
+            service.history.look(engine.stats().routing)
             await asyncio.sleep(POLL_SECONDS)
             await self._check(engine)
         service.phase = "shutting down"
@@ -144,22 +158,7 @@ class Server:
                 while self.service.calls:
                     await asyncio.sleep(POLL_SECONDS)
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Signals are handled while this lasts; only a process's main thread gets any."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        loop = asyncio.get_running_loop()
-        for number in SIGNALS:
-            loop.add_signal_handler(number, self._on_signal, number)
-        try:
-            yield
-        finally:
-            for number in SIGNALS:
-                loop.remove_signal_handler(number)
-
-    def _on_signal(self, number: int) -> None:
+    def _on_signal(self, number: int, _: object) -> None:
         if self.service.phase == "loading":
             os._exit(0)
         if self._stopping.is_set():

@@ -1,26 +1,45 @@
 """Prometheus metrics under `turnout:`, in a registry of the server's own. Labels have few values, all known here.
 
-Totals move as tokens come and are exact: a request's last tokens are counted before its answer is complete. What the
-routers did bears the names of training's `metrics.jsonl`.
+What vLLM measures too has the name that it has there, behind another colon, and `model_name`: its dashboards need one
+word changed. Totals move as tokens come and are exact: a request's last tokens are counted before its answer is
+complete. Histograms of requests hold those that ended by themselves. What the routers did bears the names of training's
+`metrics.jsonl`.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
-from ..outputs import RequestOutput
+from ..core.gauge import Histogram
+from ..outputs import RequestOutput, RequestStats
 
 if TYPE_CHECKING:
     from ...moe.routing.stats import RoutingSnapshot
-    from ..engine import EngineStats
+    from ..stats import EngineStats
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+LENGTHS = tuple(base * 10**power for power in range(6) for base in (1, 2, 5))
+HISTOGRAMS = {
+    "time_to_first_token_seconds": (SECONDS, "From arrival to the first token, seconds."),
+    "inter_token_latency_seconds": (PER_TOKEN, "Between two tokens of a choice, every gap, seconds."),
+    "request_time_per_output_token_seconds": (PER_TOKEN, "Mean over a request's tokens after the first, seconds."),
+    "e2e_request_latency_seconds": (SECONDS, "From arrival to the last token, seconds."),
+    "request_queue_time_seconds": (SECONDS, "From the engine's door to its first step, seconds."),
+    "request_prefill_time_seconds": (SECONDS, "From its first step to its first token, seconds."),
+    "request_decode_time_seconds": (SECONDS, "From its first token to its last, seconds."),
+    "request_inference_time_seconds": (SECONDS, "From its first step to its last token, seconds."),
+    "request_prompt_tokens": (LENGTHS, "Prompt tokens of a request."),
+    "request_generation_tokens": (LENGTHS, "Generated tokens of a choice."),
+}
+REASONS = ("stop", "length", "abort", "error")
 LAYER, EXPERT = ("layer",), ("layer", "expert")
 ROUTING = {
     "expert_load": (EXPERT, "Share of a layer's assignments, before drops."),
@@ -35,72 +54,141 @@ ROUTING = {
 
 
 class Metrics:
-    """All metrics of one server.
+    """All metrics of one server. Its event loop counts, and reads them.
 
     Args:
         stats: the engine's gauges and counters; None while there is no engine.
+        model: what `model_name` says in every sample.
     """
 
-    def __init__(self, stats: "Callable[[], EngineStats | None]") -> None:
-        self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(stats))
-        own = self.registry
+    def __init__(self, stats: "Callable[[], EngineStats | None]", model: str = "") -> None:
+        own = CollectorRegistry()
+        self.registry = _Named(own, model)
+        own.register(_EngineCollector(stats))
         self.http = Counter("turnout:http_requests", "HTTP answers.", ("route", "status"), registry=own)
         self.requests = Counter("turnout:requests", "Prompts by how they ended.", ("outcome",), registry=own)
-        self.choices = Counter("turnout:choices", "Choices by finish reason.", ("finish_reason",), registry=own)
+        text = "Choices by why they ended, those that were refused among the errors."
+        self.choices = Counter("turnout:request_success", text, ("finished_reason",), registry=own)
         self.prompt_tokens = Counter("turnout:prompt_tokens", "Prompt tokens.", registry=own)
         self.generation_tokens = Counter("turnout:generation_tokens", "Generated tokens.", registry=own)
-        self.first_token = _seconds("time_to_first_token", "From arrival to the first token.", SECONDS, own)
-        self.per_token = _seconds("time_per_output_token", "Per token after the first.", PER_TOKEN, own)
-        self.latency = _seconds("e2e_request_latency", "From arrival to the last token.", SECONDS, own)
+        self.histograms = {name: Histogram(bounds) for name, (bounds, _) in HISTOGRAMS.items()}
+        own.register(_Histograms(self.histograms))
         for outcome in ("ok", "abort", "error"):
             self.requests.labels(outcome)
-        for reason in ("stop", "length", "abort"):
+        for reason in REASONS:
             self.choices.labels(reason)
 
-    def watch(self) -> "Watch":
-        """Counts one engine request from now on."""
-        return Watch(self)
+    def refused(self, status: int) -> None:
+        """Count an answer to what never became a request."""
+        self.http.labels("other", str(status)).inc()
+
+    def watch(self, n: int) -> "Watch":
+        """Counts one engine request of n choices from now on."""
+        return Watch(self, n)
 
 
 class Watch:
-    """Counts the outputs of one request as they come."""
+    """Counts the outputs of one request as they come.
 
-    def __init__(self, metrics: Metrics) -> None:
+    Attributes:
+        arrival, first: when it came and when its first token did, on `time.monotonic`; 0 = not yet.
+        stats: when the engine did what.
+        outcome: ok, abort or error; empty while it runs.
+    """
+
+    def __init__(self, metrics: Metrics, n: int) -> None:
+        self.arrival = time.monotonic()
+        self.first = 0.0
+        self.stats: RequestStats | None = None
+        self.outcome = ""
         self._metrics = metrics
-        self._arrival = time.perf_counter()
-        self._first = 0.0
-        self._tokens = 0
-        self._prompt_counted = False
+        self._gaps = metrics.histograms["inter_token_latency_seconds"]
+        self._tokens = [0] * n
+        self._newest = [0.0] * n
+        """When a choice's last token was there, on the engine's clock."""
+        self._prompt_tokens: int | None = None
         self._reasons: dict[int, str] = {}
 
     def observe(self, output: RequestOutput) -> None:
         """Count what is new in the cumulative `output`."""
-        if not self._prompt_counted:
-            self._prompt_counted = True
-            self._metrics.prompt_tokens.inc(len(output.prompt_token_ids))
-        tokens = 0
+        if self._prompt_tokens is None:
+            self._prompt_tokens = len(output.prompt_token_ids)
+            self._metrics.prompt_tokens.inc(self._prompt_tokens)
+        self.stats = output.metrics
+        now, before = output.metrics.last_token_ts, sum(self._tokens)
         for choice in output.outputs:
-            tokens += len(choice.token_ids)
-            if choice.finish_reason is not None and choice.index not in self._reasons:
-                self._reasons[choice.index] = choice.finish_reason
-                self._metrics.choices.labels(choice.finish_reason).inc()
-        if tokens and not self._tokens:
-            self._first = time.perf_counter()
-            self._metrics.first_token.observe(self._first - self._arrival)
-        self._metrics.generation_tokens.inc(max(0, tokens - self._tokens))
-        self._tokens = max(tokens, self._tokens)
-        if output.finished:
-            now = time.perf_counter()
-            self._metrics.latency.observe(now - self._arrival)
-            longest = max(len(choice.token_ids) for choice in output.outputs)
-            if longest > 1:
-                self._metrics.per_token.observe((now - self._first) / (longest - 1))
+            at = choice.index
+            new = len(choice.token_ids) - self._tokens[at]
+            if new:
+                if self._tokens[at]:
+                    self._gaps.add((now - self._newest[at]) / new, new)
+                self._tokens[at] += new
+                self._newest[at] = now
+            if choice.finish_reason is not None and at not in self._reasons:
+                self._reasons[at] = choice.finish_reason
+        tokens = sum(self._tokens)
+        if tokens > before:
+            self._metrics.generation_tokens.inc(tokens - before)
+            if not before:
+                self.first = time.monotonic()
+                self._metrics.histograms["time_to_first_token_seconds"].add(self.first - self.arrival)
 
     def end(self, error: BaseException | None) -> None:
         """Count how it ended; a request that is cancelled counts as aborted."""
         gone = "abort" in self._reasons.values() or isinstance(error, asyncio.CancelledError)
-        self._metrics.requests.labels("abort" if gone else "ok" if error is None else "error").inc()
+        self.outcome = "abort" if gone else "ok" if error is None else "error"
+        self._metrics.requests.labels(self.outcome).inc()
+        for reason in self.reasons:
+            self._metrics.choices.labels(reason).inc()
+        if self.outcome == "ok" and self.stats is not None:
+            self._finished(self.stats)
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why each choice has ended."""
+        return [self._reasons.get(choice, self.outcome) for choice in range(len(self._tokens))]
+
+    def _finished(self, stats: RequestStats) -> None:
+        seconds = {"e2e_request_latency": time.monotonic() - self.arrival}
+        seconds["request_queue_time"] = stats.scheduled_ts - stats.queued_ts
+        if stats.first_token_ts:
+            seconds["request_prefill_time"] = stats.first_token_ts - stats.scheduled_ts
+            seconds["request_decode_time"] = stats.last_token_ts - stats.first_token_ts
+            seconds["request_inference_time"] = stats.last_token_ts - stats.scheduled_ts
+        if (longest := max(self._tokens)) > 1:
+            seconds["request_time_per_output_token"] = seconds["request_decode_time"] / (longest - 1)
+        histograms = self._metrics.histograms
+        for name, value in seconds.items():
+            histograms[f"{name}_seconds"].add(value)
+        histograms["request_prompt_tokens"].add(self._prompt_tokens or 0)
+        for tokens in self._tokens:
+            histograms["request_generation_tokens"].add(tokens)
+
+
+class _Named(Collector):
+    """Another collector's metrics, of which every sample tells the model; so nothing is looked up when one counts."""
+
+    def __init__(self, inner: Collector, model: str) -> None:
+        self._inner, self._label = inner, {"model_name": model}
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._inner.collect():
+            family.samples = [sample._replace(labels=self._label | sample.labels) for sample in family.samples]
+            yield family
+
+
+class _Histograms(Collector):
+    """Histograms that one thread fills and reads."""
+
+    def __init__(self, histograms: Mapping[str, Histogram]) -> None:
+        self._histograms = histograms
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        for name, histogram in self._histograms.items():
+            yield _histogram(name, HISTOGRAMS[name][1], histogram)
 
 
 class _EngineCollector(Collector):
@@ -118,15 +206,18 @@ class _EngineCollector(Collector):
             return
         yield GaugeMetricFamily("turnout:num_requests_running", "Requests with KV blocks.", stats.running)
         yield GaugeMetricFamily("turnout:num_requests_waiting", "Queued requests.", stats.waiting)
-        yield GaugeMetricFamily("turnout:kv_cache_usage", "Referenced / usable KV blocks, 0 to 1.", stats.usage)
-        yield CounterMetricFamily("turnout:preemptions", "Requests that lost their blocks.", stats.preemptions)
+        yield GaugeMetricFamily("turnout:kv_cache_usage_perc", "Referenced / usable KV blocks, 0 to 1.", stats.usage)
+        yield CounterMetricFamily("turnout:num_preemptions", "Requests that lost their blocks.", stats.preemptions)
         yield CounterMetricFamily("turnout:prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_queries)
         yield CounterMetricFamily("turnout:prefix_cache_hits", "Those that were found.", stats.prefix_hits)
+        yield _histogram("iteration_tokens_total", "Tokens that a step computed.", stats.step_tokens)
+        text = "What ranks have sent one another for experts."
+        yield CounterMetricFamily("turnout:all_to_all_bytes", text, stats.all_to_all_bytes)
         yield from _routing(stats.routing)
 
 
 def _routing(snapshot: "RoutingSnapshot") -> Iterator[Metric]:
-    """Since start: the assignments as a counter, whose rate is the load of now, and a gauge for each routing field."""
+    """Since start: assignments and drops as counters, whose rates are those of now; a gauge for each routing field."""
     fields = snapshot.fields()
     families: list[tuple[Any, Any]] = [
         (GaugeMetricFamily(f"turnout:{name}", f"{text} Since start.", labels=labels), fields[name])
@@ -134,6 +225,8 @@ def _routing(snapshot: "RoutingSnapshot") -> Iterator[Metric]:
     ]
     text = "Assignments to an expert, before drops."
     families.append((CounterMetricFamily("turnout:expert_assignments", text, labels=EXPERT), snapshot.counts()))
+    text = "Assignments that went nowhere."
+    families.append((CounterMetricFamily("turnout:dropped_assignments", text, labels=LAYER), snapshot.dropped()))
     for family, value in families:
         for labels, number in _samples(fields["moe_layers"], value):
             family.add_metric(labels, number)
@@ -152,5 +245,8 @@ def _samples(layers: Sequence[int], value: Any) -> Iterator[tuple[tuple[str, ...
             yield (str(layer),), entry
 
 
-def _seconds(name: str, text: str, buckets: tuple[float, ...], registry: CollectorRegistry) -> Histogram:
-    return Histogram(f"turnout:{name}_seconds", f"{text} Seconds.", buckets=buckets, registry=registry)
+def _histogram(name: str, text: str, histogram: Histogram) -> Metric:
+    upto = list(accumulate(histogram.counts))
+    bounds = [*map(floatToGoString, histogram.bounds), "+Inf"]
+    buckets = list(zip(bounds, upto, strict=True))
+    return HistogramMetricFamily(f"turnout:{name}", text, buckets=buckets, sum_value=histogram.total)

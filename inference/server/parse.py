@@ -12,17 +12,25 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from .errors import ApiError
+from .lenient import IGNORED, leave_out_unknown
 
 M = TypeVar("M", bound=BaseModel)
 
-DISCARDED = 8  # bodies of up to this many times the limit are read to their end, so that the client sees the answer
 
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """The body, at most `limit` bytes of it.
+async def read(request: Request, model: type[M]) -> M:
+    """The request's body as `model`.
 
     Raises:
-        ApiError: 415 for anything but plain JSON, 413 for a longer body (whether or not its length was announced).
+        ApiError: whatever `read_body`, `parse_json` and `understand` raise.
+    """
+    return understand(request, model, parse_json(await read_body(request)))
+
+
+async def read_body(request: Request) -> bytes:
+    """The body.
+
+    Raises:
+        ApiError: 415 for anything but plain JSON.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -30,16 +38,7 @@ async def read_body(request: Request, limit: int) -> bytes:
     coding = request.headers.get("content-encoding", "identity").lower()
     if coding != "identity":
         raise ApiError(415, f"Content-Encoding ({coding}) is not served: send it plain", code="unsupported_media_type")
-    body, size = bytearray(), 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= limit:
-            body += chunk
-        elif size > DISCARDED * limit:
-            break
-    if size > limit:
-        raise ApiError(413, f"the body must not exceed {limit} bytes", code="request_too_large")
-    return bytes(body)
+    return await request.body()
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -62,6 +61,17 @@ def parse_json(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
     return value
+
+
+def understand(request: Request, model: type[M], data: dict[str, Any]) -> M:
+    """`data` as `model`, without what nobody knows where the server is lenient.
+
+    Raises:
+        ApiError: whatever `validate` raises.
+    """
+    if (ignored := request.scope.get(IGNORED)) is not None:
+        ignored += leave_out_unknown(model, data)
+    return validate(model, data)
 
 
 def validate(model: type[M], data: dict[str, Any]) -> M:

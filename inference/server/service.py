@@ -8,12 +8,15 @@ from ..core.sampling import SamplingParams
 from .config import ServerConfig
 from .errors import ApiError
 from .generation import Generation
+from .history import RoutingHistory
+from .logs import entry
 from .metrics import Metrics
 from .protocol import Prompt
+from .traces import Traces
 
 if TYPE_CHECKING:
     from ..async_engine import AsyncEngine
-    from ..engine import EngineStats
+    from ..stats import EngineStats
 
 Phase = Literal["loading", "ready", "shutting down", "broken"]
 
@@ -33,7 +36,9 @@ class Service:
         self.phase: Phase = "loading"
         self.engine: AsyncEngine | None = None
         self.calls: set[Generation] = set()
-        self.metrics = Metrics(self._stats)
+        self.metrics = Metrics(self._stats, model_name)
+        self.history = RoutingHistory()
+        self.traces = None if config.otlp_endpoint is None else Traces(config.otlp_endpoint, model_name)
 
     def ready_engine(self) -> "AsyncEngine":
         """The engine, for a new request.
@@ -57,6 +62,8 @@ class Service:
         engine = self.ready_engine()
         generation = Generation(engine, prompts, params, call_id, self.metrics, priority, cache_salt)
         self.calls.add(generation)
+        if (this := entry.get()) is not None:
+            this.generation = generation
         return generation
 
     def end(self, generation: Generation) -> None:

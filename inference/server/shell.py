@@ -1,5 +1,4 @@
-"""Pure ASGI around the framework: what must hold for every answer, whatever the route. Limits on headers, hosts and
-slow senders belong here too."""
+"""Pure ASGI around the framework: what must hold for every answer, whatever the route (limits.py has the bounds)."""
 
 import hmac
 
@@ -8,13 +7,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .errors import ApiError
 from .metrics import Metrics
 
-OPEN = ("/health", "/ready")
+OPEN = ("/health", "/ready", "/")
+PAGE = "/console/"
+"""The console's static files; its calls carry the key."""
 DIRECT = "turnout.send"
 """In a request's scope: how to send what follows the start of an answer, past all that looks at the start only."""
 
 
 class RequireKey:
-    """401 for every path but the probes unless the request carries the key (compared in constant time).
+    """401 for every path but the probes and the console's page unless the request carries the key.
+
+    It is compared in constant time.
 
     Args:
         app: what is protected.
@@ -23,16 +26,26 @@ class RequireKey:
 
     def __init__(self, app: ASGIApp, key: str | None) -> None:
         self._app = app
-        self._wanted = None if key is None else b"Bearer " + key.encode()
+        self._key = None if key is None else key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        if self._wanted is None or scope["path"] in OPEN or hmac.compare_digest(given, self._wanted):
+        if self._key is None or is_open(scope["path"]) or hmac.compare_digest(_bearer(scope), self._key):
             await self._app(scope, receive, send)
             return
         headers = {"WWW-Authenticate": "Bearer"}
         error = ApiError(401, "the API key is missing or wrong", code="invalid_api_key", headers=headers)
         await error.response()(scope, receive, send)
+
+
+def is_open(path: str) -> bool:
+    """Whether everybody may ask for it."""
+    return path in OPEN or path.startswith(PAGE)
+
+
+def _bearer(scope: Scope) -> bytes:
+    """The key that a request carries; none, which is no key, unless it does so as it should."""
+    scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+    return key.strip(b" ") if scheme.lower() == b"bearer" else b""
 
 
 class CountAnswers:
@@ -50,4 +63,4 @@ class CountAnswers:
                 self._metrics.http.labels(route, str(message["status"])).inc()
             await send(message)
 
-        await self._app({**scope, DIRECT: send}, receive, counting)
+        await self._app({DIRECT: send, **scope}, receive, counting)

@@ -1,13 +1,56 @@
 """What a body says about the shape of the text: vLLM's `structured_outputs`, OpenAI's `response_format`."""
 
 from collections.abc import Mapping, Set
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, JsonValue
 
 from ... import RequestError
-from ..core.structured import KINDS, StructuredOutputs
+from ..core.structured import KINDS, MAX_CHARS, StructuredOutputs
 from .errors import ApiError
+from .strict import Strict
 
 ANY_OBJECT = {"type": "object"}
+
+
+SET: dict[str, Any] = {"not": {"type": "null"}}
+Schema = dict[str, JsonValue]
+Text = Annotated[str, Field(min_length=1, max_length=MAX_CHARS)]
+
+
+class Shape(Strict):
+    """`structured_outputs` as bodies have it: one of the four."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": [k], "properties": {k: SET}} for k in KINDS]})
+
+    json_: Annotated[Schema | Text | None, Field(alias="json")] = None
+    regex: Text | None = None
+    grammar: Text | None = None
+    choice: Annotated[list[Text], Field(min_length=1)] | None = None
+
+
+class NamedSchema(Strict):
+    """A JSON Schema and what it is called."""
+
+    name: Annotated[str, Field(min_length=1)]
+    description: JsonValue = None
+    strict: bool | None = None
+    schema_: Annotated[Schema, Field(alias="schema")]
+
+
+class ResponseFormat(Strict):
+    """`response_format` as bodies have it; the schema goes with the type json_schema."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "if": {"properties": {"type": {"const": "json_schema"}}},
+            "then": {"required": ["json_schema"], "properties": {"json_schema": SET}},
+            "else": {"properties": {"json_schema": {"type": "null"}}},
+        }
+    )
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
 
 
 def read_structured_outputs(value: object) -> StructuredOutputs:

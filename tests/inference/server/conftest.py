@@ -83,10 +83,11 @@ class Running:
         return self.http.get(path)
 
     def metrics(self) -> dict[str, float]:
-        """Sample name, with its labels in braces, → value."""
+        """Sample name, with its labels in braces but for the model's name, → value."""
         found = {}
         for family in text_string_to_metric_families(self.get("/metrics").text):
             for sample in family.samples:
+                assert sample.labels.pop("model_name") == NAME
                 labels = ",".join(f"{k}={v}" for k, v in sorted(sample.labels.items()))
                 found[sample.name.removeprefix("turnout:") + (f"{{{labels}}}" if labels else "")] = sample.value
         return found

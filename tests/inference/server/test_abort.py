@@ -88,12 +88,15 @@ def test_A12_the_others_are_not_changed_by_it(serve):
     assert eventually(served.idle)
 
 
-def test_A12_a_client_that_leaves_before_its_body_is_whole_costs_nothing(served: Running):
+def test_A12_a_client_that_leaves_before_its_body_is_whole_costs_nothing(served: Running, caplog):
     host, port = served.url.removeprefix("http://").split(":")
-    before = served.metrics().get("requests_total{outcome=abort}")
+    left = "http_requests_total{route=/v1/completions,status=400}"
+    before, count = served.metrics().get("requests_total{outcome=abort}"), served.metrics().get(left, 0)
     with socket.create_connection((host, int(port))) as client:
-        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
         client.sendall(b"Content-Length: 1000\r\n\r\n{")
     assert served.post(prompt="x", max_tokens=1).status_code == 200
     assert served.metrics().get("requests_total{outcome=abort}") == before
     assert eventually(served.idle)
+    assert eventually(lambda: served.metrics().get(left, 0) == count + 1)
+    assert not caplog.records, "no fault of ours"

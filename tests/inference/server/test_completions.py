@@ -185,3 +185,27 @@ def test_the_model_is_listed(served: Running):
     client = served.client()
     assert [model.id for model in client.models.list()] == [NAME]
     assert client.models.retrieve(NAME).owned_by == "turnout"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_token_ids_of_prompt_and_completion_come_with_the_text_streamed_or_not(served: Running, byte_level, path):
+    prompt = {"prompt": PROMPT} if path == "/v1/completions" else {"messages": [{"role": "user", "content": PROMPT}]}
+    body = prompt | {"max_tokens": 9, "n": 2, "seed": 3, "return_token_ids": True}
+    whole = served.post(path, **body).json()
+    chat = path != "/v1/completions"
+    text = f"user: {PROMPT}\nassistant:" if chat else PROMPT
+    streamed = {0: [], 1: []}
+    frames = served.stream(path, **body)[:-1]
+    for frame in frames:
+        for choice in frame["choices"]:
+            streamed[choice["index"]] += choice.get("token_ids", [])
+    for choice in whole["choices"]:
+        assert len(choice["token_ids"]) == 9
+        assert byte_level.decode(choice["token_ids"]) == (choice["message"]["content"] if chat else choice["text"])
+        assert streamed[choice["index"]] == choice["token_ids"]
+    assert "token_ids" not in served.post(path, **(body | {"return_token_ids": False})).json()["choices"][0]
+    holders = [[whole], frames] if chat else [[c] for c in whole["choices"]] + [[f["choices"][0] for f in frames]]
+    for holder in holders:
+        found = [ids for part in holder if (ids := part.get("prompt_token_ids")) is not None]
+        assert found[0] == byte_level.encode(text)
+        assert len(found) == (2 if holder is holders[-1] and not chat else 1)

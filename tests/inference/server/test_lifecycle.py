@@ -216,6 +216,8 @@ def test_G4_two_servers_on_one_host_are_two(serve):
         ({"port": -1}, "port (-1)"),
         ({"api_key": ""}, "api_key"),
         ({"drain_seconds": -1.0}, "drain_seconds (-1.0)"),
+        ({"allowed_hosts": ("[model.example",)}, "allowed_hosts ([model.example) must be a name"),
+        ({"allowed_hosts": ("abc.de:80",)}, "allowed_hosts (abc.de:80) must be a name"),
         ({"drain_seconds": float("nan")}, "drain_seconds (nan)"),
         ({"max_body_bytes": 0}, "max_body_bytes (0)"),
     ],

@@ -36,11 +36,11 @@ def test_G6_totals_are_those_of_the_answers(served: Running):
     assert moved(before, after, "requests_total{outcome=ok}") == 6
     assert moved(before, after, "time_to_first_token_seconds_count") == 6
     assert moved(before, after, "e2e_request_latency_seconds_count") == 6
-    assert moved(before, after, "time_per_output_token_seconds_count") == 5  # one had a single token
+    assert moved(before, after, "request_time_per_output_token_seconds_count") == 5  # one had a single token
     reasons = [c["finish_reason"] for answer in answers[:-1] for c in answer["choices"]] + ["length"]
     assert "stop" in reasons
-    for reason in ("stop", "length", "abort"):
-        assert moved(before, after, f"choices_total{{finish_reason={reason}}}") == reasons.count(reason)
+    for reason in ("stop", "length", "abort", "error"):
+        assert moved(before, after, f"request_success_total{{finished_reason={reason}}}") == reasons.count(reason)
     assert moved(before, after, "http_requests_total{route=/v1/completions,status=200}") == 4
     assert moved(before, after, "http_requests_total{route=/v1/completions,status=400}") == 1
     cached = sum(u["prompt_tokens_details"]["cached_tokens"] for u in usage)
@@ -63,7 +63,7 @@ def test_G6_preempted_work_is_counted_once(serve):
     served = serve(num_blocks=16, enable_prefix_caching=False, max_num_seqs=8)
     answers = served.post(prompt=[[i] * 20 for i in range(6)], max_tokens=60).json()
     metrics = served.metrics()
-    assert metrics["preemptions_total"] > 0
+    assert metrics["num_preemptions_total"] > 0
     assert metrics["generation_tokens_total"] == answers["usage"]["completion_tokens"] == 360
     assert metrics["prompt_tokens_total"] == 120
 
@@ -77,10 +77,10 @@ def test_G6_gauges_follow_the_load_and_return_to_zero(serve):
         next(iter(chunks))
         assert eventually(lambda: served.metrics()["num_requests_running"] == 2)
         assert served.metrics()["num_requests_waiting"] == 2
-        assert 0 < served.metrics()["kv_cache_usage"] < 1
+        assert 0 < served.metrics()["kv_cache_usage_perc"] < 1
     assert eventually(served.idle)
     metrics = served.metrics()
-    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage")
+    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
     assert [metrics[name] for name in names] == [0, 0, 0]
     assert metrics["requests_total{outcome=abort}"] == 4
 
@@ -105,7 +105,7 @@ def test_G6_strangers_can_not_make_new_labels(serve):
     }
 
 
-@pytest.mark.parametrize("name", ["prompt_tokens_total", "e2e_request_latency_seconds_count", "preemptions_total"])
+@pytest.mark.parametrize("name", ["prompt_tokens_total", "e2e_request_latency_seconds_count", "num_preemptions_total"])
 def test_a_fresh_server_shows_every_total_at_zero(serve, name):
     assert serve().metrics()[name] == 0
 
@@ -129,8 +129,9 @@ def test_routing_has_the_names_and_the_places_of_training_s_rows(served: Running
             found[name] = places
     by_layer = {(str(layer), None) for layer in layers}
     by_expert = {(str(layer), str(expert)) for layer in layers for expert in range(4)}
-    assert found.keys() - row.keys() == {"expert_assignments"}, "the counter behind expert_load"
+    assert found.keys() - row.keys() == {"expert_assignments", "dropped_assignments"}, "the counters behind them"
     assert found.pop("expert_assignments") == by_expert
+    assert found.pop("dropped_assignments") == by_layer
     depth = {name: 0 if not isinstance(value, list) else 1 + isinstance(value[0], list) for name, value in row.items()}
     assert found == {name: [{(None, None)}, by_layer, by_expert][depth[name]] for name in row}
 

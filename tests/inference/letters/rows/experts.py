@@ -13,11 +13,11 @@ ROWS = [
         ("tests/inference/run/test_parity.py::test_M7_the_server_runs_the_trainers_model_and_router",),
         Mutant(
             "inference/engine.py",
-            "        return cls(model, tokenizer, config, chat)\n",
+            "        engine = cls(model, tokenizer, config, chat, ranks=ranks)\n",
             "        for module in model.modules():\n"
             "            if type(module).__name__ == 'SwitchRouter':\n"
             "                module.__class__ = type('Served', (type(module),), {})\n"
-            "        return cls(model, tokenizer, config, chat)\n",
+            "        engine = cls(model, tokenizer, config, chat, ranks=ranks)\n",
         ),
     ),
 ]

@@ -7,6 +7,7 @@ PROCESS = "tests/launch/test_serve.py"
 BROKEN = "tests/inference/server/test_process.py"
 STREAM = "tests/inference/server/test_stream.py"
 METRICS = "tests/inference/server/test_metrics.py"
+TOTALS = "tests/inference/server/test_totals.py"
 SOURCE = "inference/server/lifecycle.py"
 
 
@@ -41,7 +42,9 @@ ROWS = [
             f"{LIFE}::test_G4_two_servers_on_one_host_are_two",
             f"{PROCESS}::test_G4_a_taken_port_and_a_public_address_are_refused_before_anything_is_loaded",
         ),
-        Mutant("inference/server/app.py", 'in ("ready", "shutting down")', 'in ("ready", "shutting down", "loading")'),
+        Mutant(
+            "inference/server/status.py", 'in ("ready", "shutting down")', 'in ("ready", "shutting down", "loading")'
+        ),
     ),
     Row(
         "G5",
@@ -70,8 +73,9 @@ ROWS = [
             f"{METRICS}::test_G6_gauges_follow_the_load_and_return_to_zero",
             f"{METRICS}::test_G6_a_request_that_fails_is_an_error_and_not_an_abort",
             f"{METRICS}::test_G6_strangers_can_not_make_new_labels",
+            f"{TOTALS}::test_G6_every_total_is_what_200_clients_have_counted",
         ),
-        Mutant("inference/server/metrics.py", ".inc(max(0, tokens - self._tokens))", ".inc(tokens)"),
+        Mutant("inference/server/metrics.py", ".inc(tokens - before)", ".inc(tokens)"),
     ),
     Row(
         "G6",
