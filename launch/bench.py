@@ -1,6 +1,7 @@
 """`turnout bench`: what this machine does, in several ways side by side, beside what it could do at best."""
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from .. import ConfigError
 from ..configs.typed import check
 from ..inference.config import EngineConfig
+from . import bench_serve
+from .bench_serve import ServeBenchOptions
 from .benches import show
 from .cli import Options, parse, write_json
 
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
     from .workload import Job
 
 SUMMARY = "measure kernels, the MoE layer, serving, training, and their peers"
-HELP = """\
+HELP = f"""\
 usage: turnout bench WHAT [CKPT] [key=value ...]
 
 WHAT is one of
@@ -24,7 +27,7 @@ WHAT is one of
   kernels              every operation in its forms: time, bytes, FLOPs, and the share of this machine's ceilings
   moe                  the layer behind a router at 1 to 4,096 tokens, beside zentorch's and transformers'
   offline CKPT         64 mixed requests (prompts of 16 to 406 tokens, 3,591 tokens out): tokens/s, TTFT, TPOT, memory
-  serve [CKPT]         the same over HTTP, arriving one by one: TTFT, TPOT, tokens/s, start time, memory
+  serve [CKPT]         servers under load over HTTP: TTFT, TPOT, ITL, tokens/s, goodput, start time, memory (below)
   train                a training step: tokens/s, memory and MFU, beside a dense twin and a loop over the experts
   scheduler CKPT       time of planning and committing a step, beside the step, with so many requests decoding
   deterministic CKPT   a prefill and a decode step with the library's kernels and with the batch-invariant ones
@@ -39,11 +42,10 @@ ceilings (memory read, matrix products) are measured in the same run.
   routing=uniform moe: or zipf (a few experts are popular) or one (all rows take the same)
   huge=true       kernels, moe: weights and pages lie in huge pages
   vary            offline: settings to compare in all their values, such as batching or batching,kv_layout
-  requests=64     offline, serve: how many
-  rate=null       offline, serve: requests a second (Poisson); null = all are there from the beginning
-  workload=null   offline, serve: a JSON file with `requests` (`prompt_ids`, `out`) and `arrivals_unit`
-  url=null        serve: a server that runs already, any that speaks OpenAI's API; null = start ours on CKPT
-  peers=null      offline, serve, train: the folder in which other engines are installed; their rows stand beside ours
+  requests=64     offline: how many
+  rate=null       offline: requests a second (Poisson); null = all are there from the beginning
+  workload=null   offline: a JSON file with `requests` (`prompt_ids`, `out`) and `arrivals_unit`
+  peers=null      offline, train: the folder in which other engines are installed; their rows stand beside ours
   rounds=null     how often; null = once (5 times: kernels, moe, train)
   nproc=null      train: beside one process, so many that share the experts (peak: of rank 0)
   running=64,512  scheduler: requests that decode at once
@@ -51,8 +53,10 @@ ceilings (memory read, matrix products) are measured in the same run.
   engine.*        the engine's settings, such as engine.dtype=bfloat16
   json, plot      null    write the figures there, as JSON, as a PNG
 
+{bench_serve.HELP}
 example: turnout bench offline runs/NAME vary=batching engine.dtype=bfloat16
          turnout bench moe shape=qwen3-30b-a3b tokens=1,16,256 plot=moe.png
+         turnout bench serve url=http://127.0.0.1:8000 rate=1,2,4,8 slo.ttft=0.5 slo.tpot=0.05 plot=serve.png
 """
 
 
@@ -71,7 +75,6 @@ class BenchOptions(Options):
     requests: int = 64
     rate: float | None = None
     workload: str | None = None
-    url: str | None = None
     peers: str | None = None
     rounds: int | None = None
     nproc: int | None = None
@@ -91,32 +94,41 @@ class BenchOptions(Options):
 
 @dataclass(frozen=True)
 class Found:
-    """Rows, and the machine's ceilings where they are held against them."""
+    """Rows, and the machine's ceilings where they are held against them.
+
+    `tables`, `draw`: what is printed and drawn in place of the rows.
+    """
 
     rows: list[dict[str, Any]]
     ceilings: "Ceilings | None" = None
+    tables: Sequence[show.Rows] = ()
+    draw: Callable[[Path], None] | None = None
 
 
 @dataclass(frozen=True)
 class Measure:
     """Something that can be measured, for a model ("" without one); and how many models may be named."""
 
-    run: Callable[[str, BenchOptions], Found]
+    run: Callable[[str, Any], Found]
     models: tuple[int, ...] = (1,)
+    options: type[Options] = BenchOptions
 
 
 def main(args: list[str]) -> int:
     """The verb."""
-    words, options = parse(BenchOptions, args)
-    what, path = _what(words)
+    what, path = _what(list(itertools.takewhile(lambda arg: "=" not in arg, args)))
+    _, options = parse(MEASURES[what].options, args)
+    assert isinstance(options, BenchOptions | ServeBenchOptions)
     found = MEASURES[what].run(path, options)
     own = {"bench": what, "model": path, "machine": show.machine(), "engine": asdict(options.engine)}
     if found.ceilings is not None:
         print(f"this machine: {found.ceilings}")
         own["ceilings"] = asdict(found.ceilings)
-    print(show.table(found.rows), flush=True)
+    print("\n\n".join(map(show.table, found.tables or [found.rows])), flush=True)
     write_json(options.json, {**own, "rows": found.rows})
-    if options.plot is not None:
+    if options.plot is not None and found.draw is not None:
+        found.draw(Path(options.plot))
+    elif options.plot is not None:
         show.draw(what, found.rows, Path(options.plot), found.ceilings)
     return 0
 
@@ -171,30 +183,17 @@ def _offline(path: str, options: BenchOptions) -> Found:
     rows = engine.offline(path, jobs, options.engine, options.vary, options.rate, rounds)
     if peers is None:
         return Found(rows)
-    from .benches import generate, serve
+    from .benches import generate
 
-    theirs = serve.compare(path, serve.asks(jobs, options.rate), (), peers, rounds, own=False)
+    theirs = bench_serve.peers_rows(path, jobs, options.rate, peers, rounds)
     return Found(
         [*({"server": "turnout, in process", **row} for row in rows), *theirs, generate.ask(peers, path, jobs)]
     )
 
 
-def _serve(path: str, options: BenchOptions) -> Found:
-    from .benches import serve
-
-    rounds = options.rounds or 1
-    if options.url is None:
-        check(bool(path), "url", None, "is needed where no CKPT is named", "name a model or a running server")
-        peers, wanted = _peers(options), serve.asks(_jobs(path, options), options.rate)
-        return Found(serve.compare(path, wanted, _settings(options), peers, rounds))
-    check(options.peers is None, "peers", options.peers, "are started on a CKPT", "leave url out")
-    if path or options.workload:
-        wanted = serve.asks(_jobs(path, options), options.rate)
-    else:
-        from ..moe.data.corpus import read_documents
-
-        wanted = serve.texts("\n".join(read_documents("pydocs", "validation")), options.requests, options.rate)
-    return Found(serve.running_server(options.url, wanted, rounds))
+def _serve(path: str, options: ServeBenchOptions) -> Found:
+    found = bench_serve.measure(path, options)
+    return Found(found.rows, tables=found.tables, draw=found.draw)
 
 
 def _train(path: str, options: BenchOptions) -> Found:
@@ -207,12 +206,6 @@ def _train(path: str, options: BenchOptions) -> Found:
         if "flops" in row:
             row["mfu"] = row.pop("flops") / row["step_s"] / found.bfloat16
     return Found(rows, found)
-
-
-def _settings(options: BenchOptions) -> list[str]:
-    """What the engine's settings differ from their defaults in, as `turnout serve` takes them."""
-    given, usual = asdict(options.engine), asdict(EngineConfig())
-    return [f"{name}={value}" for name, value in given.items() if value != usual[name]]
 
 
 def _peers(options: BenchOptions) -> Path | None:
@@ -251,7 +244,7 @@ MEASURES: Mapping[str, Measure] = {
     "kernels": Measure(_kernels, models=(0,)),
     "moe": Measure(_moe, models=(0,)),
     "offline": Measure(_offline),
-    "serve": Measure(_serve, models=(0, 1)),
+    "serve": Measure(_serve, models=(0, 1), options=ServeBenchOptions),
     "train": Measure(_train, models=(0, 1)),
     "scheduler": Measure(_scheduler),
     "deterministic": Measure(_deterministic),

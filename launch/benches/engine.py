@@ -73,17 +73,16 @@ def deterministic(path: str, engine: EngineConfig) -> list[dict[str, Any]]:
     ]
 
 
-def text(path: str) -> list[int]:
-    """The shipped text, in the model's tokens."""
+def text(path: str, documents: Sequence[str] | None = None) -> list[int]:
+    """These documents, or the shipped text, in the model's tokens."""
     from ...moe.data.corpus import read_documents
     from ...moe.data.tokenizer import Tokenizer
     from ...moe.models.store import tokenizer_directory
 
     with tokenizer_directory(path) as directory:
         tokenizer = Tokenizer.load(directory)
-    return list(
-        itertools.chain.from_iterable(tokenizer.encode(text) for text in read_documents("pydocs", "validation"))
-    )
+    given = read_documents("pydocs", "validation") if documents is None else documents
+    return list(itertools.chain.from_iterable(tokenizer.encode(text) for text in given))
 
 
 def _median(reports: Sequence[Report]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ... import PeerError
-from .online import Ask, models, run
+from .online import Ask, Target, models, run
 
 START = 300.0  # seconds
 STOP = 30.0
@@ -125,6 +125,20 @@ def started(command: Command, port: int, log: Path) -> Iterator[Running]:
             _stop(process)
 
 
+@contextlib.contextmanager
+def ending() -> Iterator[None]:
+    """SIGTERM unwinds the block, so that what it has started ends too."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def free_port() -> int:
     """A port that nobody listens on."""
     with socket.socket() as own:
@@ -158,8 +172,8 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path, name: str) -> N
         if process.poll() is not None:
             break
         try:
-            run(url, models(url)[0], [Ask(prompt=(1, 2, 3), tokens=1)])
-            return
+            if run(Target(url=url, model=models(url)[0]), [Ask(prompt=(1, 2, 3), tokens=1)])[0].ok:
+                return
         except PeerError:
             time.sleep(0.05)
     tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-10:])

@@ -70,7 +70,6 @@ def rated(rows: Rows, ceilings: "Ceilings") -> list[dict[str, Any]]:
 
 def draw(what: str, rows: Rows, path: Path, ceilings: "Ceilings | None") -> None:
     """The figures as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     shown = [row for row in rows if "note" not in row]
@@ -81,6 +80,13 @@ def draw(what: str, rows: Rows, path: Path, ceilings: "Ceilings | None") -> None
         _curves(figure, shown, ceilings)
     else:
         _panels(figure, shown)
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """A figure as a PNG, folders made."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(str(path))
 

@@ -1,5 +1,9 @@
 """Servers are started, take turns, are timed as a client sees them, and end; what is not installed is said."""
 
+import itertools
+import json
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -10,11 +14,13 @@ import pytest
 
 from turnout import ConfigError, PeerError
 from turnout.launch.bench import main
+from turnout.launch.bench_serve import peers_rows
 from turnout.launch.benches import online, serve, servers
-from turnout.launch.benches.online import Answer, Ask
+from turnout.launch.benches.online import Ask
 from turnout.launch.workload import Job
 from turnout.tests.inference.conftest import byte_level, model, model_dir  # noqa: F401  (fixtures)
 from turnout.tests.launch.benches.double import Handler
+from turnout.tests.launch.benches.scripted import DONE, EVENTS, frame, plain, scripted, usage
 
 DOUBLE = Path(__file__).with_name("double.py")
 
@@ -38,43 +44,9 @@ def peers(tmp_path):
     return tmp_path
 
 
-def test_requests_are_sent_when_they_are_due_and_timed_to_the_token(url):
-    assert online.models(url) == ["double"]
-    wanted = [Ask(prompt=(1, 2), tokens=5), Ask(prompt="text", tokens=1, due=0.1), Ask(prompt=(3,), tokens=3)]
-    first, late, third = online.run(url, "double", wanted)
-    assert (first.tokens, late.tokens, third.tokens) == (5, 1, 3)
-    assert first.ttft >= 0.02
-    assert first.tpot >= 0.005
-    assert late.tpot is None
-    assert late.end >= 0.1 + 0.02 > late.ttft
-    assert third.end < 0.1  # nobody waited for anybody
-
-
-def test_the_summary_counts_all_tokens_over_all_the_time():
-    answers = [Answer(ttft=float(i), tpot=None if i == 1 else 0.1 * i, tokens=10, end=i + 1.0) for i in range(1, 5)]
-    found = online.summary(answers)
-    assert found["tokens_per_second"] == 40 / 5
-    assert (found["ttft_p50"], found["ttft_p99"]) == (2.0, 4.0)
-    assert found["tpot_p50"] == pytest.approx(0.3)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "words"), [("refuse", "answered .* 400"), ("short", "gave 1 of 2 tokens"), ("break", "it broke")]
-)
-def test_what_goes_wrong_is_an_error_that_says_so(url, prompt, words):
-    with pytest.raises(PeerError, match=words):
-        online.run(url, "double", [Ask(prompt=prompt, tokens=2)])
-
-
-def test_a_server_that_is_not_there_is_an_error():
-    with pytest.raises(PeerError, match="does not list its models"):
-        online.models(f"http://127.0.0.1:{servers.free_port()}")
-
-
 def test_installed_servers_have_rows_and_the_others_a_note(peers):
-    wanted = serve.asks([Job(prompt=tuple(range(1, 9)), tokens=4, arrival=0.1 * i) for i in range(3)], rate=10.0)
-    rows = serve.compare("model", wanted, (), peers, rounds=2, own=False)
-    (vllm, llama) = rows
+    jobs = [Job(prompt=tuple(range(1, 9)), tokens=4, arrival=0.1 * i) for i in range(3)]
+    vllm, llama = peers_rows("model", jobs, 10.0, peers, rounds=2)
     assert vllm["server"] == "vllm"
     assert 0 < vllm["tokens_per_second"] < 4000
     assert vllm["ttft_alone"] >= 0.02
@@ -100,6 +72,22 @@ def test_a_sleeping_server_answers_when_it_is_woken_and_ends_with_the_block(peer
     assert servers.peak_bytes(server.pid) == 0
 
 
+def test_a_bench_that_is_ended_leaves_no_server_behind(peers, tmp_path):
+    """The double is asleep, as servers are between their turns."""
+    script = (
+        "import sys, time; from pathlib import Path; from turnout.launch.benches import serve\n"
+        "from turnout.launch.benches.online import Target\n"
+        "with serve.begun('model', (), Path(sys.argv[1]), 4, Target(url='', model=''), own=False) as (found, _):\n"
+        "    print(found[0].running.pid, flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen((sys.executable, "-c", script, peers), stdout=subprocess.PIPE, text=True) as bench:
+        pid = int(bench.stdout.readline())
+        assert Path(f"/proc/{pid}").exists()
+        bench.terminate()
+        assert bench.wait(30) == 128 + signal.SIGTERM
+    assert not Path(f"/proc/{pid}").exists()
+
+
 def test_a_server_that_ends_at_once_is_an_error_with_its_own_words(tmp_path):
     command = servers.Command(name="sour", words=(sys.executable, "-c", "raise SystemExit('no milk')"), environment={})
     own = servers.started(command, servers.free_port(), tmp_path / "log")
@@ -107,30 +95,108 @@ def test_a_server_that_ends_at_once_is_an_error_with_its_own_words(tmp_path):
         pytest.fail("it started")
 
 
-def test_no_prompt_is_sent_twice_and_texts_stand_for_tokens():
-    assert serve._fresh((5, 6, 7), 0) == (6, 6, 7)
-    assert serve._fresh((5, 6, 7), 1) == (7, 6, 7)
-    assert serve._fresh("text", 3) == "3 text"
-    text = "".join(chr(97 + i % 26) for i in range(20_000))
-    wanted = serve.texts(text, count=5, rate=2.0)
-    assert all(ask.prompt in text and len(ask.prompt) % serve.CHUNK == 0 for ask in wanted)
-    assert [ask.due for ask in wanted] == sorted(ask.due for ask in wanted)
+def test_no_prompt_is_sent_twice_but_what_is_shared_is_shared_again():
+    assert serve.fresh(Ask(prompt=(5, 6, 7), tokens=1), 0).prompt == (6, 6, 7)
+    assert serve.fresh(Ask(prompt=(5, 6, 7), tokens=1), 1).prompt == (7, 6, 7)
+    assert serve.fresh(Ask(prompt="text", tokens=1), 3).prompt == "3 text"
+    head = (1, 2, 3)
+    for use in range(6):
+        one, other = (serve.fresh(Ask(prompt=(*head, *rest), tokens=1, shared=3), use) for rest in ((9,) * 4, (8,) * 5))
+        assert one.prompt[:3] == other.prompt[:3]
+
+
+def fine(asked, send):
+    send(EVENTS + b"".join(frame(f" {i}") for i in range(asked["max_tokens"])) + usage(asked["max_tokens"]) + DONE)
+
+
+def test_servers_get_the_same_requests_in_turns_whose_order_alternates(tmp_path, capsys):
+    heard = []
+
+    def noted(who):
+        return lambda asked, send: (heard.append((who, asked)), fine(asked, send))
+
+    with scripted(noted("one")) as (one, _), scripted(noted("other")) as (other, _):
+        settings = ("requests=3", "rounds=2", "warmup=2", "rate=500,1000", "slo.ttft=100")
+        paths = (f"json={tmp_path / 'found.json'}", f"requests_json={tmp_path / 'requests.jsonl'}")
+        assert main(["serve", f"url={one},{other}", f"plot={tmp_path / 'x.png'}", *settings, *paths]) == 0
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    asked = [(who, body["prompt"], body["max_tokens"]) for who, body in heard]
+    turns = [who for who, _ in itertools.groupby(asked, key=lambda it: it[0])]
+    assert turns == ["one", "other", "one"]  # the other, then the one in the second round
+    mine, theirs = ([it[1:] for it in asked if it[0] == who] for who in ("one", "other"))
+    assert sorted(mine) == sorted(theirs)
+    assert len(mine) == 1 + 2 * (2 + serve.REPEATS + 2 * 3)  # what fits; warm-up, alone, two rates
+    assert len({prompt for prompt, _ in mine}) == len(mine)
+    found = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert [(row["server"], row["rate"], row["ok"]) for row in found if "server" in row] == [
+        (url, rate, 6) for url in (one, other) for rate in (500.0, 1000.0)
+    ]
+    assert all(row["good_share"] == 1.0 and row["goodput"] > 0 for row in found if "server" in row)
+    pairs = [row for row in found if "pair" in row]
+    known = [(row["rate"], row["figure"]) for row in pairs if row["figure"] != "tpot"]  # pieces may come at once
+    assert known == [(rate, figure) for rate in (500.0, 1000.0) for figure in ("ttft", "e2e", "tokens_per_second")]
+    assert all(row["p10"] <= row["ratio"] <= row["p90"] and row["pairs"] in (2, 6) for row in pairs)
+    lines = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * 2 * 2 * 3
+    for line in lines:
+        assert line["due"] <= line["sent"] <= line["first"] == line["times"][0] <= line["end"]
+        assert (line["status"], len(line["times"])) == (200, line["tokens"])
+    text = capsys.readouterr().out
+    assert len(text.split("\n\n")) == 3
+    assert "goodput" in text
+    assert "late" in text
+
+
+def test_refusals_are_counted_and_do_not_end_the_run(capsys, tmp_path):
+    turns = itertools.count()
+
+    def play(asked, send):
+        full = asked["max_tokens"] > 1 and next(turns) % 2
+        send(plain(429, b"full")) if full else fine(asked, send)
+
+    with scripted(play) as (url, _):
+        settings = ("requests=8", "load=closed", "concurrency=1", "output_tokens=2")
+        assert main(["serve", f"url={url}", f"json={tmp_path / 'x.json'}", *settings]) == 0
+    (row,) = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert (row["requests"], row["ok"], row["failed"], row["tokens"]) == (8, 4, {"429": 4}, 8)
+    assert "429: 4" in capsys.readouterr().out
+
+
+def test_nothing_but_refusals_is_an_error():
+    with (
+        scripted(lambda asked, send: send(plain(429, b"full"))) as (url, _),
+        pytest.raises(PeerError, match=r"answered 429: full: no request of 2"),
+    ):
+        main(["serve", f"url={url}", "requests=2"])
 
 
 def test_a_running_server_is_measured_by_its_address(url, capsys):
     assert main(["serve", f"url={url}", "requests=2"]) == 0
     assert url in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="url"):
-        main(["serve"])
-    with pytest.raises(ConfigError, match=r"peers .* is no folder"):
-        main(["serve", "x", "peers=/nowhere", "workload=/nowhere"])
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        (r"url \(None\) is needed", ()), (r"url \(nowhere\)", ("url=nowhere",)), ("has one twice", ("url=http://a,http://a",)),
+        ("peers .* is no folder", ("x", "peers=/nowhere", "workload=/nowhere")),
+        ("peers .* on a CKPT", ("url=http://a", "peers=/tmp")), ("stream", ("stream=false", "slo.ttft=1")),
+        ("rounds", ("rounds=0",)), ("clients", ("clients=0",)), ("warmup", ("warmup=-1",)),
+        ("slo.ttft", ("slo.ttft=0",)),
+        ("load .* needs a trace", ("load=trace",)), ("endpoint=completions", ("workload=x", "endpoint=chat")),
+        ("api_key", ("x", "api_key=k")), ("experts is not a setting", ("experts=4",)),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_said(words, settings):
+    with pytest.raises(ConfigError, match=words):
+        main(["serve", *settings])
 
 
 @pytest.mark.full
 def test_ours_is_started_and_measured(model_dir, peers, capsys):  # noqa: F811
     settings = ("requests=2", "engine.num_blocks=80", "engine.enable_prefix_caching=false")
     assert main(["serve", str(model_dir), f"peers={peers}", "rate=20", *settings]) == 0
-    header, ours, theirs, absent = capsys.readouterr().out.splitlines()
+    header, ours, theirs, absent, *_ = capsys.readouterr().out.splitlines()
     assert "ready_seconds" in header
     assert ours.split()[0] == "turnout"
     assert theirs.split()[0] == "vllm"
