@@ -38,6 +38,7 @@ LIBRARIES = {  # name → needed, and what for
     "triton": (False, "the kernels of GPUs: pip install 'triton>=3.6'"),
     "deepspeed": (False, "engine=deepspeed: pip install 'turnout[deepspeed]'"),
     "gguf": (False, "models in GGUF files: pip install 'turnout[gguf]'"),
+    "ray": (False, "several replicas of a server: pip install 'turnout[ray]'"),
 }
 Verdict = Literal["ok", "slow", "unfit"]
 

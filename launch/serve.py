@@ -4,7 +4,6 @@ import asyncio
 import gc
 import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from ..inference.config import EngineConfig
 from ..inference.errors import EngineStoppedError
 from ..inference.server.config import ServerConfig
+from ..inference.stages import Stages
 from . import main as cli
 from . import ranks
 from .cli import Options, parse, write_json
+from .narrator import Narrator
 from .ranks import Several
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ usage: turnout serve CKPT [key=value ...]
   host=127.0.0.1               anything but loopback needs api_key
   api_key=KEY                  clients send it as `Authorization: Bearer KEY`
   served_model_name=NAME       the model's name in requests; by default its directory's or file's
+  allowed_hosts=NAME,...       what `Host` may say beside the bound address
+  compat=strict                lenient: unknown fields of a request are left out, and named in `Warning`
   drain_seconds=30             how long running requests may still take after SIGTERM
   max_num_seqs=64              requests that run at once
   max_num_batched_tokens=512   tokens in one step
@@ -45,9 +48,12 @@ usage: turnout serve CKPT [key=value ...]
   parallel.tp=2                ranks that divide heads and hidden units; what is left of nproc are replicas
   kernels=auto                 reference, triton or cpp: this form of every operation that has it
   deterministic=false          true: a request's bits do not depend on what runs beside it; on a CPU only
+  log_format=text              json: every line that is written is an object
+  otlp_endpoint=URL            send a trace of each request there, by OTLP over HTTP (pip install 'turnout[otel]')
   json=PATH                    write the URL and the load times there once it is ready
 
-endpoints: /v1/completions /v1/chat/completions /v1/models /health /ready /metrics
+endpoints: /v1/completions /v1/chat/completions /v1/models /v1/experts /tokenize /detokenize /load /health /ready
+           /metrics /version /openapi.json
 
 example: turnout serve runs/first port=8000
          curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
@@ -77,8 +83,11 @@ def main(args: list[str]) -> int:
 
 def serve(path: str, options: ServeOptions) -> int:
     """Serve from this process, which may be rank 0 of several."""
+    from ..inference.server import logs
     from ..inference.server.lifecycle import Server, bind
 
+    logs.set_up(options.log_format)
+    narrator = Narrator(options.log_format)
     name = options.served_model_name or model_name(Path(path))
     listener, url = bind(options)
     loader = _Loader(path, options)
@@ -88,21 +97,22 @@ def serve(path: str, options: ServeOptions) -> int:
         result = {"url": url, "model": name, "pid": os.getpid(), "load_seconds": loader.seconds, "memory": loader.plan}
         write_json(options.json, result)
         times = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in loader.seconds.items())
-        print(f"loaded {name} ({times})")
-        print(loader.memory)
-        print(f"ready: {url}", flush=True)
+        narrator.tell("loaded", f"loaded {name} ({times})", model=name, seconds=loader.seconds)
+        narrator.tell("memory", loader.memory, memory=loader.plan)
+        narrator.tell("ready", f"ready: {url}", url=url)
 
-    print(f"loading {path} (until it is ready, {url}/health answers 503)", flush=True)
-    try:
-        asyncio.run(server.run(listener, announce))
-    except EngineStoppedError as error:
+    with server.signals():
+        narrator.tell("loading", f"loading {path} (until it is ready, {url}/health answers 503)", url=url)
+        try:
+            asyncio.run(server.run(listener, announce))
+        except EngineStoppedError as error:
+            if loader.ranks is not None:
+                loader.ranks.check()
+            narrator.fail(str(error))
+            os._exit(1)  # a thread that is stuck in a step is not waited for
         if loader.ranks is not None:
-            loader.ranks.check()
-        print(f"turnout: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # a thread that is stuck in a step is not waited for
-    if loader.ranks is not None:
-        loader.ranks.end()
-    print("stopped", flush=True)
+            loader.ranks.end()
+        narrator.tell("stopped", "stopped")
     return 0
 
 
@@ -138,15 +148,19 @@ class _Loader:
 
     def load(self) -> "AsyncEngine":
         """The started engine; this is where torch is first imported."""
-        start = time.perf_counter()
+        stages = Stages()
         from ..inference.async_engine import AsyncEngine
         from ..inference.engine import Engine
         from ..inference.ranks import Ranks
 
-        imported = time.perf_counter()
+        stages.done("import")
         self.ranks = Ranks.join(self._options.parallel, self._options)
-        engine = Engine.from_path(self._path, self._options, ranks=self.ranks)
-        self.seconds = {"import": imported - start, "weights": time.perf_counter() - imported}
+        if self.ranks is not None:
+            stages.done("ranks")
+        engine = Engine.from_path(self._path, self._options, ranks=self.ranks, stages=stages)
+        engine.warm_up()
+        stages.done("warm-up")
+        self.seconds = stages.seconds
         self.memory, self.plan = str(engine.memory_plan), engine.memory_plan.to_dict()
         started = AsyncEngine(engine)
         started.start()

@@ -18,26 +18,12 @@ import pytest
 
 from turnout.launch.main import main
 from turnout.launch.serve import model_name
-from turnout.moe import Decoder, ModelConfig, MoEConfig, save_model
-from turnout.moe.data.tokenizer import train_tokenizer
-from turnout.moe.models.init import init_weights
+from turnout.tests.helpers.served_run import make_run
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A run directory with a small random model."""
-    run = tmp_path_factory.mktemp("runs") / "first"
-    tokenizer = train_tokenizer(["The list of the things that are imported."], 280)
-    tokenizer.save(run / "tokenizer")
-    moe = MoEConfig(width=32, expert_width=32, num_experts=4)
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, width=32, layers=2, heads=2, kv_heads=1, head_dim=16, ffn_width=64,
-        max_seq_len=1024, moe=moe,
-    )  # fmt: skip
-    model = Decoder(config)
-    init_weights(model, 0)
-    save_model(run / "model", config, model.state_dict(), run / "tokenizer")
-    return run
+    return make_run(tmp_path_factory.mktemp("runs") / "first")
 
 
 Start = Callable[..., tuple[subprocess.Popen[str], IO[str]]]
@@ -71,6 +57,7 @@ def test_G3_sigterm_lets_a_stream_finish_and_the_exit_code_is_0(start, checkpoin
     assert output.readline().startswith("loaded first (import ")
     url = ready_url(output)
     written = json.loads((tmp_path / "ready.json").read_text())
+    assert list(written["load_seconds"]) == ["import", "weights", "kernels", "KV cache", "warm-up"]
     assert (written["url"], written["model"], written["pid"]) == (url, "first", process.pid)
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     options = {
@@ -88,7 +75,9 @@ def test_G3_sigterm_lets_a_stream_finish_and_the_exit_code_is_0(start, checkpoin
     assert first + "".join(part.text for part in parts) == whole.choices[0].text
     assert parts[-1].finish_reason == "length"
     assert process.wait(60) == 0
-    assert output.read() == "stopped\n"
+    *requests, last = output.read().splitlines()
+    assert last == "stopped"
+    assert [line.split()[1:3] for line in requests] == [["INFO", "request"]] * 2
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/health")
 

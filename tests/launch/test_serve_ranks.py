@@ -1,6 +1,7 @@
 """`turnout serve` on two ranks: real processes, real HTTP, and what becomes of them when one of them is lost."""
 # ruff: noqa: N802 (G3 is the name of a rule)
 
+import contextlib
 import json
 import os
 import signal
@@ -16,28 +17,14 @@ import httpx
 import pytest
 
 from turnout.launch.main import main
-from turnout.moe import Decoder, ModelConfig, MoEConfig, save_model
-from turnout.moe.data.tokenizer import train_tokenizer
-from turnout.moe.models.init import init_weights
+from turnout.tests.helpers.served_run import make_run
 
 START, FAIL, END = 120.0, 2.0, 30.0  # seconds: until ready, until requests have failed, until nothing is left
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A run directory with a small random model."""
-    run = tmp_path_factory.mktemp("runs") / "first"
-    tokenizer = train_tokenizer(["The list of the things that are imported."], 280)
-    tokenizer.save(run / "tokenizer")
-    moe = MoEConfig(width=32, expert_width=32, num_experts=4)
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, width=32, layers=2, heads=2, kv_heads=1, head_dim=16, ffn_width=64,
-        max_seq_len=8192, moe=moe,
-    )  # fmt: skip
-    model = Decoder(config)
-    init_weights(model, 0)
-    save_model(run / "model", config, model.state_dict(), run / "tokenizer")
-    return run
+    return make_run(tmp_path_factory.mktemp("runs") / "first", 8192)
 
 
 @dataclass
@@ -58,13 +45,35 @@ class Serving:
             frames += [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
         return frames
 
-    def post(self, max_tokens: int) -> httpx.Response:
-        body = {"model": "first", "prompt": "The list", "max_tokens": max_tokens, "ignore_eos": True}
+    def post(self, max_tokens: int, prompt: str | list[int] = "The list") -> httpx.Response:
+        body = {"model": "first", "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True}
         return httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
+
+    def ask(self, stream: bool) -> tuple[float, str]:
+        """When a long request ended, and what it was told; nobody knows whether it ran or waited."""
+        body = {"model": "first", "prompt": "The list", "max_tokens": 8000, "stream": stream, "ignore_eos": True}
+        answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
+        assert answer.status_code in ((200, 503) if stream else (503,))
+        return time.monotonic(), answer.text
+
+    def health(self) -> list[int]:
+        """What the probe says, until nobody answers."""
+        seen = []
+        with httpx.Client() as client, contextlib.suppress(httpx.TransportError):
+            while True:
+                seen.append(client.get(f"{self.url}/health").status_code)
+                time.sleep(0.05)
+        return seen
 
     def running(self) -> float:
         text = httpx.get(f"{self.url}/metrics").text
         return float(next(line for line in text.splitlines() if line.startswith("turnout:num_requests_run")).split()[1])
+
+    def sent(self) -> float:
+        text = httpx.get(f"{self.url}/metrics").text
+        return float(
+            next(line for line in text.splitlines() if line.startswith("turnout:all_to_all_bytes_total")).split()[1]
+        )
 
     def end(self) -> tuple[int, str]:
         """Exit code and last line, when no process is left."""
@@ -175,8 +184,35 @@ def test_G3_a_killed_rank_fails_what_runs_within_2_s_and_the_server_says_which(s
     assert last.endswith("is gone or hangs: see its log")
 
 
+@pytest.mark.full
+def test_G3_a_rank_killed_under_load_ends_what_runs_and_what_waits_and_its_health(start):
+    serving = start("nproc=2", "parallel.ep=2", "max_num_seqs=4")
+    with ThreadPoolExecutor(33) as pool:
+        health = pool.submit(serving.health)
+        requests = [pool.submit(serving.ask, bool(i % 3)) for i in range(32)]
+        deadline = time.monotonic() + 30
+        while serving.running() < 8:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        killed = time.monotonic()
+        os.kill(serving.ranks[1], signal.SIGKILL)
+        for request in requests:
+            ended, text = request.result(30)
+            assert ended - killed < FAIL
+            assert '"code":"unavailable"' in text
+            assert "[DONE]" not in text
+        assert health.result(30)[0] == 200
+        assert health.result()[-1] == 503
+    code, last = serving.end()
+    assert code == 5
+    assert last.startswith(f"turnout: rank 1 (process {serving.ranks[1]} on ")
+
+
 def test_G3_sigterm_lets_all_ranks_finish_what_runs_and_leaves_nothing(start, pool):
     serving = start("nproc=2", "parallel.ep=2")
+    assert serving.sent() == 0, "also after the warm-up"
+    assert serving.post(1, prompt=list(range(3, 200))).status_code == 200
+    assert serving.sent() > 0
     streams, answers = load(serving, pool, 60)
     serving.process.send_signal(signal.SIGTERM)
     for stream in streams:
