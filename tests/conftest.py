@@ -1,6 +1,7 @@
-"""What every test run shares: one thread, no network, two tiers, and no green by skipping or by collecting nothing.
+"""What every test run shares: one thread, no network, tiers, and no green by skipping or by collecting nothing.
 
-`pytest` runs the quick tier, `pytest --full` everything. `--min-tests N` fails a run in which fewer tests passed.
+`pytest` runs the quick tier, `pytest --full` everything but what takes as long as it is given, which `--soak MINUTES`
+adds. `--min-tests N` fails a run in which fewer tests passed.
 """
 
 import os
@@ -22,14 +23,16 @@ ALLOWED_SKIPS = ("needs a CUDA GPU",)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the whole matrices too (make test-full)")
+    parser.addoption("--soak", type=float, metavar="MINUTES", help="add the nightly tests, each for at least so long")
     parser.addoption("--min-tests", type=int, default=0, help="fail when fewer tests than this passed")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--full"):
-        full = [item for item in items if item.get_closest_marker("full")]
-        config.hook.pytest_deselected(items=full)
-        items[:] = [item for item in items if not item.get_closest_marker("full")]
+    left_out = {mark for mark in ("full", "soak") if config.getoption(f"--{mark}") in (False, None)}
+    dropped = [item for item in items if left_out & {mark.name for mark in item.iter_markers()}]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in set(dropped)]
 
 
 def complaints(stats: dict[str, list], minimum: int) -> list[str]:

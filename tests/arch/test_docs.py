@@ -19,6 +19,8 @@ DOCS = (
             "training",
             "reliability",
             "serving",
+            "api",
+            "console",
             "engine",
             "planning",
             "families",

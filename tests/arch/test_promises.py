@@ -6,7 +6,7 @@ import re
 import pytest
 
 ROW = re.compile(
-    r"^\| (?P<promise>[^|]+) \| (?P<tier>quick|full) \| `(?P<path>tests/[\w/]+\.py)(?:::(?P<name>\w+))?` \|$"
+    r"^\| (?P<promise>[^|]+) \| (?P<tier>quick|full|soak) \| `(?P<path>tests/[\w/]+\.py)(?:::(?P<name>\w+))?` \|$"
 )
 
 
@@ -27,8 +27,9 @@ def test_every_row_names_a_test_in_its_tier(root):
             assert any(name.startswith("test_") for name in tests)
             continue
         assert found["name"] in tests, f"no such test: {row}"
-        marks = [ast.unparse(decorator) for decorator in tests[found["name"]].decorator_list]
-        assert ("pytest.mark.full" in marks) == (found["tier"] == "full"), f"the tier is another: {row}"
+        marks = {ast.unparse(decorator) for decorator in tests[found["name"]].decorator_list}
+        tiers = [tier for tier in ("full", "soak") if f"pytest.mark.{tier}" in marks] or ["quick"]
+        assert tiers == [found["tier"]], f"the tier is another: {row}"
 
 
 @pytest.mark.parametrize("broken", ["| a | slow | `tests/x.py` |", "| a | quick | `x.py::test_a` |", "| a | quick | |"])

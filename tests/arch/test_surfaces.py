@@ -11,6 +11,7 @@ import pytest
 
 from turnout.launch import compose, main
 from turnout.launch.bench import BenchOptions
+from turnout.launch.bench_serve import ServeBenchOptions
 from turnout.launch.cli import Options
 from turnout.launch.convert import ConvertOptions
 from turnout.launch.doctor import DoctorOptions
@@ -18,6 +19,7 @@ from turnout.launch.evaluate import EvaluateOptions
 from turnout.launch.generate import GenerateOptions
 from turnout.launch.plan import PlanOptions
 from turnout.launch.quickstart import QuickstartOptions
+from turnout.launch.ray_serve import RayOptions
 from turnout.launch.serve import ServeOptions
 
 OPTIONS = {
@@ -44,25 +46,41 @@ def config_keys() -> dict[str, list[str]]:
 
 
 def options() -> dict[str, list[str]]:
-    return {verb: sorted(f.name for f in dataclasses.fields(cls)) for verb, cls in OPTIONS.items()}
+    classes = OPTIONS | {"bench serve": ServeBenchOptions}
+    names = {verb: sorted(f.name for f in dataclasses.fields(cls)) for verb, cls in classes.items()}
+    return names | {"serve, by its replicas": sorted(ray_options())}
+
+
+def ray_options() -> set[str]:
+    """Those that `turnout serve` does not have."""
+    return {f.name for f in dataclasses.fields(RayOptions)} - {f.name for f in dataclasses.fields(ServeOptions)}
 
 
 def http_fields() -> dict[str, list[str]]:
-    from turnout.inference.server import protocol
+    from turnout.inference.server import messages, protocol, tokens
 
-    requests = {"completions": protocol.CompletionRequest, "chat": protocol.ChatRequest, "message": protocol.Message}
+    requests = {
+        "completions": protocol.CompletionRequest,
+        "chat": protocol.ChatRequest,
+        "message": messages.Message,
+        "tokenize": tokens.TokenizeText,
+        "tokenize chat": tokens.TokenizeChat,
+        "detokenize": tokens.Detokenize,
+    }
     return {name: sorted(model.model_fields) for name, model in requests.items()}
 
 
 def server_metrics() -> list[str]:
     import torch
 
-    from turnout.inference.engine import EngineStats
+    from turnout.inference.core.gauge import Histogram
     from turnout.inference.server.metrics import Metrics
+    from turnout.inference.stats import EngineStats
     from turnout.moe.routing.stats import RoutingStats
 
     zeros = dict.fromkeys((f.name for f in dataclasses.fields(EngineStats)), 0)
-    stats = EngineStats(**{**zeros, "routing": RoutingStats((), 0, torch.device("cpu")).snapshot()})
+    routing = RoutingStats((), 0, torch.device("cpu")).snapshot()
+    stats = EngineStats(**{**zeros, "routing": routing, "step_tokens": Histogram(())})
     return sorted(family.name for family in Metrics(lambda: stats).registry.collect())
 
 
