@@ -21,7 +21,6 @@ typedef int8_t Bytes __attribute__((vector_size(16)));
 struct Weight {
   const void* q;        // int8 [E, M, K], or two of four bits in a byte: [E, M, K / 2]
   const float* scale;   // [E, M], or [E, M, groups]
-  const int32_t* sums;  // Σ_k q of each row, for eight bits
   int64_t bits, columns, depth, groups;
 };
 
@@ -29,10 +28,11 @@ struct Rows {  // rows as whole numbers; `raised` holds q + 128 for the eight-bi
   int64_t width = 0, groups = 0;
   std::vector<int8_t> q;
   std::vector<float> scale, lowered;  // s; -8 · Σ_{k in g} q, for four bits
+  std::vector<int32_t> sums;
 
   void reserve(int64_t rows, const Weight& w) {
     width = (w.depth + BLOCK - 1) / BLOCK * BLOCK, groups = w.bits == 4 ? w.groups : 0;
-    q.resize(rows * width), scale.resize(rows), lowered.resize(rows * groups);
+    q.resize(rows * width), scale.resize(rows), lowered.resize(rows * groups), sums.resize(rows);
   }
 };
 
@@ -55,9 +55,11 @@ void quantize(const void* x, int64_t depth, Rows& rows, int64_t t) {
   for (int64_t i = 0; i < rows.width; i += 16) {
     V a = broken ? V{} : load<type>(x, i, depth - i) * turn;
     VI n = (VI)(a + even) - (VI)even;
-    const Bytes bytes = __builtin_convertvector(rows.groups ? n : n + 128, Bytes);
+    const Bytes bytes = __builtin_convertvector(n, Bytes);
     std::memcpy(q + i, &bytes, 16);
   }
+  rows.sums[t] = 0;
+  for (int64_t k = 0; k < depth; k++) rows.sums[t] += q[k];
   const int64_t group = rows.groups ? depth / rows.groups : 0;
   for (int64_t g = 0; g < rows.groups; g++) {
     int32_t sum = 0;
@@ -107,25 +109,25 @@ inline void totals(const VI* a, int32_t* out) {
 
 // Lanes of Σ_k (q + 128) · w of T rows and F columns; `sum` is part of a tile whose rows are `stride` apart.
 template <int T, int F>
-inline void tile8(const uint8_t* const* x, const int8_t* w, int64_t K, VI* sum, int stride) {
+inline void tile8(const int8_t* const* x, const int8_t* w, int64_t K, VI* sum, int stride) {
   VI own[T * F] = {};
 #if defined(__AVX512VNNI__)
   for (int64_t k = 0; k < K; k += BLOCK) {
     __m512i b[F];
     for (int f = 0; f < F; f++) {
-      b[f] = some(w + f * K + k, K - k);
+      b[f] = _mm512_xor_si512(some(w + f * K + k, K - k), _mm512_set1_epi8((char)128));
       _mm_prefetch(w + f * K + k + AHEAD, _MM_HINT_T0);
     }
     for (int t = 0; t < T; t++) {
       const __m512i a = _mm512_loadu_si512(x[t] + k);
-      for (int f = 0; f < F; f++) own[t * F + f] = (VI)_mm512_dpbusd_epi32((__m512i)own[t * F + f], a, b[f]);
+      for (int f = 0; f < F; f++) own[t * F + f] = (VI)_mm512_dpbusd_epi32((__m512i)own[t * F + f], b[f], a);
     }
   }
 #else
   for (int t = 0; t < T; t++)
     for (int f = 0; f < F; f++) {
       int32_t total = 0;
-      for (int64_t k = 0; k < K; k++) total += x[t][k] * w[f * K + k];
+      for (int64_t k = 0; k < K; k++) total += x[t][k] * (w[f * K + k] + 128);
       own[t * F + f][0] = total;
     }
 #endif
@@ -179,21 +181,19 @@ inline void tile(const Weight& w, int64_t expert, int64_t column, const Rows& ro
                  int64_t y_row) {
   const int64_t K = w.depth, m = expert * w.columns + column;
   if (w.bits == 8) {
-    const uint8_t* x[T];
+    const int8_t* x[T];
     VI sum[T * F];
     int32_t found[T * F];
-    for (int t = 0; t < T; t++) x[t] = (const uint8_t*)rows.q.data() + which[t] * rows.width;
+    for (int t = 0; t < T; t++) x[t] = rows.q.data() + which[t] * rows.width;
     for (int f = 0; f < F; f += NEAR) tile8<T, NEAR>(x, (const int8_t*)w.q + (m + f) * K, K, sum + f, F);
     for (int i = 0; i < T * F; i += GROUP<T * F>) totals<GROUP<T * F>>(sum + i, found + i);
     for (int f = 0; f < F; f += 16) {
       constexpr int n = F < 16 ? F : 16;
-      VI raise{};
-      std::memcpy(&raise, w.sums + m + f, 4 * n);
       const V scale = load<FLOAT32>(w.scale + m, f, n);
       for (int t = 0; t < T; t++) {
         VI whole{};
         std::memcpy(&whole, found + t * F + f, 4 * n);
-        const V product = __builtin_convertvector(whole - 128 * raise, V) * scale * rows.scale[which[t]];
+        const V product = __builtin_convertvector(whole - 128 * rows.sums[which[t]], V) * scale * rows.scale[which[t]];
         store<FLOAT32>(y + t * y_row, f, product, n);
       }
     }

@@ -16,15 +16,19 @@ class Weight(ctypes.Structure):
     """`Weight` of quantized.cpp."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("q", "scale", "sums")),
+        *((name, c_void_p) for name in ("q", "scale")),
         *((name, c_int64) for name in ("bits", "columns", "depth", "groups")),
     )
 
     @classmethod
     def of(cls, w: QuantizedWeight) -> "Weight":
         groups = w.scale.shape[-1] if w.bits == 4 else 0
-        places = (w.q.data_ptr(), w.scale.data_ptr(), w.sums.data_ptr())
-        return cls(*places, w.bits, w.q.shape[-2], w.depth, groups)
+        return cls(w.q.data_ptr(), w.scale.data_ptr(), w.bits, w.q.shape[-2], w.depth, groups)
+
+
+def known(w: QuantizedWeight) -> bool:
+    plain = w.kind == "int" and not w.zero.numel() and (w.bits == 4 or w.scale.ndim < w.q.ndim)
+    return plain and w.rows == "int8"
 
 
 class Mixture(ctypes.Structure):
@@ -39,7 +43,7 @@ class Mixture(ctypes.Structure):
 
 
 def quantized_linear_fits(x_TD: Tensor, w: QuantizedWeight, bias_F: Tensor | None = None) -> bool:
-    return fits(x_TD) and not x_TD.requires_grad
+    return fits(x_TD) and not x_TD.requires_grad and known(w)
 
 
 def quantized_linear_pays(x_TD: Tensor, w: QuantizedWeight, bias_F: Tensor | None = None) -> bool:
@@ -64,7 +68,7 @@ def quantized_moe_mlp_fits(
     w_in: QuantizedWeight,
     w_out: QuantizedWeight,
 ) -> bool:
-    return fits(x_TD) and not x_TD.requires_grad and not weights_TK.requires_grad
+    return fits(x_TD) and not x_TD.requires_grad and not weights_TK.requires_grad and known(w_in) and known(w_out)
 
 
 def quantized_moe_mlp_pays(

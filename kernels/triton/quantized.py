@@ -91,8 +91,13 @@ def quantized_kernel(  # type: ignore[no-untyped-def]
     tl.store(y_at, total.to(y.dtype.element_ty), mask=row_ok[:, None] & line_ok[None, :])
 
 
+def known(w: QuantizedWeight) -> bool:
+    plain = w.kind == "int" and not w.zero.numel() and (w.bits == 4 or w.scale.ndim < w.q.ndim)
+    return plain and w.rows == "int8"
+
+
 def quantized_linear_fits(x_TD: Tensor, w: QuantizedWeight, bias_F: Tensor | None = None) -> bool:
-    return runs(x_TD) and not x_TD.requires_grad
+    return runs(x_TD) and not x_TD.requires_grad and known(w)
 
 
 def quantized_linear_pays(x_TD: Tensor, w: QuantizedWeight, bias_F: Tensor | None = None) -> bool:
@@ -116,7 +121,7 @@ def quantized_moe_mlp_fits(
     w_out: QuantizedWeight,
 ) -> bool:
     learns = x_TD.requires_grad or weights_TK.requires_grad
-    return runs(x_TD) and weights_TK.dtype in FLOATS and not learns
+    return runs(x_TD) and weights_TK.dtype in FLOATS and not learns and known(w_in) and known(w_out)
 
 
 def quantized_moe_mlp_pays(

@@ -128,12 +128,11 @@ def _quantized_moe_mlp(m: Maker) -> Iterator[Case]:
 
 def _quantized(m: Maker, bits: int, columns: int, depth: int, stack: int = 0) -> kernels.QuantizedWeight:
     """A weight of so many bits, or a stack of the same one."""
-    one = kernels.quantize_weight(0.02 * m.rows(columns, depth), bits)
+    one = kernels.quantize_weight(0.02 * m.rows(columns, depth), bits, rows="int8")
     if not stack:
         return one
     scale = one.scale.repeat(stack, *[1] * one.scale.ndim)
-    sums = one.sums.repeat(stack, 1) if bits == 8 else one.sums
-    return replace(one, q=one.q.repeat(stack, 1, 1), scale=scale, sums=sums)
+    return replace(one, q=one.q.repeat(stack, 1, 1), scale=scale)
 
 
 def _copies(m: Maker, w: kernels.QuantizedWeight) -> list[kernels.QuantizedWeight]:

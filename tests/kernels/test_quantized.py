@@ -1,14 +1,17 @@
 """Weights of eight and four bits: what they are, and products with them in every form against the written-out one."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from turnout import ConfigError, kernels
 from turnout.kernels import quantize_weight
 from turnout.kernels.cpp import build
-from turnout.kernels.quantized import quantize_rows
+from turnout.kernels.quantized import encode, find_scale, quantize_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+w8a8 = partial(quantize_weight, rows="int8")
 
 
 def _close(ours, theirs, dtype):
@@ -36,6 +39,53 @@ def test_clipping_bounds_what_is_large_and_rounds_the_rest_finer(bits):
     assert (clipped - w)[0, :63].abs().max() < (plain - w)[0, :63].abs().max()
 
 
+KINDS = (
+    {"bits": 8}, {"bits": 8, "zero": True}, {"bits": 8, "group": 64}, {"bits": 8, "group": 128, "zero": True},
+    {"bits": 4}, {"bits": 4, "group": 192, "zero": True}, {"kind": "float"},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("how", KINDS)
+def test_every_kind_of_weight_is_near_its_numbers_and_keeps_zeros(how):
+    w = torch.rand(3, 5, 384) - 0.1
+    w[0, 1, :200], w[1, 2] = 0.0, 0.0
+    packed = quantize_weight(w, **how)
+    steps = {8: 254, 4: 14}[packed.bits] / (1.0 if packed.zero.numel() else 2.0)
+    groups = w.unflatten(-1, (packed.groups, -1))
+    reach = (groups.amax(-1) - groups.amin(-1).clamp_max(0)) if packed.zero.numel() else groups.abs().amax(-1)
+    off = (packed.dequantized() - w).unflatten(-1, (packed.groups, -1)).abs()
+    bound = groups.abs() / 16 + 1e-4 if packed.kind == "float" else reach[..., None] * (1.001 / 2 / steps)
+    assert (off <= bound).all()
+    assert not packed.dequantized()[w == 0].any()
+    assert torch.equal(packed[1].dequantized(), packed.dequantized()[1])
+    assert torch.equal(packed[1][2:4].dequantized(), packed.dequantized()[1, 2:4])
+
+
+@pytest.mark.parametrize("how", KINDS)
+def test_what_has_been_rounded_stays_as_it_is_under_its_own_scale(how):
+    packed = quantize_weight(torch.randn(4, 384), **how)
+    again = encode(packed.dequantized(), packed.scale, packed.zero, packed.bits, kind=packed.kind)
+    assert torch.equal(again.q.view(torch.uint8), packed.q.view(torch.uint8))
+
+
+def test_each_scale_can_have_a_clip_of_its_own():
+    w = torch.randn(4, 128)
+    clip = torch.rand(4, 2) * 0.5 + 0.5
+    (scale, zero), (whole, _) = (find_scale(w, 4, 64, by, zero=True) for by in (clip, 1.0))
+    torch.testing.assert_close(scale, whole * clip)
+    assert zero.shape == (4, 2)
+    assert torch.equal(zero, zero.round())
+
+
+@pytest.mark.parametrize("how", KINDS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_is_refused(how, bad):
+    w = torch.randn(2, 384)
+    w[1, 7] = bad
+    with pytest.raises(ConfigError, match=r"scale .* must be finite: look for NaN and infinities"):
+        quantize_weight(w, **how)
+
+
 def test_a_row_of_zeros_is_zero_and_one_that_is_not_finite_is_nan():
     x = torch.tensor([[0.0, 0.0], [1.0, float("inf")], [float("nan"), 2.0], [-3.0, 1.0]])
     q, scale = quantize_rows(x)
@@ -47,6 +97,10 @@ def test_a_row_of_zeros_is_zero_and_one_that_is_not_finite_is_nan():
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [({"bits": 3}, r"bits \(3\) must be 4 or 8"), ({"clip": 0.0}, r"clip \(0.0\)"),
+     ({"clip": torch.tensor([0.5, 1.1])}, r"clip \(tensor"),
+     ({"bits": 8, "group": 48}, r"group \(48\) must be a multiple"),
+     ({"kind": "float", "zero": True}, r"kind \(float\) goes with 8 bits \(8\) and no zero points"),
+     ({"kind": "float", "group": 64}, r"group \(64\) must be None for e4m3"),
      ({"bits": 4, "group": 96}, r"group \(96\) must be a multiple of 64 that divides the width \(128\)")],
 )  # fmt: skip
 def test_what_can_not_be_is_refused(wrong, says):
@@ -61,7 +115,7 @@ def test_what_can_not_be_is_refused(wrong, says):
 )
 def test_rows_are_multiplied_as_the_reference_writes_it_and_alone_as_in_company(bits, rows, columns, depth, dtype):
     x, bias = torch.randn(rows, depth).to(dtype), torch.randn(columns)
-    w = quantize_weight(torch.randn(columns, depth), bits)
+    w = w8a8(torch.randn(columns, depth), bits)
     with kernels.using("reference"):
         expected = kernels.quantized_linear(x, w, bias)
     y = kernels.quantized_linear(x, w, bias)
@@ -95,7 +149,7 @@ def _mixture(tokens, experts, width, hidden, choices, hot=False):
 )
 def test_a_mixture_is_what_the_reference_writes_and_a_row_never_feels_its_neighbours(shape, bits, dtype):
     x, ids, weights, kept, w_in, w_out = _mixture(*shape)
-    x, q_in, q_out = x.to(dtype), quantize_weight(w_in, bits), quantize_weight(w_out.mT, bits)
+    x, q_in, q_out = x.to(dtype), w8a8(w_in, bits), w8a8(w_out.mT, bits)
     with kernels.using("reference"):
         expected = kernels.quantized_moe_mlp(x, ids, weights, kept, q_in, q_out)
     y = kernels.quantized_moe_mlp(x, ids, weights, kept, q_in, q_out)
@@ -111,7 +165,7 @@ def test_a_mixture_is_what_the_reference_writes_and_a_row_never_feels_its_neighb
 def test_the_error_of_a_mixture_is_as_stated(bits, most):
     x, ids, weights, kept, w_in, w_out = _mixture(64, 8, 256, 256, 2)
     exact = kernels.moe_mlp(x, ids.clamp_min(0), weights, kept, w_in, w_out)
-    y = kernels.quantized_moe_mlp(x, ids, weights, kept, quantize_weight(w_in, bits), quantize_weight(w_out.mT, bits))
+    y = kernels.quantized_moe_mlp(x, ids, weights, kept, w8a8(w_in, bits), w8a8(w_out.mT, bits))
     assert (y - exact).norm() / exact.norm() < most
 
 
@@ -119,7 +173,7 @@ def test_the_error_of_a_mixture_is_as_stated(bits, most):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_every_set_of_instructions_gives_the_same_products(bits, monkeypatch):
     x, ids, weights, kept, w_in, w_out = _mixture(9, 4, 128, 64, 2)
-    q_in, q_out = quantize_weight(w_in, bits), quantize_weight(w_out.mT, bits)
+    q_in, q_out = w8a8(w_in, bits), w8a8(w_out.mT, bits)
     with kernels.using("reference"):
         expected = kernels.quantized_moe_mlp(x, ids, weights, kept, q_in, q_out)
     tiers = [flags for needed, flags in build.INSTRUCTIONS if needed <= build._cpu()]

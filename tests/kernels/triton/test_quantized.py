@@ -24,12 +24,12 @@ def assert_near(found, wanted, dtype):
 
 
 def check_linear(T, F, D, bits, dtype, bias=True):
-    w = quantize_weight(torch.randn(F, D), bits)
+    w = quantize_weight(torch.randn(F, D), bits, rows="int8")
     assert_near(*both("quantized_linear", torch.randn(T, D).to(dtype), w, torch.randn(F) if bias else None), dtype)
 
 
 def check_mixture(T, E, K, bits, dtype, D=64, F=64, dropping=True):
-    w_in, w_out = quantize_weight(torch.randn(E, 2 * F, D), bits), quantize_weight(torch.randn(E, D, F), bits)
+    w_in, w_out = (quantize_weight(torch.randn(E, *shape), bits, rows="int8") for shape in ((2 * F, D), (D, F)))
     ids = torch.stack([torch.randperm(E)[:K] for _ in range(T)]) if T else torch.empty(0, K, dtype=torch.int64)
     kept = torch.rand(T, K) < 0.7 if dropping else None
     args = (torch.randn(T, D).to(dtype), ids, torch.rand(T, K), kept, w_in, w_out)
@@ -45,7 +45,7 @@ def test_products_are_those_of_rounded_rows(bits):
 def test_a_row_that_is_not_finite_is_nan_and_spoils_no_other():
     x = torch.randn(4, 64).bfloat16()
     x[1, 3], x[2], x[3, 0] = torch.inf, 0.0, torch.nan
-    found, wanted = both("quantized_linear", x, quantize_weight(torch.randn(7, 64)), None)
+    found, wanted = both("quantized_linear", x, quantize_weight(torch.randn(7, 64), rows="int8"), None)
     assert found.isnan().tolist() == wanted.isnan().tolist() == [[False] * 7, [True] * 7, [False] * 7, [True] * 7]
     assert not found[2].any()
 
