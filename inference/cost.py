@@ -57,7 +57,7 @@ def _measure(model: Decoder, deterministic: bool, prompt: int, batch: int, steps
         max_num_seqs=batch, max_num_batched_tokens=prompt + batch, enable_prefix_caching=False,
         max_model_len=prompt + steps, deterministic=deterministic,
     )  # fmt: skip
-    plan = plan_kv(model.cfg, config, prompt + steps, model.embed.weight.dtype, 1 << 40)
+    plan = plan_kv(model.cfg, config, prompt + steps, model.dtype, 1 << 40)
     blocks = BlockManager(plan.num_blocks, config.block_size, enable_prefix_caching=False)
     scheduler, runner = Scheduler(config, blocks, time.monotonic), ModelRunner(model, plan, form=config.form)
     vocabulary, prefills, decodes = model.cfg.vocab_size, [], []

@@ -129,7 +129,7 @@ class Engine:
         else:
             model = load_model(path, config.dtype, device or ("cuda" if torch.cuda.is_available() else "cpu"))
         (stages := stages or Stages()).done("weights")
-        compile_kernels(model.embed.weight.device, config.form)
+        compile_kernels(model.device, config.form)
         stages.done("kernels")
         engine = cls(model, tokenizer, config, chat, ranks=ranks)
         stages.done("KV cache")

@@ -41,26 +41,24 @@ class Machine:
     def __init__(
         self, model: Decoder, config: EngineConfig, clock: Callable[[], float], ranks: Ranks | None = None
     ) -> None:
-        weight = model.embed.weight
+        device, dtype = model.device, model.dtype
         length = _check(model, config)
-        held = sum(part.nbytes for part in model.parameters())
-        free = free_memory(weight.device) // (1 if ranks is None else ranks.neighbours)
+        held = sum(part.nbytes for part in model.state_dict().values())
+        free = free_memory(device) // (1 if ranks is None else ranks.neighbours)
         layout = Layout(dp=1, ep=1, edp=1) if ranks is None else ranks.mesh.layout
-        plan = plan_memory(
-            model.cfg, config, length, weight.dtype, held, free, weight.device.type, layout.ep, layout.tp, layout.dp
-        )
+        plan = plan_memory(model.cfg, config, length, dtype, held, free, device.type, layout.ep, layout.tp, layout.dp)
         self.memory = plan if ranks is None else ranks.agree(plan)
         self.config = replace(config, max_model_len=length, num_blocks=self.memory.kv.num_blocks)
         width, encoder = -(-length // config.block_size), model.encoder is not None
-        buckets = GraphBuckets(config.graph_buckets, width, weight.device, encoder=encoder)
+        buckets = GraphBuckets(config.graph_buckets, width, device, encoder=encoder)
         runner = ModelRunner if ranks is None else ranks.runner
         self.runner = runner(model, self.memory.kv, config.moe_capacity, buckets, config.form)
-        fingerprint = f"{digest(model.cfg)} {weight.dtype} {self.memory.kv.dtype}".encode()
+        fingerprint = f"{digest(model.cfg)} {dtype} {self.memory.kv.dtype}".encode()
         pools = [block_manager(model.cfg, self.config, fingerprint) for _ in range(layout.dp)]
         self.blocks = pools[0]
         replicas = [Scheduler(self.config, blocks, clock) for blocks in pools]
         self.scheduler: Scheduler | Replicas = replicas[0] if ranks is None else Replicas(replicas)
-        overlap = weight.is_cuda if config.overlap is None else config.overlap
+        overlap = device.type == "cuda" if config.overlap is None else config.overlap
         executor = Executor if ranks is None else ranks.executor
         self.executor = executor(self.runner.execute, overlap=overlap)
 
@@ -68,7 +66,7 @@ class Machine:
 def _check(model: Decoder, config: EngineConfig) -> int:
     """The longest sequence, if the settings fit the model."""
     check_routing(model.cfg, config.moe_capacity)
-    longest, device = model.cfg.max_seq_len, model.embed.weight.device
+    longest, device = model.cfg.max_seq_len, model.device
     if config.deterministic and device.type != "cpu":
         rule = f"has kernels for a CPU only, and the model is on {device}"
         raise ConfigError(f"deterministic (true) {rule}: use device=cpu, or deterministic=false")

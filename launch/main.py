@@ -20,7 +20,7 @@ from .. import (
     __version__,
 )
 
-VERBS = ("quickstart", "plan", "train", "generate", "serve", "evaluate", "convert", "bench", "doctor")
+VERBS = ("quickstart", "plan", "train", "generate", "serve", "evaluate", "convert", "compress", "bench", "doctor")
 
 PREEMPTED = 143
 LOST = 5  # a peer

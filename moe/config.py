@@ -6,10 +6,11 @@ from math import gcd
 from ..configs.typed import check, check_choices
 from .attention_config import AttentionConfig, EncoderConfig, LatentConfig, RopeConfig
 from .layer_config import BASE, COEFFICIENTS, PAPER, Activation, MoEConfig, RouterName, at_least, divisors
+from .quantization_config import QuantizationConfig
 
 __all__ = [
     "BASE", "COEFFICIENTS", "PAPER", "Activation", "AttentionConfig", "EncoderConfig", "LatentConfig", "MoEConfig",
-    "ModelConfig", "RopeConfig", "RouterName", "check_heads",
+    "ModelConfig", "QuantizationConfig", "RopeConfig", "RouterName", "check_heads",
 ]  # fmt: skip
 
 
@@ -36,6 +37,7 @@ class ModelConfig:
         attention: what attention has beside its heads.
         encoder: null = decoder only.
         moe: null = dense.
+        quantization: how matrices are stored of a model that `turnout compress` has rounded; null = as they are.
     """
 
     vocab_size: int
@@ -56,6 +58,7 @@ class ModelConfig:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     encoder: EncoderConfig | None = None
     moe: MoEConfig | None = None
+    quantization: QuantizationConfig | None = None
 
     def __post_init__(self) -> None:
         check_choices(self, "model")

@@ -1,6 +1,6 @@
 """How a model's matrices are stored in eight or four bits: a frozen dataclass, validated at birth."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..configs.typed import check, check_choices
@@ -38,3 +38,12 @@ class QuantizationConfig:
         check(fits, "quantization.group", self.group, rule, f"use {BLOCK}, or null for a scale a row")
         fits = self.group is not None or self.bits == 8
         check(fits, "quantization.group", None, "is needed for four bits", f"use {BLOCK}")
+
+    def of_width(self, depth: int) -> "QuantizationConfig":
+        """How a matrix of input width `depth` is stored: in eight bits a row where groups do not divide it."""
+        return self if self.group is None or depth % self.group == 0 else replace(self, bits=8, group=None)
+
+    @property
+    def of_vocabulary(self) -> "QuantizationConfig":
+        """How embedding and head are stored."""
+        return replace(self, bits=8, kind="int", group=None, zero=False, rows="float")

@@ -54,7 +54,7 @@ class ModelRunner:
     ) -> None:
         assert not model.training, "serving runs the model in evaluation mode"
         self.model = model
-        self.device = model.embed.weight.device
+        self.device = model.device
         self.cache = KVCache(plan, self.device)
         self._buckets = buckets or GraphBuckets((), 0, self.device)
         experts = model.cfg.moe.num_experts if model.cfg.moe else 0
@@ -69,7 +69,7 @@ class ModelRunner:
         self.routing = RoutingStats(model.cfg.moe_layers, experts, self.device)
         width = -(-model.cfg.max_seq_len // plan.block_size)
         self._recorded = RecordedSteps(model, min(width, plan.num_blocks), self.routing.tensor)
-        half = model.embed.weight.dtype == torch.bfloat16 or form in ("cpp", "invariant")
+        half = model.dtype == torch.bfloat16 or form in ("cpp", "invariant")
         self.sent_bytes = 0
         self.records = self.device.type == "cpu" and half
 
@@ -133,7 +133,7 @@ class ModelRunner:
     def encode(self, memory: Memory) -> Tensor:
         """The encoder's hidden states [S, D] of a step's new inputs, each of which sees nothing of the others."""
         if not memory.tokens_S.numel():
-            return self.model.embed.weight.new_empty(0, self.model.cfg.width)
+            return self.model.norm.weight.new_empty(0, self.model.cfg.width)
         route = RouteContext(
             cu_groups=memory.cu_N1, token_ids_T=memory.tokens_S, dropless=self.dropless, propagate_nan=True
         )

@@ -52,7 +52,7 @@ def denoise(
     Raises:
         ConfigError: a length that does not fit. DataError: the documents fill no row.
     """
-    start, mesh = time.monotonic(), mesh or Mesh.alone(model.embed.weight.device)
+    start, mesh = time.monotonic(), mesh or Mesh.alone(model.device)
     check(batch >= 1, "batch", batch, "must be at least 1", "use 16")
     assert model.cfg.encoder is not None, "a decoder has no source to read"
     if not any(documents):

@@ -93,7 +93,7 @@ def evaluate(
     check(1 <= seq_len <= longest, "seq_len", seq_len, f"must lie in 1 to model.max_seq_len ({longest})", "lower it")
     check(1 <= stride <= seq_len, "stride", stride, f"must lie in 1 to seq_len ({seq_len})", "use seq_len // 2")
     check(batch >= 1, "batch", batch, "must be at least 1", "use 16")
-    mesh = mesh or Mesh.alone(model.embed.weight.device)
+    mesh = mesh or Mesh.alone(model.device)
     size_bytes = sum(len(text.encode()) for text in documents)
     if not size_bytes:
         raise DataError("the documents hold no text: give some")

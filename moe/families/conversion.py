@@ -23,7 +23,7 @@ from .directory import (
     save_foreign,
 )
 from .family import MODULES, fitting
-from .reading import whole_shapes
+from .reading import check_whole, whole_shapes
 from .upcycle import Upcycled
 
 OURS = "turnout"
@@ -63,6 +63,7 @@ def read_whole(path: str | Path) -> Whole:
     directory = model_directory(path)
     if not is_foreign(directory):
         cfg, tensors = load_tensors(directory)
+        check_whole(cfg, directory)
         dtype = str(tensors["embed.weight"].dtype).removeprefix("torch.")
         return Whole(cfg=cfg, tensors=tensors, dtype=dtype, path=directory, origin=load_origin(directory))
     with open_foreign(directory) as (found, shards):

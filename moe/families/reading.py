@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ... import CheckpointError, ConfigError
+from ...configs.typed import check
 from ...parallel.apply import parallelize
 from ...parallel.mesh import Mesh
 from ..config import ModelConfig
@@ -40,6 +41,7 @@ class OwnSource:
     def __init__(self, cfg: ModelConfig, reader: Any, file: Path) -> None:
         self.cfg, self._reader = cfg, reader
         shapes, held = whole_shapes(cfg), set(reader.keys())
+        self._shapes = shapes
         for name in sorted(shapes.keys() ^ held):
             word = "is missing in" if name in shapes else "is not the model's, but lies in"
             raise CheckpointError(f"{name} {word} {file}: export the model again")
@@ -51,6 +53,10 @@ class OwnSource:
     def read(self, name: str) -> Tensor:
         found: Tensor = self._reader.get_tensor(name)
         return found.float()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor."""
+        return self._shapes
 
     def dtype(self, name: str, wanted: str | None) -> torch.dtype:
         """What `load_model` makes of a tensor when `wanted` is asked for."""
@@ -75,6 +81,10 @@ class ForeignSource:
             place.put(self._shards.read(place.theirs), whole)
         return whole
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """As `OwnSource.shapes`."""
+        return self._shapes
+
     def dtype(self, name: str, wanted: str | None) -> torch.dtype:
         """As `OwnSource.dtype`."""
         found = DTYPES[stored_dtype(self._shards) if wanted is None or wanted == "auto" else wanted]
@@ -94,11 +104,22 @@ def open_source(path: str | Path) -> Iterator[OwnSource | ForeignSource]:
             yield ForeignSource(*stack.enter_context(open_foreign(directory)))
             return
         cfg, file = load_config(directory), directory / WEIGHTS
+        check_whole(cfg, directory)
         try:
             reader = stack.enter_context(safe_open(file, framework="pt"))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file} does not read as safetensors ({error}): export the model again") from error
         yield OwnSource(cfg, reader, file)
+
+
+def check_whole(cfg: ModelConfig, directory: Path) -> None:
+    """Refuse a model whose matrices have been rounded, where whole ones are needed.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    rule, fix = f"is how {directory} is stored, and whole weights are needed here", "give the model it was made of"
+    check(cfg.quantization is None, "quantization", cfg.quantization, rule, fix)
 
 
 def whole_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -69,7 +69,13 @@ class Attention(nn.Module):
 
     def _project(self, x_TD: Tensor, positions_T: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values by head, normalised, clamped and rotated."""
-        if self.rotary is not None and self.plain and self.wk.out_features == self.spec.kv_heads * self.spec.head_dim:
+        whole = isinstance(self.wq, Linear)
+        if (
+            whole
+            and self.rotary is not None
+            and self.plain
+            and self.wk.out_features == self.spec.kv_heads * self.spec.head_dim
+        ):
             cos_Th, sin_Th = self.rotary.angles(positions_T, ctx.turns, x_TD.dtype)
             q_norm, k_norm = self.q_norm, self.k_norm
             norms = () if q_norm is None or k_norm is None else (q_norm.weight, k_norm.weight, q_norm.eps)

@@ -3,15 +3,15 @@
 T tokens, D width, V vocabulary, R rows whose logits are wanted, S tokens of the encoder.
 """
 
+import torch
 from torch import Tensor, nn
 
-from ...kernels import linear, linear_cross_entropy
 from ..config import ModelConfig
 from ..layers.block import Block
 from ..layers.context import Context
-from ..layers.embedding import Embedding
-from ..layers.linear import Linear
+from ..layers.embedding import Embedding, Head
 from ..layers.norm import RMSNorm
+from ..layers.quantized import QuantizedEmbedding, store_quantized
 from ..layers.relative import RelativeBias
 
 
@@ -36,12 +36,14 @@ class Decoder(nn.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.embed = Embedding(cfg.vocab_size, cfg.width)
+        self.embed: Embedding | QuantizedEmbedding = Embedding(cfg.vocab_size, cfg.width)
         self.relative = RelativeBias(cfg, causal=True) if cfg.attention.positions == "relative" else None
         self.blocks = nn.ModuleList(Block(cfg, layer, self.relative) for layer in range(cfg.layers))
         self.norm = RMSNorm(cfg.width, cfg.norm_eps)
-        self.head = None if cfg.tie_embeddings else Linear(cfg.width, cfg.vocab_size, bias=False)
+        self.head: Head | QuantizedEmbedding | None = None if cfg.tie_embeddings else Head(cfg.width, cfg.vocab_size)
         self.encoder = None if cfg.encoder is None else Encoder(cfg, cfg.encoder.layers)
+        if cfg.quantization is not None:
+            store_quantized(self, cfg.quantization)
 
     def forward(
         self,
@@ -81,18 +83,36 @@ class Decoder(nn.Module):
         """What the forward pass returns, of what the last block returned: logits, or losses of `ctx.targets_T`."""
         if ctx.targets_T is None:
             return self.logits(x_TD, ctx)
-        return linear_cross_entropy(*self._into_head(x_TD), ctx.targets_T)
+        return self._outlet.losses(self._into_head(x_TD), ctx.targets_T)
 
     def logits(self, x_TD: Tensor, ctx: Context) -> Tensor:
         """Logits [R, V] of the wanted rows, from what the last block returned."""
-        return linear(*self._into_head(x_TD if ctx.logit_rows is None else x_TD[ctx.logit_rows]))
+        return self._outlet.project(self._into_head(x_TD if ctx.logit_rows is None else x_TD[ctx.logit_rows]))
 
-    def _into_head(self, x_RD: Tensor) -> tuple[Tensor, Tensor]:
-        """The head's operands: normed rows, and its matrix."""
+    def _into_head(self, x_RD: Tensor) -> Tensor:
+        """Normed rows."""
         x_RD = self.norm(x_RD)
-        if self.cfg.logit_scale != 1:
-            x_RD = x_RD * self.cfg.logit_scale
-        return x_RD, self.embed.weight if self.head is None else self.head.weight
+        return x_RD if self.cfg.logit_scale == 1 else x_RD * self.cfg.logit_scale
+
+    @property
+    def _outlet(self) -> Embedding | Head | QuantizedEmbedding:
+        """What turns rows into logits: the head, or the embedding that it is tied to."""
+        return self.embed if self.head is None else self.head
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states outside of autocast."""
+        return self.norm.weight.dtype
+
+    def tell_dtype(self) -> None:
+        """Let a rounded embedding, whose numbers have no dtype of the model's, give rows of it."""
+        if isinstance(self.embed, QuantizedEmbedding):
+            self.embed.dtype = self.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.norm.weight.device
 
     @property
     def all_blocks(self) -> list[nn.Module]:

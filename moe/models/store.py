@@ -24,6 +24,7 @@ from ..config import ModelConfig
 from ..families.directory import DTYPES, ORIGIN, Origin, copy_tokenizer, load_foreign, read_foreign
 from ..families.gguf import PACKAGE, GgufFile, package_file
 from ..families.gguf_tokenizer import write_tokenizer
+from ..layers.quantized import fixed_names
 from .decoder import Decoder
 
 MODEL_TYPE = "turnout"
@@ -151,12 +152,13 @@ def load_model(path: str | Path, dtype: str | None = None, device: str | torch.d
     cfg, tensors = load_tensors(path)
     with torch.device("meta"):
         model = Decoder(cfg)
-    wanted = DTYPES.get(dtype or "auto")
+    wanted, fixed = DTYPES.get(dtype or "auto"), fixed_names(model)
     for name, tensor in tensors.items():
         kind = torch.float32 if ".router." in name else wanted or tensor.dtype
-        tensors[name] = memory.zeros(tensor.shape, kind, device).copy_(tensor)
+        tensors[name] = memory.zeros(tensor.shape, tensor.dtype if name in fixed else kind, device).copy_(tensor)
         memory.forget(tensor)
     model.load_state_dict(tensors, assign=True)
+    model.tell_dtype()
     return model.eval().requires_grad_(False)
 
 
@@ -185,7 +187,9 @@ def _config(directory: Path) -> dict[str, Any]:
 
 def _match(tensors: Mapping[str, Tensor], cfg: ModelConfig, source: str) -> None:
     with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in Decoder(cfg).state_dict().items()}
+        model = Decoder(cfg)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    kinds = {name: model.state_dict()[name].dtype for name in fixed_names(model)}
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         words = [
@@ -196,5 +200,7 @@ def _match(tensors: Mapping[str, Tensor], cfg: ModelConfig, source: str) -> None
         if tuple(tensors[name].shape) != shape:
             found = list(tensors[name].shape)
             raise CheckpointError(f"{name} {found} in {source} must have shape {list(shape)}: {CONFIG} does not fit it")
-        if not tensors[name].is_floating_point():
-            raise CheckpointError(f"{name} ({tensors[name].dtype}) in {source} must be floating point: export it again")
+        kind = tensors[name].dtype
+        if kind != kinds.get(name, kind) or not (name in kinds or kind.is_floating_point):
+            rule = f"must be {kinds.get(name, 'floating point')}"
+            raise CheckpointError(f"{name} ({kind}) in {source} {rule}: export it again")

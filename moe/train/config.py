@@ -208,6 +208,8 @@ class RunConfig:
             tokens = model.moe.capacity_tokens
             rule = f"must equal train.seq_len ({seq_len}), the group whose capacity is shared in training"
             check(tokens in (None, seq_len), "moe.capacity_tokens", tokens, rule, "leave it to follow train.seq_len")
+        rule = "is how a compressed model is stored, and training changes whole weights"
+        check(model.quantization is None, "model.quantization", "set", rule, "train the model it was made of")
         experts, fits = self.upcycle.num_experts, self.upcycle.num_experts is None or self.train.init is not None
         rule = "makes a checkpoint sparse, and train.init (null) names none"
         check(fits, "upcycle.num_experts", experts, rule, "use train.init=DIR, or upcycle.num_experts=null")

@@ -1,0 +1,246 @@
+"""`turnout compress`: a smaller model of a trained one, and what that cost."""
+
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..configs.typed import check, to_dict
+from ..moe.compress.config import CompressConfig
+from .cli import Options, parse, write_json
+
+if TYPE_CHECKING:
+    from ..moe.compress.walk import Streams
+    from ..moe.families.reading import ForeignSource, OwnSource
+
+SUMMARY = "a trained model made smaller: rounded, pruned, with fewer experts"
+REPORT, PICTURE = "compress.json", "compress.png"
+HELD_OUT, BATCH, TOKENS, TURNS = 2048, 8, 48, 3
+HELP = """\
+usage: turnout compress CKPT DST method=METHOD [key=value ...]
+
+CKPT is a run, a model directory, a Hugging Face directory or a GGUF file. DST becomes a model directory that every verb
+reads; in it lie compress.json and compress.png, which say what it cost. One block is in memory at a time; what was
+interrupted goes on where it was (partial-DST, beside DST).
+
+  method=int8        int8, int4, fp8, w8a8, gptq: rounded; magnitude, wanda, sparsegpt: zeros; channels: fewer hidden
+                     units; experts, merge: fewer experts (docs/compress.md)
+  bits=4             of gptq: 8 or 4
+  scale=null         tensor, channel or group share a scale; null = channel of eight bits, group of four
+  group=64           numbers of a group
+  zero=false         zero points (asymmetric)
+  clip=max           max, percentile or mse; percentile=99.9
+  smooth=null        SmoothQuant's strength before rounding; of w8a8 0.5
+  embedding=true     round embedding and head too
+  sparsity=0.5       share of zeros; pattern=2:4 keeps two of four; scope=global lets the model share them out
+  keep=0.5           share of the hidden units that stay
+  num_experts=N      experts that stay
+  damp=0.01, act_order=false, min_rows=32     of GPTQ and SparseGPT
+  calibration=pydocs text that the method looks at (training split); samples=32 windows of seq_len=512; seed=0
+  data=pydocs        held-out text that the result is measured on, max_bytes=20000 of it
+  speed=true         measure tokens a second of one request, before and after
+  json=PATH          write the report there too
+
+example: turnout compress runs/x slim method=gptq
+         turnout compress runs/x slim method=sparsegpt pattern=2:4
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions(Options, CompressConfig):
+    """What `turnout compress` takes; see HELP."""
+
+    data: str = "pydocs"
+    max_bytes: int | None = 20_000
+    speed: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fits = self.max_bytes is None or self.max_bytes >= 1
+        check(fits, "max_bytes", self.max_bytes, "must be at least 1", "use 20000, or null for all")
+
+    @property
+    def config(self) -> CompressConfig:
+        """What decides the model."""
+        return CompressConfig(**{each.name: getattr(self, each.name) for each in fields(CompressConfig)})
+
+
+def main(args: list[str]) -> int:
+    """The verb."""
+    (source, target), options = parse(CompressOptions, args, words=("ckpt", "dst"))
+    result = compress(Path(source), Path(target), options)
+    for line in describe(result):
+        print(line, flush=True)
+    write_json(options.json, result)
+    return 0
+
+
+def compress(path: Path, target: Path, options: CompressOptions) -> dict[str, Any]:
+    """Make the model and report.
+
+    Raises:
+        ConfigError: a model or settings that do not go together. CheckpointError: files are broken, or weights are
+            not finite. DataError: there is no text.
+    """
+    from ..moe.compress.partial import Partial
+    from ..moe.compress.walk import walk
+    from ..moe.families.reading import open_source
+
+    free_place(path, target)
+    started, how = time.monotonic(), options.config
+    with open_source(path) as source:
+        check(source.cfg.encoder is None, "CKPT", path, "is an encoder-decoder", "give a decoder")
+        partial = Partial(target, {"model": fingerprint(path), "how": to_dict(options)})
+        if partial.done:
+            print(f"{partial.done} of {source.cfg.layers} blocks are done: going on", flush=True)
+        streams = texts(path, source, options)
+        losses = walk(source, how, streams, partial, lambda index, notes: print(_line(index, notes), flush=True))
+        report = {
+            "source": str(path), "target": str(target), "method": options.method,
+            **losses_of(losses), "layers": partial.notes, "seconds": time.monotonic() - started,
+        }  # fmt: skip
+        report |= _write(path, target, source, how, partial)
+    if options.speed:
+        report |= speeds(path, target)
+    write_json(target / REPORT, report)
+    from .compress_plot import draw
+
+    draw(report, target / PICTURE)
+    partial.remove()
+    return report
+
+
+def free_place(path: Path, target: Path) -> None:
+    """Refuse to write over what is no model, or over the source.
+
+    Raises:
+        ConfigError: naming DST.
+    """
+    rule, fix = "must be another directory than SRC's model", "name a new one"
+    check(target.resolve() not in (path.resolve(), (path / "model").resolve()), "DST", target, rule, fix)
+    free = not target.exists() or (
+        target.is_dir() and (not any(target.iterdir()) or (target / "config.json").is_file())
+    )
+    check(free, "DST", target, "holds something that is no model", "name a new directory")
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Of the model's files: what is made of another model is not gone on with."""
+    from ..moe.models.store import model_directory
+
+    place = model_directory(path)
+    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+
+
+def texts(path: Path, source: "OwnSource | ForeignSource", options: CompressOptions) -> "Streams":
+    """What calibrates, and what is measured."""
+    import numpy as np
+
+    from .. import DataError
+    from ..moe.compress.stream import Stream
+    from ..moe.compress.walk import Streams
+    from ..moe.data.corpus import read_documents
+    from ..moe.data.tokenizer import Tokenizer
+    from ..moe.eval.perplexity import cut, limit_bytes
+    from ..moe.models.store import is_foreign, tokenizer_directory
+
+    with tokenizer_directory(path) as directory:
+        tokenizer = Tokenizer.load(directory)
+
+    def windows(documents: list[str], length: int) -> list[Any]:
+        ids = [np.append(part, tokenizer.eos_id) for part in tokenizer.encode_batch(documents)]
+        return cut(ids, length, length)
+
+    cfg = source.cfg
+    longest = min(cfg.max_seq_len, HELD_OUT) if is_foreign(path) else cfg.max_seq_len
+    length = cfg.moe.capacity_tokens if cfg.moe is not None and cfg.moe.capacity_tokens else longest
+    held_out = windows(limit_bytes(read_documents(options.data, "validation"), options.max_bytes), length)
+    calibration = None
+    if options.calibrated:
+        found = windows(read_documents(options.calibration, "train"), min(options.seq_len, cfg.max_seq_len))
+        if not found:
+            raise DataError(f"calibration ({options.calibration}) holds no text: give some")
+        order = np.random.default_rng(options.seed).permutation(len(found))[: options.samples]
+        calibration = Stream([found[i] for i in order], BATCH, tokenizer.eos_id, dropless=True)
+    before, after = (Stream(held_out, BATCH, tokenizer.eos_id, dropless=False) for _ in range(2))
+    return Streams(calibration, before, after)
+
+
+def _write(path: Path, target: Path, source: Any, how: CompressConfig, partial: Any) -> dict[str, Any]:
+    """The model directory; sizes before and after."""
+    from ..moe.compress.methods import target as target_config
+    from ..moe.models.store import TOKENIZER, save_model, tokenizer_directory
+
+    tensors = partial.tensors()
+    with tokenizer_directory(path) as beside:
+        tokenizer = beside if (beside / TOKENIZER).is_file() else None
+        save_model(target, target_config(source.cfg, how), tensors, tokenizer)
+    shapes = source.shapes()
+    numbers = sum(math.prod(shape) for shape in shapes.values())
+    before = sum(math.prod(shape) * source.dtype(name, None).itemsize for name, shape in shapes.items())
+    after = sum(tensor.nbytes for tensor in tensors.values())
+    return {
+        "parameters": numbers, "bytes_before": before, "bytes_after": after,
+        "bits_per_weight": 8 * after / numbers, "smaller": before / after,
+    }  # fmt: skip
+
+
+def losses_of(losses: Mapping[str, float]) -> dict[str, Any]:
+    """Nats a token as perplexities."""
+    before, after = (math.exp(losses[name]) for name in ("before", "after"))
+    return {
+        "loss_before": losses["before"], "loss_after": losses["after"],
+        "perplexity_before": before, "perplexity_after": after, "perplexity_increase": after / before - 1,
+    }  # fmt: skip
+
+
+def speeds(path: Path, target: Path) -> dict[str, Any]:
+    """Tokens a second of one greedy request, the two models in turns; medians."""
+    from ..inference.core.sampling import SamplingParams
+    from ..inference.llm import LLM
+
+    params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+    models = {"before": LLM(str(path), max_num_seqs=1), "after": LLM(str(target), max_num_seqs=1)}
+    found: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(1 + TURNS):
+        for name, llm in models.items():
+            started = time.monotonic()
+            llm.generate([[1, 2, 3, 4]], params)
+            if turn:
+                found[name].append(TOKENS / (time.monotonic() - started))
+    return {f"tokens_per_second_{name}": statistics.median(each) for name, each in found.items()}
+
+
+def describe(report: Mapping[str, Any]) -> Iterator[str]:
+    """The report for a person."""
+    mb = 1e6
+    yield f"{report['source']} -> {report['target']} ({report['method']}, {report['seconds']:.1f} s)"
+    before, after = report["bytes_before"] / mb, report["bytes_after"] / mb
+    yield (
+        f"size            {before:,.1f} -> {after:,.1f} MB, {report['smaller']:.2f} x smaller, "
+        f"{report['bits_per_weight']:.2f} bits a weight"
+    )
+    yield (
+        f"perplexity      {report['perplexity_before']:.3f} -> {report['perplexity_after']:.3f} "
+        f"({report['perplexity_increase']:+.2%})"
+    )
+    shares = [notes["agreement"] for notes in report["layers"] if "agreement" in notes]
+    if shares:
+        worst = min(range(len(shares)), key=shares.__getitem__)
+        yield f"same experts    {statistics.fmean(shares):.2%} of choices, least {shares[worst]:.2%}"
+    if "tokens_per_second_before" in report:
+        slow, fast = report["tokens_per_second_before"], report["tokens_per_second_after"]
+        yield f"one request     {slow:,.1f} -> {fast:,.1f} tokens/s ({fast / slow:.2f} x)"
+    for index, notes in enumerate(report["layers"]):
+        for name, experts in notes.get("by_weights", {}).items():
+            some = ", ".join(str(expert) for expert in experts)
+            yield f"too few rows    block {index} {name}: experts {some} were handled by their weights alone"
+
+
+def _line(index: int, notes: Mapping[str, Any]) -> str:
+    share = f"  same experts {notes['agreement']:.2%}" if "agreement" in notes else ""
+    return f"block {index} done{share}"

@@ -1,0 +1,120 @@
+"""What `turnout compress` does to a model: a frozen dataclass, validated at birth. No torch here."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ...configs.typed import check, check_choices
+from ..quantization_config import BLOCK, QuantizationConfig
+
+MethodName = Literal[
+    "int8", "int4", "fp8", "w8a8", "gptq", "magnitude", "wanda", "sparsegpt", "channels", "experts", "merge"
+]
+ROUNDING = ("int8", "int4", "fp8", "w8a8", "gptq")
+SPARSE = ("magnitude", "wanda", "sparsegpt")
+CALIBRATED = ("gptq", "wanda", "sparsegpt", "channels", "experts", "merge")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig:
+    """One way of making a model smaller.
+
+    Args:
+        method: `int8`, `int4`, `fp8` (e4m3): weights to nearest; `w8a8`: rows too, as they come; `gptq`: weights by
+            the second moments of what they meet; `magnitude`, `wanda`, `sparsegpt`: zeros; `channels`: fewer hidden
+            units; `experts`, `merge`: fewer experts, the others left out or merged into those that stay.
+        bits: of `gptq`, 8 or 4.
+        scale: what shares one: the whole matrix, a row, or `group` numbers of a row; null = a row of eight bits, a
+            group of four.
+        group: numbers of a group.
+        zero: zero points (asymmetric).
+        clip: the largest number that is kept: the maximum, a percentile, or where the squared error is least.
+        percentile: of `clip=percentile`.
+        smooth: SmoothQuant's migration strength, in (0, 1], before rounding; null = none, of w8a8 0.5.
+        embedding: round the embedding and the head too.
+        damp: share of the mean diagonal added to second moments (GPTQ, SparseGPT).
+        act_order: GPTQ takes columns in the order of their second moments.
+        min_rows: an expert that met fewer rows in calibration is handled by its weights alone, and named.
+        sparsity: share of zeros.
+        pattern: `n:m` keeps n of m numbers along the input width; null = anywhere.
+        scope: whether every matrix has the same share of zeros, or the model as a whole (magnitude alone).
+        keep: share of the hidden units that stay (`channels`).
+        num_experts: how many stay (`experts`, `merge`).
+        calibration: text: pydocs, or a .jsonl, .jsonl.xz or .txt file; its training split where it has one.
+        samples: windows of it.
+        seq_len: tokens of a window.
+        seed: draws the windows.
+    """
+
+    method: MethodName = "int8"
+    bits: Literal[8, 4] = 4
+    scale: Literal["tensor", "channel", "group"] | None = None
+    group: int = BLOCK
+    zero: bool = False
+    clip: Literal["max", "percentile", "mse"] = "max"
+    percentile: float = 99.9
+    smooth: float | None = None
+    embedding: bool = True
+    damp: float = 0.01
+    act_order: bool = False
+    min_rows: int = 32
+    sparsity: float = 0.5
+    pattern: str | None = None
+    scope: Literal["layer", "global"] = "layer"
+    keep: float = 0.5
+    num_experts: int | None = None
+    calibration: str = "pydocs"
+    samples: int = 32
+    seq_len: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choices(self, "")
+        for name, least in (("samples", 1), ("seq_len", 2), ("min_rows", 0)):
+            check(getattr(self, name) >= least, name, getattr(self, name), f"must be at least {least}", f"use {least}")
+        for name in ("keep", "damp"):
+            check(0 < getattr(self, name) <= 1, name, getattr(self, name), "must lie in (0, 1]", "use a share")
+        check(0 <= self.sparsity < 1, "sparsity", self.sparsity, "must lie in [0, 1)", "use 0.5")
+        check(0 < self.percentile <= 100, "percentile", self.percentile, "must lie in (0, 100]", "use 99.9")
+        fits = self.smooth is None or (0 < self.smooth <= 1 and self.method in ROUNDING)
+        check(fits, "smooth", self.smooth, "must lie in (0, 1] and goes with rounding", "use 0.5, or null")
+        needed = self.method in ("experts", "merge")
+        check(not needed or self.num_experts is not None, "num_experts", None, f"is what {self.method} needs", "say it")
+        fits = self.scope == "layer" or (self.method == "magnitude" and self.pattern is None)
+        rule = "goes with method=magnitude and no pattern"
+        check(fits, "scope", self.scope, rule, "use scope=layer")
+        self.kept_of  # noqa: B018 (validated at birth)
+        if self.quantization is not None:
+            check(self.scale != "tensor" or not self.zero, "zero", True, "needs a scale a row or group", "use channel")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method must see text."""
+        return self.method in CALIBRATED or self.migration is not None
+
+    @property
+    def migration(self) -> float | None:
+        """SmoothQuant's strength; null = none."""
+        return 0.5 if self.smooth is None and self.method == "w8a8" else self.smooth
+
+    @property
+    def kept_of(self) -> tuple[int, int] | None:
+        """(n, m) of `pattern`."""
+        if self.pattern is None:
+            return None
+        n, colon, m = self.pattern.partition(":")
+        fits = bool(colon) and n.isdigit() and m.isdigit() and 0 < int(n) < int(m)
+        check(fits, "pattern", self.pattern, "must be n:m, n of m numbers kept", "use 2:4, or null")
+        return int(n), int(m)
+
+    @property
+    def quantization(self) -> QuantizationConfig | None:
+        """How the matrices are stored afterwards; null = whole."""
+        if self.method not in ROUNDING:
+            return None
+        bits: Literal[8, 4] = self.bits if self.method == "gptq" else 4 if self.method == "int4" else 8
+        scale = self.scale or ("group" if bits == 4 else "channel")
+        made = QuantizationConfig(
+            bits=8, kind="float" if self.method == "fp8" else "int",
+            rows="int8" if self.method == "w8a8" else "float", embedding=self.embedding,
+        )  # fmt: skip
+        return replace(made, bits=bits, group=self.group if scale == "group" else None, zero=self.zero)
