@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..configs.typed import check, to_dict
 from ..moe.compress.config import CompressConfig
 from .cli import Options, parse, write_json
+from .convert import free_place
 
 if TYPE_CHECKING:
     from ..moe.compress.walk import Streams
@@ -111,20 +112,6 @@ def compress(path: Path, target: Path, options: CompressOptions) -> dict[str, An
     draw(report, target / PICTURE)
     partial.remove()
     return report
-
-
-def free_place(path: Path, target: Path) -> None:
-    """Refuse to write over what is no model, or over the source.
-
-    Raises:
-        ConfigError: naming DST.
-    """
-    rule, fix = "must be another directory than SRC's model", "name a new one"
-    check(target.resolve() not in (path.resolve(), (path / "model").resolve()), "DST", target, rule, fix)
-    free = not target.exists() or (
-        target.is_dir() and (not any(target.iterdir()) or (target / "config.json").is_file())
-    )
-    check(free, "DST", target, "holds something that is no model", "name a new directory")
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

@@ -53,13 +53,7 @@ def convert(path: Path, target: Path, options: ConvertOptions) -> dict[str, Any]
     Raises:
         ConfigError: a model that can not be computed on the other side. CheckpointError: files are broken.
     """
-    rule, fix = "must be another directory than SRC's model", "name a new one"
-    check(target.resolve() not in (path.resolve(), (path / "model").resolve()), "DST", target, rule, fix)
-    free = not target.exists() or (
-        target.is_dir() and (not any(target.iterdir()) or (target / "config.json").is_file())
-    )
-    check(free, "DST", target, "holds something that is no model", "name a new directory")
-
+    free_place(path, target)
     from ..moe.families.conversion import describe, make_sparse, read_whole, target_kind, write_whole
 
     source = read_whole(path)
@@ -70,6 +64,20 @@ def convert(path: Path, target: Path, options: ConvertOptions) -> dict[str, Any]
     size = sum(file.stat().st_size for file in written.glob("*.safetensors"))
     report = describe(source, options.dtype or source.dtype)
     return {"source": str(path), "target": str(target), "written_as": to, **report, "bytes": size}
+
+
+def free_place(path: Path, target: Path) -> None:
+    """Refuse to write over the source, or over what is no model.
+
+    Raises:
+        ConfigError: naming DST.
+    """
+    rule, fix = "must be another directory than the source's model", "name a new one"
+    check(target.resolve() not in (path.resolve(), (path / "model").resolve()), "DST", target, rule, fix)
+    free = not target.exists() or (
+        target.is_dir() and (not any(target.iterdir()) or (target / "config.json").is_file())
+    )
+    check(free, "DST", target, "holds something that is no model", "name a new directory")
 
 
 def lines(report: dict[str, Any]) -> list[str]:

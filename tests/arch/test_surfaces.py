@@ -13,6 +13,7 @@ from turnout.launch import compose, main
 from turnout.launch.bench import BenchOptions
 from turnout.launch.bench_serve import ServeBenchOptions
 from turnout.launch.cli import Options
+from turnout.launch.compress import CompressOptions
 from turnout.launch.convert import ConvertOptions
 from turnout.launch.doctor import DoctorOptions
 from turnout.launch.evaluate import EvaluateOptions
@@ -29,6 +30,7 @@ OPTIONS = {
     "serve": ServeOptions,
     "evaluate": EvaluateOptions,
     "convert": ConvertOptions,
+    "compress": CompressOptions,
     "bench": BenchOptions,
     "doctor": DoctorOptions,
 }
