@@ -78,10 +78,12 @@ def moe_mlp(
 
 
 def quantized_linear(x_TD: Tensor, w: QuantizedWeight, bias_F: Tensor | None = None) -> Tensor:
-    """y = x · wᵀ + bias of eight or four bits: each row is rounded to eight bits too (by its largest number).
+    """y = x · wᵀ + bias of eight or four bits, rows [..., D].
 
-    Inference only. The result has x's dtype; it is `reference.quantized` to float32's rounding, and a row's bits never
-    depend on its companions. A row that is not finite gives NaN.
+    `w.rows` says how rows are taken: `int8`, each rounded to eight bits by its largest number, or `float`, as they are
+    (C++: within 2^-16 of a row's largest number). Inference only. The result has x's dtype; it is `reference.quantized`
+    to that and float32's rounding, and a row's bits never depend on its companions. A row that is not finite gives
+    numbers that are not.
     """
     return registry.call("quantized_linear", x_TD, w, bias_F)
 
@@ -96,7 +98,7 @@ def quantized_moe_mlp(
 ) -> Tensor:
     """`moe_mlp` of eight or four bits: w_in [E, 2F, D], and w_out [E, D, F] with rows over the hidden width.
 
-    Rows and hidden rows are rounded to eight bits; gate, up and SwiGLU are float32. Inference only.
+    Rows are taken as w_in.rows says, hidden rows as w_out.rows; gate, up and SwiGLU are float32. Inference only.
     """
     return registry.call("quantized_moe_mlp", x_TD, ids_TK, weights_TK, kept_TK, w_in, w_out)
 

@@ -4,31 +4,32 @@ T tokens, K choices, D input width, F output width.
 """
 
 import ctypes
+from collections.abc import Mapping
 from ctypes import c_int64, c_void_p
+from types import MappingProxyType
 
 from torch import Tensor
 
-from ..quantized import QuantizedWeight
+from ..quantized import QuantizedWeight, Rows
 from .call import TYPES, call, fits, pointer
+
+DIGITS: Mapping[Rows, int] = MappingProxyType({"float": 2, "int8": 1})
+"""Of eight bits that a row is written in."""
 
 
 class Weight(ctypes.Structure):
     """`Weight` of quantized.cpp."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("q", "scale")),
-        *((name, c_int64) for name in ("bits", "columns", "depth", "groups")),
+        *((name, c_void_p) for name in ("q", "scale", "zero")),
+        *((name, c_int64) for name in ("bits", "columns", "depth", "groups", "digits")),
     )
 
     @classmethod
     def of(cls, w: QuantizedWeight) -> "Weight":
-        groups = w.scale.shape[-1] if w.bits == 4 else 0
-        return cls(w.q.data_ptr(), w.scale.data_ptr(), w.bits, w.q.shape[-2], w.depth, groups)
-
-
-def known(w: QuantizedWeight) -> bool:
-    plain = w.kind == "int" and not w.zero.numel() and (w.bits == 4 or w.scale.ndim < w.q.ndim)
-    return plain and w.rows == "int8"
+        zero = w.zero.data_ptr() if w.zero.numel() else None
+        digits = 0 if w.kind == "float" else DIGITS[w.rows]
+        return cls(w.q.data_ptr(), w.scale.data_ptr(), zero, w.bits, w.q.shape[-2], w.depth, w.groups, digits)
 
 
 class Mixture(ctypes.Structure):
@@ -43,7 +44,7 @@ class Mixture(ctypes.Structure):
 
 
 def quantized_linear_fits(x_TD: Tensor, w: QuantizedWeight, bias_F: Tensor | None = None) -> bool:
-    return fits(x_TD) and not x_TD.requires_grad and known(w)
+    return fits(x_TD) and not x_TD.requires_grad
 
 
 def quantized_linear_pays(x_TD: Tensor, w: QuantizedWeight, bias_F: Tensor | None = None) -> bool:
@@ -68,7 +69,7 @@ def quantized_moe_mlp_fits(
     w_in: QuantizedWeight,
     w_out: QuantizedWeight,
 ) -> bool:
-    return fits(x_TD) and not x_TD.requires_grad and not weights_TK.requires_grad and known(w_in) and known(w_out)
+    return fits(x_TD) and not x_TD.requires_grad and not weights_TK.requires_grad
 
 
 def quantized_moe_mlp_pays(

@@ -14,9 +14,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 w8a8 = partial(quantize_weight, rows="int8")
 
 
-def _close(ours, theirs, dtype):
+def _close(ours, theirs, dtype, least=1e-5):
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
-    torch.testing.assert_close(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(ours.float(), theirs.float(), rtol=tolerance, atol=max(tolerance, least))
 
 
 @pytest.mark.parametrize(("bits", "most", "step"), [(8, 127, 1 / 127), (4, 7, 1 / 7)])
@@ -106,6 +106,36 @@ def test_a_row_of_zeros_is_zero_and_one_that_is_not_finite_is_nan():
 def test_what_can_not_be_is_refused(wrong, says):
     with pytest.raises(ConfigError, match=says):
         quantize_weight(torch.randn(2, 128), **wrong)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("how", KINDS)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 16), (5, 37)])
+def test_rows_as_they_are_meet_every_kind_of_weight_alone_as_in_company(how, rows, columns, dtype):
+    x, bias = torch.randn(rows, 384).to(dtype), torch.randn(columns)
+    w = quantize_weight(torch.randn(columns, 384) + 0.3, **how)
+    y = kernels.quantized_linear(x, w, bias)
+    with kernels.using("reference"):
+        _close(y, kernels.quantized_linear(x, w, bias), dtype, least=3e-3)
+    assert torch.equal(torch.cat([kernels.quantized_linear(row[None], w, bias) for row in x]), y)
+
+
+def test_rows_as_they_are_keep_more_than_bfloat16_does_beside_numbers_that_are_a_thousand_times_as_large():
+    x = torch.randn(16, 1536)
+    x[:, 7] *= 1000
+    w = quantize_weight(torch.randn(64, 1536))
+    exact = x.double() @ w.dequantized(torch.float64).mT
+    ours = (kernels.quantized_linear(x, w).double() - exact).norm()
+    assert ours < 0.5 * (x.bfloat16().double() @ w.dequantized(torch.float64).mT - exact).norm()
+
+
+def test_a_row_that_is_not_finite_spoils_no_other():
+    x = torch.randn(4, 64)
+    x[1, 3], x[2], x[3, 0] = torch.inf, 0.0, torch.nan
+    for how in KINDS[:2]:
+        y = kernels.quantized_linear(x, quantize_weight(torch.randn(7, 64), **how))
+        assert y.isfinite().all(-1).tolist() == [True, False, True, False]
+        assert not y[2].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
