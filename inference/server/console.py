@@ -128,7 +128,8 @@ def _newest(steps: Sequence[StepRecord]) -> Sequence[StepRecord]:
 
 
 def _steps(steps: Sequence[StepRecord]) -> dict[str, Any]:
-    """The steps, in which a request is its place in `requests`: [id, arrival, tokens of its prompt].
+    """The steps, in which a request is its place in `requests`: [id, arrival, tokens of its prompt, when its
+    first token was there or 0].
 
     A step's shares are one flat list: request, first token, how many, and 1 for a decode, 2 for the end of a prefill,
     which gives a token as well, 0 for any other chunk.
@@ -156,7 +157,10 @@ def _steps(steps: Sequence[StepRecord]) -> dict[str, Any]:
                 "shares": shares,
             }
         )
-    requests = [[request.id, _micro(request.arrival), len(request.prompt_token_ids)] for request in places]
+    requests = [
+        [request.id, _micro(request.arrival), len(request.prompt_token_ids), _micro(request.first_token)]
+        for request in places
+    ]
     return {"requests": requests, "steps": rows}
 
 

@@ -29,9 +29,10 @@ export class Live {
   take(answer) {
     this.offset = answer.clock - performance.now() / 1000;
     if (answer.last < this.last) this.clear(); // another server
-    const known = answer.requests.map(([id, arrival, prompt]) => {
+    const known = answer.requests.map(([id, arrival, prompt, first]) => {
       const request = this.requests.get(id) ?? { id, arrival, prompt, lane: -1, cells: [] };
       this.requests.set(id, request);
+      if (first && !request.first) this.begun(request, first);
       return request;
     });
     const fresh = answer.steps.filter((step) => step.number > this.last);
@@ -57,7 +58,7 @@ export class Live {
       request.seen = step.number;
       step.cells.push({ number: step.number, request, start, count, kind });
       step[kind === DECODE ? "decode" : "prefill"] += count;
-      if (kind !== CHUNK) this.token(request, step, start + count, second);
+      if (kind !== CHUNK) this.token(request, step, second);
     }
     delete step.shares;
     this.seat(step);
@@ -69,14 +70,15 @@ export class Live {
     this.steps.push(step);
   }
 
+  /** A request has its first token, whose step may be one that a slow page has missed. */
+  begun(request, first) {
+    request.first = first;
+    if (first > this.now - SPAN) this.second(Math.floor(first)).ttft.push(first - request.arrival);
+  }
+
   /** A request got a token. */
-  token(request, step, position, second) {
-    if (position === request.prompt && request.ttft === undefined) {
-      request.ttft = step.end - request.arrival;
-      second.ttft.push(request.ttft);
-    } else if (request.told !== undefined) {
-      second.gaps.push(step.end - request.told);
-    }
+  token(request, step, second) {
+    if (request.told !== undefined) second.gaps.push(step.end - request.told);
     request.told = step.end;
     second.tokens += 1;
   }
@@ -118,8 +120,10 @@ export class Live {
     if (this.steps.length > KEPT) this.steps.splice(0, this.steps.length - KEPT);
     const oldest = this.steps[0]?.number ?? 0;
     for (const [id, request] of this.requests) {
-      if ((request.seen ?? 0) < oldest) this.requests.delete(id);
-      else if (request.cells.length > 2 * KEPT) request.cells.splice(0, KEPT);
+      if ((request.seen ?? 0) < oldest) {
+        request.cells.length = 0;
+        if (!(request.first > this.now - SPAN)) this.requests.delete(id);
+      } else if (request.cells.length > 2 * KEPT) request.cells.splice(0, KEPT);
     }
     for (const time of this.seconds.keys()) if (time < this.now - SPAN - 5) this.seconds.delete(time);
   }

@@ -69,7 +69,7 @@ def test_every_token_of_a_request_is_in_one_step(served: Running):
     usage = served.post(prompt=PROMPT, max_tokens=9, ignore_eos=True, cache_salt="own").json()["usage"]
     found = steps(served, first)
     assert [step["number"] for step in found["steps"]] == list(range(first + 1, found["last"] + 1))
-    ((name, arrival, prompt),) = found["requests"]
+    ((name, arrival, prompt, began),) = found["requests"]
     assert name.startswith("cmpl-")
     assert prompt == usage["prompt_tokens"]
     shares = [step["shares"] for step in found["steps"]]
@@ -77,6 +77,7 @@ def test_every_token_of_a_request_is_in_one_step(served: Running):
     assert shares[1:] == [[0, prompt + i, 1, 1] for i in range(8)]
     ends = [step["start"] + step["seconds"] for step in found["steps"]]
     assert arrival <= found["steps"][0]["start"]
+    assert began == pytest.approx(ends[0], abs=2e-6)
     assert ends == sorted(ends)
     assert ends[-1] <= found["clock"] + 1e-6
     assert [step["tokens"] for step in found["steps"]] == [prompt] + [1] * 8

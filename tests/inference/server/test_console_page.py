@@ -23,6 +23,23 @@ COLORS = """canvas => {
     return [...found.values()].filter(n => n > 20).length;
 }"""
 """How many colours a canvas has in more than some pixels."""
+DRAWN = """async (canvas, color) => {
+    const { Theme } = await import("/console/color.js");
+    const { width, height } = canvas;
+    const copy = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+    copy.fillStyle = new Theme([color])[color];
+    copy.fillRect(0, 0, 1, 1);
+    const wanted = copy.getImageData(0, 0, 1, 1).data;
+    copy.clearRect(0, 0, 1, 1);
+    copy.drawImage(canvas, 0, 0);
+    const { data } = copy.getImageData(0, 0, width, height);
+    let found = 0;
+    for (let i = 0; i < data.length; i += 4) {
+        found += data[i + 3] > 127 && [0, 1, 2].every(k => Math.abs(data[i + k] - wanted[k]) < 24);
+    }
+    return found;
+}"""
+"""How many pixels of a canvas have a colour of the theme: a median of one second is a dot, and has some."""
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +97,12 @@ def colored(page: Page, name: str, colors: int) -> None:
     assert eventually(lambda: page.wait_for_timeout(50) or page.locator(f"#{name}").evaluate(COLORS) >= colors), name
 
 
+def drawn(page: Page, name: str, color: str) -> None:
+    """Wait until a chart shows a line or a dot in a colour of the theme."""
+    chart = page.locator(f"#{name}")
+    assert eventually(lambda: page.wait_for_timeout(50) or chart.evaluate(DRAWN, color) >= 4), name
+
+
 def send(page: Page, words: str = "The import statement", **settings: str) -> None:
     for name, value in settings.items():
         page.locator(f"#set-{name}").evaluate("(input, value) => { input.value = value; }", value)
@@ -122,6 +145,8 @@ def test_a_chat_streams_with_probabilities_alternatives_and_experts(served: Runn
 def test_the_charts_move_the_timeline_and_the_heat_map_fill(served: Running, open_page, monkeypatch):
     monkeypatch.setattr(served.engine, "pace", 0.01)
     page = open_page(served)
+    with page.expect_response("**/v1/console/steps?*"):
+        pass  # from now on the engine keeps its steps
     before = {name: page.locator(f"#{name}").evaluate("c => c.toDataURL()") for name in ("ttft", "flow", "timeline")}
     with load(served):
         expect(page.locator("#flow-now")).not_to_have_text("0")
@@ -129,8 +154,8 @@ def test_the_charts_move_the_timeline_and_the_heat_map_fill(served: Running, ope
     expect(page.locator("#tpot-now")).to_contain_text("ms")
     colored(page, "heat", 6)
     colored(page, "kv", 2)
-    for name in ("ttft", "tpot", "flow", "queue"):
-        colored(page, name, 2)
+    for name, color in {"ttft": "first", "tpot": "gap", "flow": "decode", "queue": "decode"}.items():
+        drawn(page, name, color)
     for name, picture in before.items():
         assert page.locator(f"#{name}").evaluate("c => c.toDataURL()") != picture, name
     for name, words in {"timeline": "step", "heat": "× the mean", "kv": "block", "flow": "decode, tokens/s"}.items():
@@ -147,19 +172,21 @@ STEPS = """async () => {
     const step = (number, shares, preempted = []) =>
         ({ number, start: number - 1, seconds: 0.5, tokens: 1, running: 1, waiting: 0, preempted, shares });
     const take = (last, ...steps) =>
-        live.take({ clock: 9, last, requests: [["a", 0.25, 4], ["b", 0, 2], ["c", 1, 2], ["d", 1, 2]], steps });
+        live.take({ clock: 9, last, requests: [...requests], steps });
+    const requests = [["a", 0.25, 4, 1.5], ["b", 0, 2, 0.5], ["c", 1, 2, 2.5], ["d", 1, 2, 3.5]];
     const lanes = () => live.steps.map(({ cells }) => cells.map(({ request, lane }) => request.id + lane).join(" "));
-    const kept = name => [...live.seconds.values()].flatMap(second => second[name]);
+    const kept = name => [...live.seconds].sort(([a], [b]) => a - b).flatMap(([, second]) => second[name]);
     take(4,
         step(1, [0, 0, 3, 0, 1, 0, 2, 2]),
         step(2, [0, 3, 1, 2, 1, 2, 1, 1]),
         step(3, [0, 4, 1, 1, 2, 0, 2, 2]),
         step(4, [0, 5, 1, 1, 3, 0, 2, 2], [2]));
     const found = { lanes: lanes(), ttft: kept("ttft"), gaps: kept("gaps"), tokens: kept("tokens") };
-    take(9, step(9, [0, 6, 1, 1]));
-    const gap = kept("gaps").length;
+    requests.push(["e", 5, 2, 7.5], ["f", 5, 2, 0]);
+    take(9, step(9, [0, 6, 1, 1, 4, 3, 1, 1, 5, 0, 1, 0]));
+    const [gap, late] = [kept("gaps").length, kept("ttft").at(-1)];
     const again = take(1, step(1, [1, 0, 2, 2]));
-    return { ...found, gap, again: again.length, after: lanes() };
+    return { ...found, gap, late, again: again.length, after: lanes() };
 }"""
 
 
@@ -172,6 +199,7 @@ def test_times_and_rows_follow_from_the_steps(served: Running, open_page):
     assert found["gaps"] == [1, 1, 1]
     assert found["tokens"] == [1, 2, 2, 2]
     assert found["gap"] == 3, "no time is told over steps that are missing"
+    assert found["late"] == 2.5, "of a request whose first step is missing"
     assert (found["again"], found["after"]) == (1, ["b0"]), "another server begins anew"
 
 
