@@ -27,13 +27,14 @@ PEERS = {"v2": (DeepseekV2Config, DeepseekV2ForCausalLM), "v3": (DeepseekV3Confi
 UNLIMITED = {"n_group": 1, "topk_group": 1}
 YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 6.0, "original_max_position_embeddings": 16}
 FULL = pytest.mark.full
+NO_SHARED = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # theirs builds them with no width
 
 V2 = [
     pytest.param({"topk_method": "group_limited_greedy", "routed_scaling_factor": 4.0}, id="groups"),
     pytest.param(
         {**UNLIMITED, "q_lora_rank": None, "tie_word_embeddings": True, "n_shared_experts": 0,
          "rope_parameters": {**YARN, "mscale": 0.9, "mscale_all_dim": 0.707}},
-        id="lite, tied, no shared experts, yarn",
+        id="lite, tied, no shared experts, yarn", marks=NO_SHARED,
     ),
     pytest.param({"attention_bias": True, "num_attention_heads": 2, "num_key_value_heads": 2,
                   "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1,
@@ -49,7 +50,7 @@ V3 = [
         id="halves, biases, yarn",
     ),
     pytest.param({**UNLIMITED, "q_lora_rank": None, "tie_word_embeddings": True, "n_shared_experts": 0},
-                 id="moonlight, tied, no shared experts", marks=FULL),
+                 id="moonlight, tied, no shared experts", marks=[FULL, NO_SHARED]),
     pytest.param({"first_k_dense_replace": 0, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 4,
                   "eos_token_id": [1, 7], "rope_parameters": {**YARN, "mscale": 0.5, "mscale_all_dim": 1.0}},
                  id="one group, two ends", marks=FULL),
