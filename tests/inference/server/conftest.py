@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -25,6 +25,8 @@ from turnout.inference.text.tokenizer import TextTokenizer
 from turnout.moe import Decoder
 
 NAME = "tiny"
+SLOW = 0.1
+"""Seconds before each step: what runs a hundred of them is still there when a busy machine has come round to look."""
 ENGINE = {"num_blocks": 256, "max_num_seqs": 16, "max_num_batched_tokens": 64}
 
 
@@ -56,12 +58,15 @@ class Running:
     loop: asyncio.AbstractEventLoop
     ended: Future[None]
     http: httpx.Client
+    clients: ExitStack = field(default_factory=ExitStack)
 
     def stop(self) -> None:
         self.loop.call_soon_threadsafe(self.server.stop)
 
     def client(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", **({"api_key": "none", "max_retries": 0} | options))
+        """One that is closed with the server."""
+        client = openai.OpenAI(base_url=f"{self.url}/v1", **({"api_key": "none", "max_retries": 0} | options))
+        return self.clients.enter_context(client)
 
     def async_client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
@@ -141,6 +146,7 @@ def run_server(model: Decoder, tokenizer: TextTokenizer, settings: dict[str, Any
             yield running
         finally:
             built.gate.set()
+            running.clients.close()
             if not ended.done():
                 running.stop()
             ended.exception(30)

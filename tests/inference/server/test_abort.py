@@ -6,13 +6,13 @@ import socket
 
 import pytest
 
-from .conftest import NAME, Running, eventually
+from .conftest import NAME, SLOW, Running, eventually
 
 
 def open_call(served: Running, **body) -> socket.socket:
     """A connection with a request on its way, and nothing read yet."""
     host, port = served.url.removeprefix("http://").split(":")
-    text = json.dumps({"model": NAME, "prompt": "The list", "max_tokens": 120} | body).encode()
+    text = json.dumps({"model": NAME, "prompt": "The list", "max_tokens": 120, "ignore_eos": True} | body).encode()
     client = socket.create_connection((host, int(port)), timeout=30)
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     client.sendall(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
@@ -38,7 +38,7 @@ CALLS = {
 @pytest.mark.parametrize("body", CALLS.values(), ids=CALLS.keys())
 def test_A12_a_client_that_leaves_frees_its_blocks_within_two_steps(serve, body):
     served = serve()
-    served.engine.pace = 0.005
+    served.engine.pace = SLOW
     client = open_call(served, **body)
     if body["stream"]:
         read_until(client, b"data: ")
@@ -47,6 +47,7 @@ def test_A12_a_client_that_leaves_frees_its_blocks_within_two_steps(serve, body)
     client.close()
     assert eventually(lambda: not served.server.service.calls)
     steps = served.engine.stats().steps
+    served.engine.pace = 0.0
     served.engine.gate.set()
     assert eventually(served.idle)
     assert served.engine.stats().steps <= steps + 2
@@ -57,8 +58,10 @@ def test_A12_a_client_that_leaves_frees_its_blocks_within_two_steps(serve, body)
 @pytest.mark.parametrize("stream", [True, False])
 def test_A12_a_client_that_leaves_while_it_waits_is_never_run(serve, stream):
     served = serve(max_num_seqs=1)
-    served.engine.pace = 0.1
-    running, waiting = open_call(served, stream=True), open_call(served, prompt=[1] * 200, max_tokens=9, stream=stream)
+    served.engine.pace = SLOW
+    running = open_call(served, stream=True)
+    assert eventually(lambda: served.engine.stats().running == 1), "two connections are read in any order"
+    waiting = open_call(served, prompt=[1] * 200, max_tokens=9, stream=stream)
     assert eventually(lambda: served.engine.stats().waiting == 1)
     waiting.close()
     assert eventually(lambda: served.engine.stats().waiting == 0)
@@ -74,7 +77,7 @@ def test_A12_the_others_are_not_changed_by_it(serve):
     served = serve()
     body = {"prompt": "The list", "max_tokens": 60, "temperature": 1.3, "seed": 11}
     expected = served.post(**body).json()["choices"][0]["text"]
-    served.engine.pace = 0.003
+    served.engine.pace = SLOW / 10
     leavers = [open_call(served, stream=True, seed=i) for i in range(6)]
     for client in leavers:
         read_until(client, b"data: ")

@@ -32,6 +32,12 @@ WITH_INPUT = [
 """What can be wrong: a name in a path can be anything."""
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch, tmp_path):
+    """Schemathesis keeps notes in the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def target(model, byte_level):
     with run_server(model, byte_level, {}) as running:
