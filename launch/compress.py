@@ -215,6 +215,9 @@ def describe(report: Mapping[str, Any]) -> Iterator[str]:
         f"perplexity      {report['perplexity_before']:.3f} -> {report['perplexity_after']:.3f} "
         f"({report['perplexity_increase']:+.2%})"
     )
+    zeros = [notes["zeros"] for notes in report["layers"] if "zeros" in notes]
+    if zeros:
+        yield f"zeros           {statistics.fmean(zeros):.2%} of the pruned matrices' weights"
     shares = [notes["agreement"] for notes in report["layers"] if "agreement" in notes]
     if shares:
         worst = min(range(len(shares)), key=shares.__getitem__)
@@ -222,10 +225,9 @@ def describe(report: Mapping[str, Any]) -> Iterator[str]:
     if "tokens_per_second_before" in report:
         slow, fast = report["tokens_per_second_before"], report["tokens_per_second_after"]
         yield f"one request     {slow:,.1f} -> {fast:,.1f} tokens/s ({fast / slow:.2f} x)"
-    for index, notes in enumerate(report["layers"]):
-        for name, experts in notes.get("by_weights", {}).items():
-            some = ", ".join(str(expert) for expert in experts)
-            yield f"too few rows    block {index} {name}: experts {some} were handled by their weights alone"
+    for notes in report["layers"]:
+        for name, why in notes.get("by_weights", {}).items():
+            yield f"by weights      {name} {why}"
 
 
 def _line(index: int, notes: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from ...configs.typed import check, check_choices
 from ..quantization_config import BLOCK, QuantizationConfig
+from .sparsity import Sparsity
 
 MethodName = Literal[
     "int8", "int4", "fp8", "w8a8", "gptq", "magnitude", "wanda", "sparsegpt", "channels", "experts", "merge"
@@ -82,7 +83,10 @@ class CompressConfig:
         fits = self.scope == "layer" or (self.method == "magnitude" and self.pattern is None)
         rule = "goes with method=magnitude and no pattern"
         check(fits, "scope", self.scope, rule, "use scope=layer")
-        self.kept_of  # noqa: B018 (validated at birth)
+        check(
+            self.sparsity == 0.5 or self.pattern is None, "sparsity", self.sparsity, "follows from pattern", "leave it"
+        )
+        self._check_pattern()
         if self.quantization is not None:
             check(self.scale != "tensor" or not self.zero, "zero", True, "needs a scale a row or group", "use channel")
 
@@ -97,14 +101,17 @@ class CompressConfig:
         return 0.5 if self.smooth is None and self.method == "w8a8" else self.smooth
 
     @property
-    def kept_of(self) -> tuple[int, int] | None:
-        """(n, m) of `pattern`."""
+    def zeros(self) -> Sparsity:
+        """How many weights go, and how freely they are chosen."""
         if self.pattern is None:
-            return None
-        n, colon, m = self.pattern.partition(":")
+            return Sparsity(share=self.sparsity)
+        n, _, m = self.pattern.partition(":")
+        return Sparsity(share=1 - int(n) / int(m), span=int(m))
+
+    def _check_pattern(self) -> None:
+        n, colon, m = (self.pattern or "2:4").partition(":")
         fits = bool(colon) and n.isdigit() and m.isdigit() and 0 < int(n) < int(m)
         check(fits, "pattern", self.pattern, "must be n:m, n of m numbers kept", "use 2:4, or null")
-        return int(n), int(m)
 
     @property
     def quantization(self) -> QuantizationConfig | None:

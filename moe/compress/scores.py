@@ -23,8 +23,9 @@ def magnitude(w_FD: Tensor, sparsity: Sparsity) -> Tensor:
 def wanda(w_FD: Tensor, seen: Seen, sparsity: Sparsity) -> Tensor:
     """Without the weights of smallest |w_ij| · ‖x_j‖₂ of each output's row (Sun et al. 2306.11695, eq. 1)."""
     score_FD = w_FD.abs().to(seen.square_D.dtype) * seen.square_D.sqrt()
-    whole = Sparsity(share=sparsity.share, span=sparsity.span or w_FD.shape[-1])
-    return w_FD.masked_fill(weakest(score_FD, whole), 0)
+    if sparsity.span is not None:
+        return w_FD.masked_fill(weakest(score_FD, sparsity), 0)
+    return w_FD.masked_fill(lowest(score_FD, round(sparsity.share * w_FD.shape[-1])), 0)
 
 
 def weakest(score_FD: Tensor, sparsity: Sparsity) -> Tensor:

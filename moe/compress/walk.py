@@ -19,7 +19,7 @@ from ..layers.block import Block
 from ..layers.quantized import round_to
 from ..models.decoder import Decoder
 from .config import CompressConfig
-from .methods import compress_block, target
+from .methods import Method, target
 from .partial import Partial
 from .stream import Stream
 from .watch import watching
@@ -86,23 +86,24 @@ def walk(
         for stream, model in ((streams.calibration, ends), (streams.before, whole), (streams.after, ends)):
             if stream is not None:
                 stream.enter(model.embed)
+    method = Method.of(how, source)
     for index in range(partial.done, cfg.layers):
-        notes = _step(source, index, how, streams, partial)
+        notes = _step(source, index, method, streams, partial)
         tell(index, notes)
     return {"before": streams.before.loss(whole.finish), "after": streams.after.loss(ends.finish)}
 
 
 def _step(
-    source: OwnSource | ForeignSource, index: int, how: CompressConfig, streams: Streams, partial: Partial
+    source: OwnSource | ForeignSource, index: int, method: Method, streams: Streams, partial: Partial
 ) -> dict[str, Any]:
     """One block."""
     block = _block(source, index)
     streams.before.through(block)
     met: Any = {}
     if streams.calibration is not None:
-        with watching(block, how.method in GRAM) as met:
+        with watching(block, method.how.method in GRAM) as met:
             streams.calibration.show(block)
-    notes = compress_block(block, met, how)
+    notes = method.apply(block, met)
     block.eval()
     for stream in (streams.calibration, streams.after):
         if stream is not None:
