@@ -105,6 +105,8 @@ class MoEConfig:
         importance_loss: coefficient of CV²(Σ gates) (Shazeer 2017 eq. 6).
         load_loss: noisy_topk: coefficient of CV²(smooth load) (Shazeer 2017 eq. 10).
         z_loss: coefficient of the mean squared logsumexp of the logits (ST-MoE eq. 5).
+        router_dtype: what the router rounds its input, weight, logits and probabilities to, in training and serving
+            alike; `float32` is Switch's selective precision (§2.4), `bfloat16` what it was compared with.
         jitter: ε of the router input's U(1 - ε, 1 + ε) in training (Switch).
         expert_dropout: share of hidden units dropped inside the experts in training (Switch §2.4).
         shared_experts: dense experts beside the routed ones (DeepSeekMoE).
@@ -148,6 +150,7 @@ class MoEConfig:
     importance_loss: float = auto()
     load_loss: float = auto()
     z_loss: float = auto()
+    router_dtype: Literal["float32", "bfloat16"] = "float32"
     jitter: float = 0.0
     expert_dropout: float = 0.0
     shared_experts: int = 0
@@ -211,6 +214,9 @@ class MoEConfig:
         check(scale, "moe.route_scale", self.route_scale, "must be positive", "use 1.0, or 2.5 (DeepSeek-V3)")
         rule = "scales the router's input, which moe.router=hash does not have"
         check(self.router != "hash" or self.jitter == 0, "moe.jitter", self.jitter, rule, "use moe.jitter=0")
+        rule, dtype = "rounds logits, which moe.router=hash does not have", self.router_dtype
+        exact = self.router != "hash" or dtype == "float32"
+        check(exact, "moe.router_dtype", dtype, rule, "use moe.router_dtype=float32")
 
     def _check_groups(self) -> None:
         experts, groups, top = self.num_experts, self.expert_groups, self.top_groups

@@ -10,7 +10,8 @@ In evaluation, where nothing is dropped and no loss is measured, a router that h
 
 The decision is made once: recomputation and replay take the recorded one and only score and weigh again. The whole
 computation is float32 whatever surrounds it ("selective precision", Switch 2101.03961 §2.4), and the router's
-parameters stay float32 when the model around them is cast.
+parameters stay float32 when the model around them is cast. `moe.router_dtype=bfloat16`, for comparison, scores in
+bfloat16; what follows reads those numbers in float32.
 
 T tokens, D width, E experts, K choices, G groups.
 """
@@ -27,7 +28,7 @@ from ... import NonFiniteError
 from ...kernels import linear, top_k_gates, uniform
 from ...kernels.random import JITTER
 from ...kernels.reference.gates import top_k_lowest_index
-from ...kernels.reference.precision import exact
+from ...kernels.reference.precision import exact, wide
 from ...parallel.spread import Spread
 from ..config import MoEConfig
 from .capacity import Room, keep
@@ -38,7 +39,7 @@ from .record import Decision, RouteContext, Routing, group_starts, valid_tokens
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What a router thinks of T tokens; all float32, [T, E].
+    """What a router thinks of T tokens; [T, E], all in the router's dtype, then `widened` to float32.
 
     Attributes:
         logits: before any noise or bias.
@@ -53,6 +54,10 @@ class Scores:
     rank: Tensor
     gates: Tensor
     noise: Tensor | None = None
+
+    def widened(self) -> "Scores":
+        """The same numbers in float32 (float64 ones as they are), so that nothing after them rounds again."""
+        return Scores(**{f.name: wide(value) for f in fields(self) if (value := getattr(self, f.name)) is not None})
 
     def gathered(self, spread: Spread) -> "Scores":
         """Those of all the row's tokens, in order, without gradients; one collective over the row."""
@@ -96,7 +101,7 @@ class Router(nn.Module, ABC):
         return self.cfg.init_scale / self.cfg.width
 
     def score(self, x_TD: Tensor, context: RouteContext) -> Scores:
-        """Float32 x → scores. The base: softmax of the logits, ranked by logits, weighed by probabilities."""
+        """x of `dtype` → scores. The base: softmax of the logits, ranked by logits, weighed by probabilities."""
         logits_TE = self.logits(x_TD)
         probs_TE = logits_TE.softmax(-1)
         return Scores(logits=logits_TE, probs=probs_TE, rank=logits_TE, gates=probs_TE)
@@ -129,11 +134,11 @@ class Router(nn.Module, ABC):
         if context.valid_T is not None:  # padding may hold anything, and 0 · NaN in a backward pass is NaN
             x_TD = x_TD.masked_fill(~context.valid_T[:, None], 0)
         with exact(x_TD):
-            x_TD, rule = x_TD.to(self.dtype), self.rule()
+            x_TD, rule = x_TD.to(self.dtype), None if self.narrow else self.rule()
             if rule is not None and not self.training and self.unlimited(context):
                 return self.gate(x_TD, rule, context)
             valid_T = valid_tokens(context, x_TD.shape[0], x_TD.device)
-            scores = self.score(self.jitter(x_TD, context), context)
+            scores = self.score(self.jitter(x_TD, context), context).widened()
             self.refuse_nan(scores, valid_T, context)
             recalled = recall(self)
             recorded = recalled or (context.replay or {}).get(self.layer)
@@ -246,8 +251,13 @@ class Router(nn.Module, ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the router computes in: float32, or float64 when its weight is."""
-        return torch.promote_types(self.weight.dtype, torch.float32)
+        """What the router scores in: `moe.router_dtype`; for float32 float64 when its weight is."""
+        return torch.bfloat16 if self.narrow else torch.promote_types(self.weight.dtype, torch.float32)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it scores in less than float32."""
+        return self.cfg.router_dtype != "float32"
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """x · Wᵀ."""

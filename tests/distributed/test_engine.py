@@ -49,6 +49,28 @@ def test_a_non_finite_gradient_on_one_rank_moves_no_parameter_on_any(ep, poisone
         assert seen["moved later"] == seen["all"], "the next step goes on as if nothing had been"
 
 
+def overflow_one_rank(ep: int) -> tuple[list[float], list[bool], bool]:
+    """Two steps in float16, the first overflows on rank 1: scales, whether lowered, and that nothing moved."""
+    case = Case(ep=ep, dtype=torch.float32, autocast=torch.float16)
+    engine, rows = engine_for(case)
+    before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+    scales, told = [engine.loss_scale], []
+    for step in range(2):
+        run_batch(engine, case, rows, step=step, last=True)
+        if process.rank() == 1 and step == 0:
+            engine.model.get_parameter("blocks.0.ffn.experts.w_in").grad.view(-1)[0] = torch.inf
+        told.append(engine.step().rescaled)
+        scales.append(engine.loss_scale)
+        if step == 0:
+            still = all(torch.equal(p, before[name]) for name, p in engine.model.named_parameters())
+    return scales, told, still
+
+
+@pytest.mark.parametrize("ep", [2, 1])
+def test_an_overflow_on_one_rank_halves_the_loss_scale_on_every_rank_and_moves_nothing(ep):
+    assert run_ranks(overflow_one_rank, 2, ep) == [([2.0**16, 2.0**15, 2.0**15], [True, False], True)] * 2
+
+
 def lose_rank_1(ep: int, when: str) -> str:
     case = Case(ep=ep)
     engine, rows = engine_for(case)

@@ -51,8 +51,17 @@ def test_two_ranks_train_as_float32_does(data, tmp_path):
     assert_same_course(tmp_path / "half", tmp_path / "single")
 
 
-def test_an_overflow_lowers_the_scale_on_every_rank_and_costs_no_batch(data, tmp_path):
-    words = half(data, "parallel.ep=2", "train.steps=4", "optim.clip=0.1")
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "parallel.ep=2",
+        "parallel.fsdp=true",
+        pytest.param("parallel.ep=1", marks=pytest.mark.full),
+        pytest.param("parallel.pp=2", marks=pytest.mark.full),
+    ],
+)
+def test_an_overflow_lowers_the_scale_on_every_rank_and_costs_no_batch(data, tmp_path, layout):
+    words = half(data, layout, "train.micro_batch=2", "train.steps=4", "optim.clip=0.1")
     assert run_ranks(poison.train, 2, str(tmp_path / "half"), words, {2: HUGE}) == ["done", "done"]
     poison.train(str(tmp_path / "single"), half(data, *words[-2:], "train.dtype=float32"), {})
     scales = [row["loss_scale"] for row in rows(tmp_path / "half")]
