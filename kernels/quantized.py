@@ -147,16 +147,22 @@ def encode(
         _check_group(w_FD.shape[-1] / scale.shape[-1], w_FD.shape[-1])
     scale, zero = scale.contiguous(), zero.contiguous()
     w = w_FD.float().contiguous().unflatten(-1, (scale.shape[-1] if scale.ndim == w_FD.ndim else 1, -1))
-    per = scale.reshape(*w.shape[:-1], 1)
-    q = torch.where(per > 0, w / per, 0.0)
+    per = (*w.shape[:-1], 1)
+    q = nearest(w, scale.reshape(per), zero.reshape(per) if asymmetric else None, bits, kind).flatten(-2)
+    stored = q.to(FLOAT) if kind == "float" else q.to(torch.int8) if bits == 8 else _packed(q)
+    return QuantizedWeight(stored, scale, zero, bits, rows)
+
+
+def nearest(w: Tensor, scale: Tensor, zero: Tensor | None = None, bits: int = 8, kind: Kind = "int") -> Tensor:
+    """The q nearest to w / scale + zero, as numbers of w's dtype; zero where the scale is 0. Shapes broadcast."""
+    q = torch.where(scale > 0, w / scale, 0.0)
     if kind == "float":
         most = torch.finfo(FLOAT).max
-        return QuantizedWeight(q.flatten(-2).clamp(-most, most).to(FLOAT), scale, zero, bits, rows)
-    if asymmetric:
-        q += zero.reshape(per.shape)
+        return q.clamp_(-most, most).to(FLOAT).to(w.dtype)
+    if zero is not None:
+        q += zero
     half = 2 ** (bits - 1)
-    q = q.round_().clamp_(-half if asymmetric else 1 - half, half - 1).flatten(-2)
-    return QuantizedWeight(q.to(torch.int8) if bits == 8 else _packed(q), scale, zero, bits, rows)
+    return q.round_().clamp_(1 - half if zero is None else -half, half - 1)
 
 
 def quantize_rows(x_TD: Tensor) -> tuple[Tensor, Tensor]:
