@@ -56,7 +56,7 @@ def prune(
     for what, value in (("weights", w_FD), ("rows", seen.square_D), ("rows", seen.gram_DD)):
         if value is not None and not value.isfinite().all():
             raise NonFiniteError(f"{name} has {what} with NaN or infinity: prune a model whose loss is finite")
-    fallback = None if method == "magnitude" else _unseen(seen, min_rows)
+    fallback = None if method == "magnitude" else seen.lack(min_rows)
     try:
         if method == "magnitude" or fallback:
             new_FD = magnitude(w_FD, sparsity)
@@ -86,13 +86,6 @@ def prune_experts(
         for e, (w_FD, own) in enumerate(zip(w_EFD, seen, strict=True))
     ]
     return torch.stack([w_FD for w_FD, _ in made]), [pruned for _, pruned in made]
-
-
-def _unseen(seen: Seen, min_rows: int) -> str | None:
-    """Why what was seen is too little to decide anything."""
-    if seen.count < max(min_rows, 1):
-        return f"saw {seen.count} rows, fewer than {max(min_rows, 1)}"
-    return None if seen.square_D.any() else "saw rows of zeros only"
 
 
 def _energy(w_FD: Tensor, seen: Seen) -> float | None:

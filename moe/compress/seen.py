@@ -38,3 +38,9 @@ class Seen:
         self.square_D += x_TD.square().sum(0)
         if self.gram_DD is not None:
             self.gram_DD.addmm_(x_TD.mT, x_TD)
+
+    def lack(self, min_rows: int) -> str | None:
+        """Why this is too little to decide anything; None where it is not."""
+        if self.count < max(min_rows, 1):
+            return f"saw {self.count} rows, fewer than {max(min_rows, 1)}"
+        return None if self.square_D.any() else "saw rows of zeros only"
