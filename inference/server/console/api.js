@@ -20,11 +20,9 @@ function askKey() {
     document.getElementById("key-wrong").hidden = sessionStorage.getItem(STORE) === null;
     field.value = "";
     dialog.showModal();
-    dialog.querySelector("form").onsubmit = (event) => {
-      event.preventDefault();
-      sessionStorage.setItem(STORE, field.value);
-      dialog.close();
-      asking = null;
+    dialog.querySelector("form").onsubmit = () => sessionStorage.setItem(STORE, field.value);
+    dialog.onclose = () => {
+      asking = null; // closed without a key: who still needs one asks again
       resolve();
     };
   });

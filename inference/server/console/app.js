@@ -63,6 +63,12 @@ function short(number, exact) {
   return `${(number / 1000).toFixed(number < 10000 ? 1 : 0)}k`;
 }
 
+/** A share for people; what is there is never 0 %. */
+function percent(part, whole) {
+  const share = (100 * part) / whole;
+  return part && share < 0.5 ? "< 1 %" : `${share.toFixed(0)} %`;
+}
+
 /** Call again and again, `pause` milliseconds after each answer, while the page is looked at. */
 async function repeat(work, pause) {
   for (;;) {
@@ -104,7 +110,7 @@ async function takeState() {
   facts(state);
   kv.set(state.kv, state.settings.block_size);
   const [free, cached, used] = kv.totals;
-  byId("kv-now").textContent = `${((100 * used) / (free + cached + used)).toFixed(0)} %`;
+  byId("kv-now").textContent = percent(used, free + cached + used);
   byId("kv-note").replaceChildren(
     ...[["used", used], ["cached", cached], ["free", free]].flatMap(([name, number]) => [
       el("i", { className: `key ${name}` }), `${name} ${count(number)} `,
@@ -114,7 +120,7 @@ async function takeState() {
 }
 
 function facts({ queue, settings }) {
-  const hits = queue.prefix_queries ? `${((100 * queue.prefix_hits) / queue.prefix_queries).toFixed(0)} %` : "–";
+  const hits = queue.prefix_queries ? percent(queue.prefix_hits, queue.prefix_queries) : "–";
   const rows = [
     ["running", `${queue.running} / ${settings.max_num_seqs}`], ["waiting", queue.waiting], ["prefix hits", hits],
     ["preemptions", count(queue.preemptions)], ["steps", count(queue.steps)], ["tokens", count(queue.computed_tokens)],

@@ -7,13 +7,14 @@ const LEFT = 50;
 const BOTTOM = 16;
 const TOP = 8;
 
-/** A round number that is at least x: 1, 2 or 5 times a power of ten. */
-function round(x) {
+/** A round number that is at least x; its half is as round, and whole where counts are shown. */
+function round(x, counts) {
   const power = 10 ** Math.floor(Math.log10(x));
-  return [1, 2, 5, 10].map((n) => n * power).find((n) => n >= x * 0.999);
+  return (counts ? [2, 4, 6, 10] : [1, 2, 5, 10]).map((n) => n * power).find((n) => n >= x * 0.999);
 }
 
-/** Values by second of the latest SPAN seconds. `series`: {name, color, of(second)}; `kind`: band, stack or step. */
+/** Values by second of the latest SPAN seconds. `series`: {name, color, of(second)}; `kind`: band (of times), or stack
+ *  or step (of counts). */
 export class Chart extends Plot {
   constructor(canvas, tip, theme, live, { kind, series, format, least }) {
     super(canvas, tip, theme);
@@ -50,7 +51,7 @@ export class Chart extends Plot {
   draw(ctx) {
     this.shown = this.points();
     const most = Math.max(0, ...this.shown.flatMap(([, values]) => values.filter((v) => v !== undefined)));
-    this.top = round(Math.max(most * 1.08, this.least));
+    this.top = round(Math.max(most * 1.08, this.least), this.kind !== "band");
     this.axes(ctx);
     if (this.kind === "band") this.band(ctx);
     else for (let i = this.series.length - 1; i >= 0; i -= 1) this.area(ctx, i);

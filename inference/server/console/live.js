@@ -73,7 +73,8 @@ export class Live {
   /** A request has its first token, whose step may be one that a slow page has missed. */
   begun(request, first) {
     request.first = first;
-    if (first > this.now - SPAN) this.second(Math.floor(first)).ttft.push(first - request.arrival);
+    request.ttft = first - request.arrival;
+    if (first > this.now - SPAN) this.second(Math.floor(first)).ttft.push(request.ttft);
   }
 
   /** A request got a token. */

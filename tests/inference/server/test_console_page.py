@@ -254,6 +254,8 @@ def test_the_key_is_asked_for_and_kept_in_the_tab(serve: Serve, browser: Browser
     running = serve(server={"api_key": "secret"})
     page = browser.new_page()
     page.goto(running.url)
+    expect(page.locator("#key-dialog")).to_be_visible()
+    page.keyboard.press("Escape")
     for key in ("wrong", "secret"):
         expect(page.locator("#key-dialog")).to_be_visible()
         page.fill("#key", key)
