@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 AHEAD = 64 * 1024  # bytes of later requests that are taken while one is answered
 LINGER_SECONDS = 1.0
-PROGRESS = 4096  # bytes that a client must take within `stall_seconds` while there is something to take
+READER_PROGRESS = 4096  # bytes that a client must take within `stall_seconds` while there is something to take
 REFUSED = 64  # connections beyond the most that are told so; more are closed without a word
 FILES = 512  # descriptors that are left for everything but connections
 VERSIONS = (b"1.0", b"1.1")
@@ -305,7 +305,7 @@ class Connection(asyncio.Protocol):
         left = self._transport.get_write_buffer_size()
         if left == 0 and self._room.is_set():
             return
-        if left > self._unsent - PROGRESS:
+        if left > self._unsent - READER_PROGRESS:
             self.abort()
         else:
             self._watch_stall()

@@ -13,7 +13,7 @@ from .hosts import Hosts
 
 CLOSE = {"Connection": "close"}
 ONCE = (b"host", b"content-length", b"transfer-encoding", b"content-type", b"content-encoding", b"authorization")
-PROGRESS = 65536  # bytes of a body within `body_seconds`
+BODY_PROGRESS = 65536  # bytes of a body within `body_seconds`
 
 
 class Limits:
@@ -64,7 +64,7 @@ class Limits:
 
 
 class _Body:
-    """ASGI's `receive`, until the body is whole at most `limit` bytes and never slower than `PROGRESS` in `seconds`."""
+    """ASGI's `receive`, until the body is whole at most `limit` bytes, `BODY_PROGRESS` of them in `seconds`."""
 
     def __init__(self, receive: Receive, limit: int, seconds: float) -> None:
         self._receive = receive
@@ -83,7 +83,7 @@ class _Body:
         if self._whole:
             return await self._receive()
         loop = asyncio.get_running_loop()
-        if self._until is None or self._size - self._mark >= PROGRESS:
+        if self._until is None or self._size - self._mark >= BODY_PROGRESS:
             self._mark, self._until = self._size, loop.time() + self._seconds
         try:
             async with asyncio.timeout_at(self._until):

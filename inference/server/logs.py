@@ -140,4 +140,5 @@ def _word(value: object) -> str:
 
 
 def _one_line(text: str) -> str:
-    return text.replace("\n", "\\n").replace("\r", "\\r")
+    """Also without what a terminal would obey, or another reader take for a line's end."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

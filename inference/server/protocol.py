@@ -27,7 +27,6 @@ MAX_ALLOWED = 8192
 
 Prompt = str | list[int]
 
-
 SomeText = Annotated[str, Field(min_length=1)]
 Ids = Annotated[list[TokenId], Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]

@@ -11,8 +11,6 @@ from .errors import ApiError
 from .strict import Strict
 
 ANY_OBJECT = {"type": "object"}
-
-
 SET: dict[str, Any] = {"not": {"type": "null"}}
 Schema = dict[str, JsonValue]
 Text = Annotated[str, Field(min_length=1, max_length=MAX_CHARS)]

@@ -11,7 +11,7 @@ import pytest
 
 from turnout.inference.server.logs import LineFormatter, logger
 
-from .conftest import NAME, Running, eventually
+from .conftest import NAME, SLOW, Running, eventually
 from .test_abort import open_call, read_until
 
 SECRET = "xyzzy"  # noqa: S105  (a prompt)
@@ -73,7 +73,7 @@ def test_streams_refusals_and_clients_that_leave_have_their_lines_too(serve, lin
     served.stream(prompt="The list", max_tokens=4, ignore_eos=True)
     served.post(prompt=[321])
     served.get("/v1/nothing%0Aforged?key=secret")
-    served.engine.pace = 0.01
+    served.engine.pace = SLOW
     client = open_call(served, stream=True)
     read_until(client, b"data: ")
     client.close()
@@ -103,6 +103,11 @@ def test_a_line_of_text_can_not_be_forged(served: Running, lines):
     assert 'request_id="a b=\\"c\\" status=200"' in lines.texts[0]
     assert "status=404" in words
     assert "\n" not in lines.texts[0]
+
+
+def test_a_message_can_not_steer_the_terminal():
+    record = logging.LogRecord("x", logging.INFO, "", 0, "naïve \x1b[31m\u2028%s", ("a\r\nb",), None)
+    assert LineFormatter("text").format(record).endswith(r"INFO naïve \x1b[31m\u2028a\r\nb")
 
 
 def test_an_error_s_line_has_the_request_s_id_and_the_traceback(serve, lines, monkeypatch):
