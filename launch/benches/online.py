@@ -150,11 +150,11 @@ def models(url: str, key: str | None = None) -> list[str]:
     Raises:
         PeerError: it does not answer as OpenAI's does.
     """
-    asked = urllib.request.Request(f"{root(url)}/v1/models")  # noqa: S310
+    asked = urllib.request.Request(f"{root(url)}/v1/models")  # noqa: S310  (the URL is of who runs the load)
     if key is not None:
         asked.add_header("Authorization", f"Bearer {key}")
     try:
-        with urllib.request.urlopen(asked, timeout=10) as response:  # noqa: S310
+        with urllib.request.urlopen(asked, timeout=10) as response:  # noqa: S310  (the same)
             return [one["id"] for one in json.load(response)["data"]]
     except (OSError, ValueError, KeyError, TypeError, urllib.error.URLError) as error:
         raise PeerError(f"{url} does not list its models ({error}): start a server that speaks OpenAI's API") from error

@@ -1,8 +1,9 @@
-"""Traces of requests: a JSON object a line (or a CSV with a head), as Mooncake and Azure publish them.
+"""Traces of requests: a JSON object a line (or a CSV with a head), as Mooncake, Azure and Vidur publish them.
 
 | field | also called | is |
 |---|---|---|
-| timestamp | arrived_at | milliseconds (Mooncake), or a date and time (Azure) |
+| timestamp | | milliseconds (Mooncake), or a date and time (Azure) |
+| arrived_at | | seconds (Vidur) |
 | input_length | ContextTokens, num_prefill_tokens | tokens of the prompt |
 | output_length | GeneratedTokens, num_decode_tokens, max_tokens | tokens to generate |
 | hash_ids | | a number for each 512 tokens of the prompt: equal ones are shared |
@@ -11,6 +12,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +22,8 @@ from typing import Any
 from ... import DataError
 
 NAMES: Mapping[str, tuple[str, ...]] = {
-    "timestamp": ("timestamp", "arrived_at"),
+    "timestamp": ("timestamp",),
+    "seconds": ("arrived_at",),
     "input": ("input_length", "contexttokens", "num_prefill_tokens"),
     "output": ("output_length", "generatedtokens", "num_decode_tokens", "max_tokens"),
     "hashes": ("hash_ids",),
@@ -84,7 +87,7 @@ def _line(written: dict[str, Any]) -> Line:
     if prompt is None and found["input"] is None:
         raise ValueError("needs input_length or prompt")
     line = Line(
-        seconds=_seconds(found["timestamp"]), input=int(found["input"] or 0),
+        seconds=_seconds(found["timestamp"], found["seconds"]), input=int(found["input"] or 0),
         output=None if found["output"] is None else int(found["output"]),
         hashes=tuple(map(int, found["hashes"] or ())), prompt=prompt,
     )  # fmt: skip
@@ -93,10 +96,14 @@ def _line(written: dict[str, Any]) -> Line:
     return line
 
 
-def _seconds(written: object) -> float | None:
-    if written is None:
-        return None
-    try:
-        return float(str(written)) / 1000
-    except ValueError:
-        return datetime.fromisoformat(str(written)).replace(tzinfo=UTC).timestamp()
+def _seconds(timestamp: object, seconds: object) -> float | None:
+    if timestamp is None:
+        found = None if seconds is None else float(str(seconds))
+    else:
+        try:
+            found = float(str(timestamp)) / 1000
+        except ValueError:
+            found = datetime.fromisoformat(str(timestamp)).replace(tzinfo=UTC).timestamp()
+    if found is not None and not math.isfinite(found):
+        raise ValueError("the time must be finite")
+    return found

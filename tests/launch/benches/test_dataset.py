@@ -1,6 +1,7 @@
 """Requests are as long as asked for, share what they should, are the same for a seed, or as a file has them."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -88,6 +89,13 @@ def test_azures_trace_has_dates(tmp_path):
     assert second.due == pytest.approx(4.314579, abs=1e-6)
 
 
+def test_vidurs_trace_has_seconds(tmp_path):
+    lines = ("arrived_at,num_prefill_tokens,num_decode_tokens", "0.5,374,44", "2.0,396,109")
+    first, second = asks(Dataset(trace=written(tmp_path, *lines, name="trace.csv")), IDS, spread=True)
+    assert (len(first.prompt), first.tokens, len(second.prompt), second.tokens) == (374, 44, 396, 109)
+    assert second.due == 1.5
+
+
 def test_a_trace_may_bring_the_prompts(tmp_path):
     path = written(tmp_path, {"prompt": "Hello", "max_tokens": 3}, "", {"prompt": [1, 2, 3]})
     text, ids = asks(Dataset(trace=path, output_tokens=(7,)), IDS)
@@ -103,6 +111,7 @@ def test_a_trace_may_bring_the_prompts(tmp_path):
         ({"input_length": 0}, "at least 1"), ({"input_length": 5, "output_length": 0}, "at least 1"),
         ({"prompt": ""}, "line 2"), ({"prompt": ["a"]}, "token ids"), ({"prompt": 5}, "line 2"),
         ({"input_length": "many"}, "line 2"), ({"input_length": 5, "timestamp": "noon"}, "line 2"),
+        ({"input_length": 5, "timestamp": math.nan}, "must be finite"),
     ],
 )  # fmt: skip
 def test_a_line_that_does_not_read_is_named(tmp_path, line, words):
