@@ -11,7 +11,7 @@ from ..inference.server import logs
 from ..inference.server.app import create_app
 from ..inference.server.front import Named
 from ..inference.server.service import Service
-from .serve import ServeOptions, _Loader, model_name
+from .serve import Loader, ServeOptions, model_name
 
 
 class Replica:
@@ -25,7 +25,7 @@ class Replica:
     def __init__(self, path: str, options: ServeOptions) -> None:
         self.service = Service(options, options.served_model_name or model_name(Path(path)))
         with ThreadPoolExecutor(1, "turnout-load") as loader:  # as in a server of its own: the thread ends
-            self.service.engine = loader.submit(_Loader(path, options).load).result()
+            self.service.engine = loader.submit(Loader(path, options).load).result()
         self.service.phase = "ready"
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

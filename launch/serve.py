@@ -52,8 +52,9 @@ usage: turnout serve CKPT [key=value ...]
   otlp_endpoint=URL            send a trace of each request there, by OTLP over HTTP (pip install 'turnout[otel]')
   json=PATH                    write the URL and the load times there once it is ready
 
-endpoints: /v1/completions /v1/chat/completions /v1/models /v1/experts /tokenize /detokenize /load /health /ready
-           /metrics /version /openapi.json
+endpoints: /v1/completions /v1/chat/completions /v1/embeddings (refused: a language model has none) /v1/models
+           /v1/experts /tokenize /detokenize /load /health /ready /metrics /version /openapi.json
+console:   / in a browser: try the model, and watch its steps, KV cache and experts
 
 example: turnout serve runs/first port=8000
          curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
@@ -90,7 +91,7 @@ def serve(path: str, options: ServeOptions) -> int:
     narrator = Narrator(options.log_format)
     name = options.served_model_name or model_name(Path(path))
     listener, url = bind(options)
-    loader = _Loader(path, options)
+    loader = Loader(path, options)
     server = Server(options, name, loader.load)
 
     def announce() -> None:
@@ -99,7 +100,7 @@ def serve(path: str, options: ServeOptions) -> int:
         times = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in loader.seconds.items())
         narrator.tell("loaded", f"loaded {name} ({times})", model=name, seconds=loader.seconds)
         narrator.tell("memory", loader.memory, memory=loader.plan)
-        narrator.tell("ready", f"ready: {url}", url=url)
+        narrator.tell("ready", f"ready: {url} (in a browser: the console)", url=url)
 
     with server.signals():
         narrator.tell("loading", f"loading {path} (until it is ready, {url}/health answers 503)", url=url)
@@ -124,7 +125,7 @@ def model_name(path: Path) -> str:
     return name.removesuffix(".gguf").removeprefix("package:")
 
 
-class _Loader:
+class Loader:
     """Loads the engine and remembers what took how long.
 
     Args:
