@@ -31,7 +31,6 @@ from turnout.launch import ray_serve
 from turnout.launch.cli import parse
 from turnout.launch.main import run
 from turnout.launch.ray_serve import RayOptions
-from turnout.tests.helpers.served_run import make_run
 
 ASK = {"model": "first", "temperature": 0, "ignore_eos": True}
 REPLICA = "x-turnout-replica"
@@ -62,11 +61,6 @@ class Cluster:
     def ask(self, prompt: str, **body: object) -> httpx.Response:
         asked = ASK | {"prompt": prompt, "max_tokens": 2} | body
         return httpx.post(f"{self.url}/v1/completions", json=asked, timeout=60, trust_env=False)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return make_run(tmp_path_factory.mktemp("runs") / "first")
 
 
 @contextmanager

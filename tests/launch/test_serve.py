@@ -18,13 +18,6 @@ import pytest
 
 from turnout.launch.main import main
 from turnout.launch.serve import model_name
-from turnout.tests.helpers.served_run import make_run
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return make_run(tmp_path_factory.mktemp("runs") / "first")
-
 
 Start = Callable[..., tuple[subprocess.Popen[str], IO[str]]]
 

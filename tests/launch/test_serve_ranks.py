@@ -17,14 +17,9 @@ import httpx
 import pytest
 
 from turnout.launch.main import main
-from turnout.tests.helpers.served_run import make_run
+from turnout.tests.helpers.processes import PARENT, processes_with
 
 START, FAIL, END = 120.0, 2.0, 30.0  # seconds: until ready, until requests have failed, until nothing is left
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return make_run(tmp_path_factory.mktemp("runs") / "first", 8192)
 
 
 @dataclass
@@ -95,13 +90,10 @@ def alive(pid: int) -> bool:
 def ranks_of(parent: int) -> dict[int, int]:
     """Rank → process id, of the ranks that `parent` has started."""
     found = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if int((path / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
-                env = dict(item.split("=", 1) for item in (path / "environ").read_text().split("\0") if "=" in item)
-                found[int(env["RANK"])] = int(path.name)
-        except (OSError, KeyError):
-            continue
+    for pid in processes_with(PARENT, parent):
+        with contextlib.suppress(OSError, KeyError):
+            text = Path(f"/proc/{pid}/environ").read_text()
+            found[int(dict(item.split("=", 1) for item in text.split("\0") if "=" in item)["RANK"])] = pid
     return found
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from turnout.tests.helpers.served_run import make_run
+from turnout.tests.helpers.processes import SESSION, processes_with
 
 END = 60.0  # seconds that bound a failing test
 ENDLESS = {"prompt": "The list", "max_tokens": 3000, "ignore_eos": True}
@@ -30,11 +30,6 @@ CALLS = {
 RUNNING = {"idle": (0, 0), "streaming": (1, 0), "queued": (1, 2), "prefill": (1, 0)}
 SHARED = "/dev/shm"  # noqa: S108  (what programs share, not a file of ours)
 ENDS = ("SIGTERM", "SIGINT", "SIGTERM twice", "crash")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return make_run(tmp_path_factory.mktemp("runs") / "first", 4096)
 
 
 @dataclass
@@ -121,15 +116,7 @@ def finish(serving: Serving, state: str, end: str, url: str) -> None:
 
 def group_left(leader: int) -> list[int]:
     """Processes of the session that `leader` began."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[3]) == leader and fields[0] != "Z":
-            found.append(int(path.parent.name))
-    return found
+    return [pid for pid, state in processes_with(SESSION, leader).items() if state != "Z"]
 
 
 def assert_answered(state: str, end: str, answers: list[Future]) -> None:

@@ -19,6 +19,7 @@ from turnout.launch import rundir
 from turnout.launch.launcher import environment
 from turnout.launch.train import merge, prepare
 from turnout.moe.train.config import RunConfig
+from turnout.tests.helpers.processes import PARENT, processes_with
 from turnout.tests.helpers.runs import TIMEOUT, corpus, fingerprint, rows, run, start, tiny
 
 TURNOUT = ("-m", "turnout", "train")
@@ -64,15 +65,7 @@ def steps_done(directory: Path) -> int:
 
 def ranks_of(agent: int) -> list[int]:
     """The processes that a torchrun agent started."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == agent:
-            found.append(int(path.parent.name))
-    return sorted(found)
+    return sorted(processes_with(PARENT, agent))
 
 
 def ending(process: subprocess.Popen) -> tuple[int, str]:
