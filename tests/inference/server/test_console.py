@@ -7,7 +7,7 @@ import pytest
 from turnout.inference.server.console import FOLDER, MOST_SHARES, _newest
 from turnout.inference.timeline import StepRecord
 
-from .conftest import ENGINE, Running, Serve, eventually
+from .conftest import ENGINE, SLOW, Running, Serve, eventually
 
 PROMPT = "The import statement combines two operations"
 PAGES = ["/", *sorted(f"/console/{path.name}" for path in FOLDER.iterdir())]
@@ -145,7 +145,7 @@ def test_the_state_has_every_block(serve: Serve):
 
 def test_blocks_that_a_request_holds_are_used(serve: Serve):
     running = serve()
-    running.engine.pace = 0.02
+    running.engine.pace = SLOW
     with running.http.stream("POST", "/v1/completions", json={
         "model": "tiny", "prompt": [7] * 40, "max_tokens": 100, "stream": True, "ignore_eos": True,
     }) as answer:  # fmt: skip
@@ -154,6 +154,7 @@ def test_blocks_that_a_request_holds_are_used(serve: Serve):
         running.engine.gate.clear()
         runs = running.get("/v1/console/state").json()["kv"][0]["runs"]
         assert sum(n for state, n in zip(runs[::2], runs[1::2], strict=True) if state == 2) >= 3
+        running.engine.pace = 0.0
         running.engine.gate.set()
 
 

@@ -109,14 +109,21 @@ def test_a_request_has_one_name_in_the_replica_and_in_its_answer(serve, given):
 def test_a_large_or_slow_body_goes_on_unmarked(serve, monkeypatch):
     monkeypatch.setattr(front, "LOOK_BYTES", 1000)
     monkeypatch.setattr(front, "LOOK_SECONDS", 0.05)
-    client = serve(Front(Named(echo, "r1")))
+    reached = threading.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        reached.set()
+        await echo(scope, receive, send)
+
+    client = serve(Front(Named(app, "r1")))
     large = client.post("/v1/completions", json={"prompt": "a" * 200_000}).json()
     assert large["headers"]["x-turnout-prefix"] == ""
     assert large["size"] > 200_000
+    reached.clear()
 
     def slowly() -> Iterator[bytes]:
         yield b'{"prompt": '
-        threading.Event().wait(0.3)
+        assert reached.wait(20), "the look is over before the body is"
         yield b'"%b"}' % (b"a" * 500)
 
     slow = client.post("/v1/completions", content=slowly()).json()

@@ -16,9 +16,9 @@ from turnout.inference.errors import EngineStoppedError
 from turnout.inference.server.config import ServerConfig
 from turnout.inference.server.lifecycle import Server, bind
 
-from .conftest import NAME, Running, eventually, run_server
+from .conftest import NAME, SLOW, Running, eventually, run_server
 
-LONG = {"prompt": "The list", "max_tokens": 100}
+LONG = {"prompt": "The list", "max_tokens": 100, "ignore_eos": True}
 
 
 def raw_stream(served: Running, **body) -> str:
@@ -56,7 +56,7 @@ def test_G4_while_it_loads_the_port_answers_503(model, byte_level):
 
 def test_P10_a_full_queue_is_429_with_retry_after(serve, pool):
     served = serve(max_num_seqs=1, max_waiting=1)
-    served.engine.pace = 0.01
+    served.engine.pace = SLOW
     first = pool.submit(served.post, **LONG)
     assert eventually(lambda: served.engine.stats().running == 1)
     second = pool.submit(served.post, **LONG)
@@ -66,28 +66,34 @@ def test_P10_a_full_queue_is_429_with_retry_after(serve, pool):
     assert int(answer.headers["retry-after"]) > 0
     assert answer.json()["error"]["code"] == "queue_full"
     with pytest.raises(openai.RateLimitError):
-        served.client().completions.create(model=NAME, stream=True, **LONG)
+        served.client().completions.create(model=NAME, stream=True, prompt="The list")
     served.engine.pace = 0.0
     assert [future.result().json()["usage"]["completion_tokens"] for future in (first, second)] == [100, 100]
 
 
 def test_P10_waiting_too_long_is_503(serve, pool):
-    served = serve(max_num_seqs=1, queue_timeout=0.05)
-    served.engine.pace = 0.01
+    served = serve(max_num_seqs=1, queue_timeout=1.0)
+    served.engine.pace = SLOW
     first = pool.submit(served.post, **LONG)
     assert eventually(lambda: served.engine.stats().running == 1)
     answer = served.post(**LONG)
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "queue_timeout"
+    served.engine.pace = 0.0
     assert first.result().status_code == 200
 
 
 def test_G5_comments_keep_a_silent_stream_alive(serve, pool):
     served = serve(server={"keepalive_seconds": 0.02}, max_num_seqs=1)
-    served.engine.pace = 0.005
+    served.engine.pace = SLOW
     first = pool.submit(served.post, **LONG)
     assert eventually(lambda: served.engine.stats().running == 1)
-    frames = raw_stream(served, max_tokens=3).split("\n\n")
+    body = {"model": NAME, "stream": True} | LONG | {"max_tokens": 3}
+    with served.http.stream("POST", "/v1/completions", json=body) as answer:
+        texts = answer.iter_text()
+        begin = next(texts)
+        served.engine.pace = 0.0
+        frames = (begin + "".join(texts)).split("\n\n")
     assert frames[0] == ": keep-alive"
     assert frames[-2:] == ["data: [DONE]", ""]
     assert sum(frame.startswith("data: {") for frame in frames) >= 1
@@ -97,7 +103,7 @@ def test_G5_comments_keep_a_silent_stream_alive(serve, pool):
 
 def test_G3_stopping_finishes_what_runs_and_refuses_what_comes(serve, pool):
     served = serve()
-    served.engine.pace = 0.005
+    served.engine.pace = SLOW
     stream = pool.submit(raw_stream, served)
     whole = pool.submit(served.post, **LONG)
     assert eventually(lambda: served.engine.stats().running == 2)
@@ -108,6 +114,7 @@ def test_G3_stopping_finishes_what_runs_and_refuses_what_comes(serve, pool):
     answer = served.post(prompt="x")
     assert answer.status_code == 503
     assert "retry-after" in answer.headers
+    served.engine.pace = 0.0
     served.engine.gate.set()
     assert whole.result().json()["usage"]["completion_tokens"] == 100
     *_, last, done, end = stream.result().split("\n\n")
@@ -120,7 +127,7 @@ def test_G3_stopping_finishes_what_runs_and_refuses_what_comes(serve, pool):
 
 def test_G3_what_outlasts_the_drain_ends_as_abort(serve, pool):
     served = serve(server={"drain_seconds": 0.05})
-    served.engine.pace = 0.02
+    served.engine.pace = SLOW
     stream, whole = pool.submit(raw_stream, served), pool.submit(served.post, **LONG)
     assert eventually(lambda: served.engine.stats().running == 2)
     served.stop()
@@ -135,7 +142,7 @@ def test_G3_what_outlasts_the_drain_ends_as_abort(serve, pool):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_G3_a_crash_fails_what_runs_and_ends_the_server_with_its_cause(serve, pool):
     served = serve()
-    served.engine.pace = 0.005
+    served.engine.pace = SLOW
     stream, whole = pool.submit(raw_stream, served), pool.submit(served.post, **LONG)
     assert eventually(lambda: served.engine.stats().running == 2)
     served.engine.crash = RuntimeError("no such kernel: /secret/path")
@@ -153,7 +160,7 @@ def test_G3_a_crash_fails_what_runs_and_ends_the_server_with_its_cause(serve, po
 def test_logits_that_are_not_finite_fail_the_request_and_never_give_200(serve, make_model):
     model = make_model()
     served = serve(of=model)
-    served.engine.pace = 0.005
+    served.engine.pace = SLOW
     body = {"model": NAME, "stream": True} | LONG
     with served.http.stream("POST", "/v1/completions", json=body) as answer:
         frames = answer.iter_lines()
@@ -161,6 +168,7 @@ def test_logits_that_are_not_finite_fail_the_request_and_never_give_200(serve, m
         served.engine.gate.clear()
         with torch.no_grad():
             model.head.weight.fill_(torch.nan)
+        served.engine.pace = 0.0
         served.engine.gate.set()
         text = [line for line in frames if line]
     assert "error" in json.loads(text[-1].removeprefix("data: "))

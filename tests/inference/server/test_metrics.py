@@ -11,7 +11,7 @@ from turnout.moe import MoEConfig, RouteContext, VarlenContext
 from turnout.moe.routing.stats import RoutingStats
 from turnout.moe.train.metrics import Window
 
-from .conftest import Running, eventually
+from .conftest import SLOW, Running, eventually
 
 
 def moved(before: dict[str, float], after: dict[str, float], name: str) -> float:
@@ -70,7 +70,7 @@ def test_G6_preempted_work_is_counted_once(serve):
 
 def test_G6_gauges_follow_the_load_and_return_to_zero(serve):
     served = serve(max_num_seqs=2)
-    served.engine.pace = 0.01
+    served.engine.pace = SLOW
     with served.client().completions.create(
         model="tiny", prompt=["a", "b", "c", "d"], max_tokens=120, stream=True
     ) as chunks:
@@ -162,6 +162,7 @@ def test_routing_is_that_of_the_tokens_that_were_computed(serve, model):
 
 def test_routing_can_be_read_while_the_engine_works(serve):
     served = serve(max_num_seqs=4)
+    served.engine.pace = SLOW / 10
     seen = []
     with served.client().completions.create(model="tiny", prompt=["a"] * 4, max_tokens=200, stream=True) as chunks:
         next(iter(chunks))

@@ -10,7 +10,7 @@ import openai
 import pydantic
 import pytest
 
-from .conftest import NAME, Running, eventually
+from .conftest import NAME, SLOW, Running, eventually
 
 PROMPT = "The import statement"
 MESSAGES = [{"role": "user", "content": PROMPT}]
@@ -127,7 +127,7 @@ def test_a_client_that_loses_patience_leaves_nothing(serve):
 @pytest.mark.full
 def test_a_full_queue_is_tried_again_when_it_says(serve):
     served = serve(max_num_seqs=1, max_waiting=1)
-    served.engine.pace = 0.01
+    served.engine.pace = SLOW
     long = {"max_tokens": 100, "extra_body": {"ignore_eos": True}}
     with ThreadPoolExecutor() as pool:
         calls = [pool.submit(complete, served.client(), **long)]

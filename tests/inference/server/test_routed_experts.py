@@ -7,7 +7,7 @@ from turnout.inference.config import EngineConfig
 from turnout.inference.core.sampling import SamplingParams
 from turnout.inference.engine import Engine
 
-from .conftest import ENGINE, Running
+from .conftest import ENGINE, SLOW, Running
 
 PROMPT = "The import statement"
 WISH = {"max_tokens": 6, "n": 2, "seed": 3, "routed_experts": True}
@@ -31,7 +31,7 @@ def test_M6_an_answer_has_the_engine_s_rows(served: Running, expected):
 
 @pytest.mark.parametrize("echo", [False, True])
 def test_M6_a_stream_s_chunks_put_together_have_them(served: Running, expected, echo, monkeypatch):
-    monkeypatch.setattr(served.engine, "pace", 0.02)
+    monkeypatch.setattr(served.engine, "pace", SLOW)
     found: dict[int, list] = {}
     chunks = 0
     for frame in served.stream(prompt=PROMPT, echo=echo, **WISH)[:-1]:

@@ -1,15 +1,13 @@
 """Structured output over HTTP: OpenAI's and vLLM's spellings, what is refused, and who notices."""
 # ruff: noqa: N802 (O9 is the name of a rule)
 
-import itertools
 import json
 import re
 import threading
-import time
 
 import pytest
 
-from .conftest import NAME, Running, eventually
+from .conftest import NAME, SLOW, Running, eventually
 from .test_abort import open_call
 
 PERSON = {
@@ -114,44 +112,41 @@ def test_O9_a_bad_shape_is_refused_by_name(served, body, param):
 
 def test_O9_hostile_shapes_are_refused_in_time_while_another_request_streams(serve):
     served = serve(grammar_timeout=1.0)
-    served.engine.pace = 0.02
-    times: list[float] = []
+    assert served.post(prompt="x", structured_outputs={"choice": ["the compilers run"]}).status_code == 200
+    served.engine.pace = SLOW
+    frames: list[str] = []
 
     def read() -> None:
-        body = {"model": NAME, "prompt": "The list", "max_tokens": 200, "stream": True, "ignore_eos": True}
+        body = {"model": NAME, "prompt": "The list", "max_tokens": 240, "stream": True, "ignore_eos": True}
         with served.http.stream("POST", "/v1/completions", json=body) as answer:
-            times.extend(time.monotonic() for line in answer.iter_lines() if line.startswith("data: {"))
+            frames.extend(line for line in answer.iter_lines() if line.startswith("data: {"))
 
     reader = threading.Thread(target=read)
     reader.start()
-    assert eventually(lambda: len(times) > 3)
-    hostile = [
-        ({"json": ENDLESS}, "1.0 s"),
-        ({"regex": "|".join(str(i * 7919) for i in range(6000))}, None),
-        ({"regex": "a" * 10**6}, "65536"),
-        ({"json": DEEP}, "16 levels"),
-        ({"grammar": "start: " + "(" * 20_000 + '"x"' + ")" * 20_000}, "nested"),
-    ]
-    begin = time.monotonic()
-    for shape, said in hostile:
+    assert eventually(lambda: len(frames) > 3)
+    hostile = {
+        "1.0 s": {"json": ENDLESS},
+        "1.0": {"regex": "|".join(str(i * 7919) for i in range(6000))},
+        "65536": {"regex": "a" * 10**6},
+        "16 levels": {"json": DEEP},
+        "nested": {"grammar": "start: " + "(" * 20_000 + '"x"' + ")" * 20_000},
+    }
+    for said, shape in hostile.items():
+        before = len(frames)
         answer = served.post(prompt="x", max_tokens=4, structured_outputs=shape)
-        assert answer.status_code == (200 if said is None else 400), answer.text
-        assert said is None or said in answer.json()["error"]["message"]
-    end = time.monotonic()
+        cheap = said == "1.0" and answer.status_code == 200
+        assert cheap or (answer.status_code == 400 and said in answer.json()["error"]["message"]), answer.text
+        assert said != "1.0 s" or len(frames) > before + 3, "nobody's stream waits for a grammar"
+    served.engine.pace = 0.0
     reader.join(60)
-    during = [at for at in times if begin <= at <= end]
-    assert len(during) > 20
-    assert max(b - a for a, b in itertools.pairwise(during)) < 0.8, "nobody's stream waits for a grammar"
-    assert end - begin < 15
+    assert '"finish_reason":"length"' in frames[-1]
     assert served.post(prompt="x", structured_outputs={"choice": ["still here"]}).json()["choices"][0]["text"]
 
 
 def test_A6_a_client_that_leaves_while_its_grammar_compiles_leaves_nothing(serve):
-    served = serve(grammar_timeout=20.0)
+    served = serve(grammar_timeout=600.0)
     client = open_call(served, structured_outputs={"json": ENDLESS})
     assert eventually(lambda: served.engine.stats().waiting == 1)
-    begin = time.monotonic()
     client.close()
-    assert eventually(served.idle)
-    assert time.monotonic() - begin < 10, "long before the grammar is given up"
+    assert eventually(served.idle), "long before the grammar is given up"
     assert not served.engine._compiling
