@@ -40,6 +40,8 @@ class CompressConfig:
         scope: whether every matrix has the same share of zeros, or the model as a whole (magnitude alone).
         keep: share of the hidden units that stay (`channels`).
         num_experts: how many stay (`experts`, `merge`).
+        by: what an expert is worth (`experts`): the tokens it computes, the sum of their gates, or how far the layer's
+            output moves without it.
         calibration: text: pydocs, or a .jsonl, .jsonl.xz or .txt file; its training split where it has one.
         samples: windows of it.
         seq_len: tokens of a window.
@@ -47,7 +49,7 @@ class CompressConfig:
     """
 
     method: MethodName = "int8"
-    bits: Literal[8, 4] = 4
+    bits: int = 4
     scale: Literal["tensor", "channel", "group"] | None = None
     group: int = BLOCK
     zero: bool = False
@@ -63,6 +65,7 @@ class CompressConfig:
     scope: Literal["layer", "global"] = "layer"
     keep: float = 0.5
     num_experts: int | None = None
+    by: Literal["load", "gate", "output"] = "output"
     calibration: str = "pydocs"
     samples: int = 32
     seq_len: int = 512
@@ -74,12 +77,13 @@ class CompressConfig:
             check(getattr(self, name) >= least, name, getattr(self, name), f"must be at least {least}", f"use {least}")
         for name in ("keep", "damp"):
             check(0 < getattr(self, name) <= 1, name, getattr(self, name), "must lie in (0, 1]", "use a share")
+        check(self.bits in (4, 8), "bits", self.bits, "must be 4 or 8", "use 4")
         check(0 <= self.sparsity < 1, "sparsity", self.sparsity, "must lie in [0, 1)", "use 0.5")
         check(0 < self.percentile <= 100, "percentile", self.percentile, "must lie in (0, 100]", "use 99.9")
         fits = self.smooth is None or (0 < self.smooth <= 1 and self.method in ROUNDING)
         check(fits, "smooth", self.smooth, "must lie in (0, 1] and goes with rounding", "use 0.5, or null")
-        needed = self.method in ("experts", "merge")
-        check(not needed or self.num_experts is not None, "num_experts", None, f"is what {self.method} needs", "say it")
+        fits = not self.routed or self.num_experts is not None
+        check(fits, "num_experts", None, f"is what method={self.method} needs", "say how many stay")
         fits = self.scope == "layer" or (self.method == "magnitude" and self.pattern is None)
         rule = "goes with method=magnitude and no pattern"
         check(fits, "scope", self.scope, rule, "use scope=layer")
@@ -94,6 +98,16 @@ class CompressConfig:
     def calibrated(self) -> bool:
         """Whether the method must see text."""
         return self.method in CALIBRATED or self.migration is not None
+
+    @property
+    def routed(self) -> bool:
+        """Whether it must see where tokens go."""
+        return self.method in ("experts", "merge")
+
+    @property
+    def moments(self) -> bool:
+        """Whether it must see x · xᵀ."""
+        return self.method in ("gptq", "sparsegpt", "channels")
 
     @property
     def migration(self) -> float | None:
@@ -118,7 +132,7 @@ class CompressConfig:
         """How the matrices are stored afterwards; null = whole."""
         if self.method not in ROUNDING:
             return None
-        bits: Literal[8, 4] = self.bits if self.method == "gptq" else 4 if self.method == "int4" else 8
+        bits: Literal[8, 4] = 4 if self.method == "int4" or (self.method == "gptq" and self.bits == 4) else 8
         scale = self.scale or ("group" if bits == 4 else "channel")
         made = QuantizationConfig(
             bits=8, kind="float" if self.method == "fp8" else "int",

@@ -16,15 +16,15 @@ from ..config import ModelConfig
 from ..eval.agreement import agreement
 from ..families.reading import ForeignSource, OwnSource
 from ..layers.block import Block
+from ..layers.moe import MoE
 from ..layers.quantized import round_to
 from ..models.decoder import Decoder
 from .config import CompressConfig
-from .methods import Method, target
+from .methods import Method
 from .partial import Partial
+from .routed import Routed, noting
 from .stream import Stream
-from .watch import watching
-
-GRAM = ("gptq", "sparsegpt", "channels")
+from .watch import Met, watching
 
 
 @dataclass
@@ -77,8 +77,8 @@ def walk(
     Raises:
         CheckpointError: a weight that is not finite, by name.
     """
-    cfg, after = source.cfg, target(source.cfg, how)
-    whole, ends = _ends(source, cfg), _rounded_ends(source, after)
+    method = Method.of(how, source)
+    whole, ends = _ends(source, source.cfg), _rounded_ends(source, method.target)
     if partial.done:
         streams.load(partial.states())
     else:
@@ -86,8 +86,7 @@ def walk(
         for stream, model in ((streams.calibration, ends), (streams.before, whole), (streams.after, ends)):
             if stream is not None:
                 stream.enter(model.embed)
-    method = Method.of(how, source)
-    for index in range(partial.done, cfg.layers):
+    for index in range(partial.done, source.cfg.layers):
         notes = _step(source, index, method, streams, partial)
         tell(index, notes)
     return {"before": streams.before.loss(whole.finish), "after": streams.after.loss(ends.finish)}
@@ -99,21 +98,30 @@ def _step(
     """One block."""
     block = _block(source, index)
     streams.before.through(block)
-    met: Any = {}
-    if streams.calibration is not None:
-        with watching(block, method.how.method in GRAM) as met:
-            streams.calibration.show(block)
-    notes = method.apply(block, met)
+    notes = method.apply(block, *_watch(block, method.how, streams.calibration))
     block.eval()
     for stream in (streams.calibration, streams.after):
         if stream is not None:
             stream.through(block)
-    if index in source.cfg.moe_layers:
+    if index in source.cfg.moe_layers and not method.how.routed:
         valid = [part.valid_T for part in streams.before.parts]
         notes["agreement"] = agreement(streams.after.routings(index), streams.before.routings(index), valid)
     stored = {name: _typed(source, f"blocks.{index}.{name}", tensor) for name, tensor in block.state_dict().items()}
     partial.put(stored, streams.states(), notes)
     return notes
+
+
+def _watch(block: Block, how: CompressConfig, stream: Stream | None) -> tuple[Met, list[Routed]]:
+    """What the block meets in calibration, and where its tokens go."""
+    if stream is None or (how.routed and not isinstance(block.ffn, MoE)):
+        return {}, []
+    if isinstance(block.ffn, MoE) and how.routed:
+        with noting(block.ffn) as routed:
+            stream.show(block)
+        return {}, routed
+    with watching(block, how.moments) as met:
+        stream.show(block)
+    return met, []
 
 
 def _block(source: OwnSource | ForeignSource, index: int) -> Block:
@@ -157,7 +165,7 @@ def _read(source: OwnSource | ForeignSource, name: str) -> Tensor:
     tensor = source.read(name)
     if not bool(tensor.isfinite().all()):
         raise CheckpointError(f"{name} has numbers that are not finite: nothing can be rounded or pruned by them")
-    return tensor
+    return tensor.clone()  # what is read may lie in a mapped file
 
 
 def _typed(source: OwnSource | ForeignSource, name: str, tensor: Tensor) -> Tensor:
