@@ -1,21 +1,23 @@
-"""A matrix, or each expert's, pruned by any method, with a record of what became of it.
+"""A matrix, or all of a block, pruned by any method, with a record of what became of it.
 
-F output width, D input width, E experts.
+F output width, D input width.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ... import NonFiniteError
 from ...configs.typed import check
+from .config import CompressConfig
 from .scores import magnitude, wanda
 from .seen import Seen
 from .sparsegpt import DAMP, sparsegpt
 from .sparsity import Sparsity
+from .watch import Met, places
 
 Method = Literal["magnitude", "wanda", "sparsegpt"]
 
@@ -70,22 +72,36 @@ def prune(
     return new_FD, Pruned(name, zeros, _energy(w_FD - new_FD, seen), _energy(w_FD, seen), fallback)
 
 
-def prune_experts(
-    w_EFD: Tensor,
-    seen: Sequence[Seen],
-    sparsity: Sparsity,
-    method: Method,
-    *,
-    name: str,
-    min_rows: int,
-    damp: float = DAMP,
-) -> tuple[Tensor, list[Pruned]]:
-    """A stack, each expert by the rows that it was sent itself; `name[e]` is named in its record. Raises as `prune`."""
-    made = [
-        prune(w_FD, own, sparsity, method, name=f"{name}[{e}]", min_rows=min_rows, damp=damp)
-        for e, (w_FD, own) in enumerate(zip(w_EFD, seen, strict=True))
-    ]
-    return torch.stack([w_FD for w_FD, _ in made]), [pruned for _, pruned in made]
+@torch.no_grad()
+def prune_block(block: nn.Module, met: Met, how: CompressConfig, shares: Mapping[str, float]) -> dict[str, Any]:
+    """Prune what is rounded elsewhere, in place: projections, and every expert by the rows that it met itself.
+
+    Args:
+        block: of whole weights.
+        met: what its matrices met; empty where the method needs no text.
+        how: method, sparsity, pattern, damp, min_rows.
+        shares: of matrices (names as `places` has them) that have another share than the rest.
+
+    Returns:
+        `zeros`, their share; `error`, the share of all outputs' energy over the rows met that went, where moments are
+        known; `by_weights`, by matrix why magnitudes decided.
+
+    Raises:
+        NonFiniteError, ConfigError: as `prune`.
+    """
+    method, zeros, count, lost, energy = cast(Method, how.method), 0, 0, 0.0, 0.0
+    by_weights = dict[str, str]()
+    for name, w_FD, stack, expert in places(block):
+        seen = met[stack][expert] if met else Seen.nothing(w_FD.shape[1], gram=False)
+        sparsity = replace(how.zeros, share=shares.get(name, how.zeros.share))
+        rows = how.min_rows if name != stack else 1
+        new_FD, made = prune(w_FD, seen, sparsity, method, name=name, min_rows=rows, damp=how.damp)
+        w_FD.copy_(new_FD)
+        zeros, count = zeros + int((new_FD == 0).sum()), count + new_FD.numel()
+        lost, energy = lost + (made.error or 0.0), energy + (made.energy or 0.0)
+        if made.fallback is not None:
+            by_weights[name] = made.fallback
+    return {"zeros": zeros / count, "error": lost / energy if energy else None, "by_weights": by_weights}
 
 
 def _energy(w_FD: Tensor, seen: Seen) -> float | None:

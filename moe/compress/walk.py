@@ -77,7 +77,7 @@ def walk(
     Raises:
         CheckpointError: a weight that is not finite, by name.
     """
-    method = Method.of(how, source)
+    method = Method.of(how, source.cfg, lambda index: _block(source, index))
     whole, ends = _ends(source, source.cfg), _rounded_ends(source, method.target)
     if partial.done:
         streams.load(partial.states())

@@ -1,4 +1,4 @@
-"""What the matrices of a block meet when rows go through it. N rows, D width, F hidden width, E experts."""
+"""What the matrices of a block meet when rows go through it. N rows, F output width, D input width."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +44,19 @@ def watching(block: Block, gram: bool) -> Iterator[Met]:
             hook.remove()
         for module, attribute, value in undo:
             setattr(module, attribute, value)
+
+
+def places(block: nn.Module) -> Iterator[tuple[str, Tensor, str, int]]:
+    """Every matrix of a block: its name, itself [F, D], and the name and number under which `watching` notes its rows.
+
+    Of a stack each expert's is one, `ffn.experts.w_in[3]`; the tensors are views of the block's.
+    """
+    for name, linear in matrices(block):
+        yield name, linear.weight, name, 0
+    for name, experts in stacks(block):
+        for expert, (in_FD, out_FD) in enumerate(zip(experts.w_in, experts.w_out, strict=True)):
+            yield f"{name}.w_in[{expert}]", in_FD, f"{name}.w_in", expert
+            yield f"{name}.w_out[{expert}]", out_FD.mT, f"{name}.w_out", expert
 
 
 class _Rows:

@@ -1,13 +1,19 @@
 """What stands around the methods: bad numbers, calibration that saw nothing, experts of their own rows."""
 
+import copy
+
 import pytest
 import torch
 
 from turnout import ConfigError, NonFiniteError
-from turnout.moe.compress.pruning import prune, prune_experts
+from turnout.moe import ModelConfig, MoEConfig, VarlenContext
+from turnout.moe.compress.config import CompressConfig
+from turnout.moe.compress.pruning import prune, prune_block
 from turnout.moe.compress.scores import magnitude
 from turnout.moe.compress.seen import Seen
 from turnout.moe.compress.sparsity import Sparsity
+from turnout.moe.compress.watch import places, watching
+from turnout.moe.layers.block import Block
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 
@@ -58,19 +64,66 @@ def test_the_matrix_given_is_not_changed_and_a_zero_one_is_ordinary(method):
     assert made.sparsity == 1
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_each_expert_is_pruned_by_its_own_rows_and_one_that_saw_few_is_named(method):
-    w = drawn(3, 6, 16)
-    seen = [saw(drawn(count, 16, seed=count) * torch.arange(16)) for count in (40, 5, 0)]
-    stack, made = prune_experts(w, seen, Sparsity(), method, name="blocks.1.w_in", min_rows=8)
-    alone, _ = prune(w[0], seen[0], Sparsity(), method, name="w")
-    assert torch.equal(stack[0], alone)
-    assert torch.equal(stack[1:], magnitude(w[1:], Sparsity()))
-    assert [(one.name, one.fallback) for one in made] == [
-        ("blocks.1.w_in[0]", None),
-        ("blocks.1.w_in[1]", "saw 5 rows, fewer than 8"),
-        ("blocks.1.w_in[2]", "saw 0 rows, fewer than 8"),
-    ]
+@pytest.fixture(scope="module")
+def block():
+    moe = MoEConfig(width=16, expert_width=24, num_experts=4, every=1, top_k=1, router="softmax", shared_experts=1)
+    cfg = ModelConfig(
+        vocab_size=64, width=16, layers=1, heads=4, kv_heads=2, head_dim=4, ffn_width=32, max_seq_len=64, moe=moe,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Block(cfg, 0).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_every_matrix_of_a_block_is_pruned_and_every_expert_by_its_own_rows(block, method, pattern):
+    new = copy.deepcopy(block)
+    with watching(new, gram=True) as met:
+        new(drawn(60, 16, seed=2), torch.arange(60), VarlenContext(torch.tensor([0, 60])))
+    counts = [seen.count for seen in met["ffn.experts.w_in"]]
+    least = sorted(counts)[2]  # so that two experts have too few
+    how = CompressConfig(method=method, pattern=pattern, min_rows=least)
+    notes = prune_block(new, met, how, {})
+    few = [e for e, count in enumerate(counts) if count < least]
+    assert few
+    decided = [] if method == "magnitude" else [f"{stack}[{e}]" for stack in met_stacks(met) for e in few]
+    assert sorted(notes["by_weights"]) == sorted(decided)
+    assert notes["zeros"] == 0.5
+    lost = energy = 0.0
+    before, after = dict(whole(block)), dict(whole(new))
+    for name, w_FD in after.items():
+        stack, _, number = name.rstrip("]").partition("[")
+        rows, zeros = least if number else 1, Sparsity(span=pattern and 4)
+        alone, made = prune(before[name], met[stack][int(number or 0)], zeros, method, name="w", min_rows=rows)
+        assert torch.equal(w_FD, alone), name
+        assert notes["by_weights"].get(name) == made.fallback
+        lost, energy = lost + made.error, energy + made.energy
+    assert notes["error"] == pytest.approx(lost / energy)
+    changed = {name for name, w in new.named_parameters() if not torch.equal(w, block.get_parameter(name))}
+    pruned = {name.partition("[")[0] for name in after}
+    assert {name.removesuffix(".weight") for name in changed} == pruned
+    assert {"attention.wq", "attention.wo", "ffn.shared.w_in", "ffn.experts.w_out"} <= pruned
+
+
+def whole(block):
+    return [(name, w_FD) for name, w_FD, *_ in places(block)]
+
+
+def met_stacks(met):
+    return [name for name in met if name.startswith("ffn.experts.")]
+
+
+def test_matrices_of_a_block_can_have_shares_of_their_own(block):
+    new, shares = copy.deepcopy(block), {"attention.wq": 0.25, "ffn.experts.w_out[2]": 1.0, "ffn.experts.w_in[0]": 0.0}
+    notes = prune_block(new, {}, CompressConfig(method="magnitude", sparsity=0.5), shares)
+    zeros = {name: float((w == 0).double().mean()) for name, w in whole(new)}
+    assert zeros == {name: shares.get(name, 0.5) for name in zeros}
+    assert notes["zeros"] == pytest.approx(sum(float((w == 0).sum()) for _, w in whole(new)) / size(new))
+    assert notes["by_weights"] == {}
+
+
+def size(block):
+    return sum(w.numel() for _, w in whole(block))
 
 
 def test_a_span_that_does_not_divide_the_width_is_an_error_with_the_matrix_name():
