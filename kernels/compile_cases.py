@@ -12,6 +12,8 @@ from .configs import (
     FEW_TILE,
     FLOAT_TILES,
     HALF_TILES,
+    QUANTIZED_FLOAT_TILES,
+    QUANTIZED_GROUP_TILES,
     SAMPLE_WARPS,
     AttentionTile,
     Tile,
@@ -279,13 +281,23 @@ def _sample() -> Case:
 
 
 def _quantized() -> Iterator[Case]:
-    types = dict.fromkeys(("order", "expert_of", "first_of", "end_of"), "*i32") | {"x": "*i8", "y": "*bf16"}
-    types |= dict.fromkeys(("scales", "w_scales"), "*fp32") | {"bias": "*bf16"}
-    for bits in (8, 4):
-        for _, tile in HALF_TILES:
-            tile = replace(tile, depth=quantized.BLOCK)
-            weight = {"w": "*i8" if bits == 8 else "*u8"}
-            case = _tiled(f"quantized {bits}", quantized.quantized_kernel, types | weight, tile, {"BITS": bits})
-            yield replace(case, hgmma=False)
+    kinds: tuple[tuple[str, str, dict[str, Any]], ...] = (
+        ("8", "*i8", {"BITS": 8, "FLOAT": False, "GROUPED": False, "w_zeros": None}),
+        ("8 zeros", "*i8", {"BITS": 8, "FLOAT": False, "GROUPED": False}),
+        ("8 groups", "*i8", {"BITS": 8, "FLOAT": False, "GROUPED": True}),
+        ("4", "*u8", {"BITS": 4, "FLOAT": False, "GROUPED": True, "w_zeros": None}),
+        ("4 zeros", "*u8", {"BITS": 4, "FLOAT": False, "GROUPED": True}),
+        ("e4m3", "*u8", {"BITS": 8, "FLOAT": True, "GROUPED": False, "w_zeros": None}),
+    )
+    types = dict.fromkeys(("order", "expert_of", "first_of", "end_of"), "*i32") | {"y": "*bf16", "bias": "*bf16"}
+    types |= dict.fromkeys(("scales", "w_scales", "w_zeros"), "*fp32")
+    for x in ("bf16", "i8", "fp32"):
+        for name, weight, constants in kinds[:5] if x == "i8" else kinds:
+            half = QUANTIZED_GROUP_TILES if constants["GROUPED"] else HALF_TILES
+            for _, tile in QUANTIZED_FLOAT_TILES if x == "fp32" else half:
+                known = constants | ({"WHOLE": True} if x == "i8" else {"WHOLE": False, "scales": None})
+                of = types | {"x": f"*{x}", "w": weight}
+                case = _tiled(f"quantized {name} {x}", quantized.quantized_kernel, of, tile, known)
+                yield replace(case, hgmma=case.hgmma and x == "bf16")
     constants = {"COLUMNS": row_columns(_WIDTH), "ROUND": quantized.ROUND}
     yield _case("round_rows", quantized.round_rows_kernel, {"x": "*bf16", "q": "*i8", "scales": "*fp32"}, constants)

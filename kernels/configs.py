@@ -30,6 +30,17 @@ FLOAT_TILES = (
 )
 
 
+QUANTIZED_GROUP_TILES = (HALF_TILES[0], (0, HALF_TILES[1][1]))  # a second tile of accumulators, scales and zero points
+QUANTIZED_FLOAT_TILES = ((0, Tile(rows=16, columns=32, depth=64, warps=4, stages=3)),)
+
+
+def quantized_tile(rows: int, experts: int, element_size: int, grouped: bool) -> Tile:
+    """The tile for `rows` rows in all of 1, 2 or 4 bytes a number that meet weights of few bits."""
+    mean = -(-rows // experts)
+    tiles = QUANTIZED_FLOAT_TILES if element_size == 4 else QUANTIZED_GROUP_TILES if grouped else HALF_TILES
+    return next(tile for bound, tile in tiles if mean <= bound or not bound)
+
+
 def grouped_gemm_tile(rows: int, experts: int, element_size: int) -> Tile:
     """The tile for a grouped GEMM of `rows` rows in all, with 2- or 4-byte operands."""
     mean = -(-rows // experts)

@@ -8,6 +8,7 @@ cache either. Rows are small and warm.
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ H, G, HEAD = 32, 4, 128
 PAGE = 16  # tokens
 CONTEXTS, BATCHES, PROMPTS = (512, 2048, 8192), (1, 8, 64), (512, 2048)
 ROWWISE = {"rms_norm": (2, 4), "add_rms_norm": (4, 5), "swiglu": (1.5, 4), "pointwise": (2, 4)}  # moved, FLOPs
+QUANTIZED: Mapping[str, Mapping[str, Any]] = {
+    "8 bits": {}, "8 bits of rows too": {"rows": "int8"}, "4 bits": {"bits": 4}, "e4m3": {"kind": "float"},
+}  # fmt: skip
 SCALE = {"scale": HEAD**-0.5}
 
 
@@ -98,46 +102,50 @@ def _met(draws: Sequence[tuple[Tensor, Tensor]]) -> float:
 
 
 def _quantized_linear(m: Maker) -> Iterator[Case]:
-    for bits in (8, 4):
-        for T in ROWS[:3]:
+    shapes = [(how, "", F, T) for how in QUANTIZED for T in ROWS[:3]] + [("8 bits", "head ", VOCABULARY, 1)]
+    for how, what, columns, T in shapes:
 
-            def make(T: int = T, bits: int = bits) -> Arguments:
-                x, w = m.rows(T, D), _quantized(m, bits, F, D)
-                return [(x, w) for w in _copies(m, w)]
+        def make(T: int = T, how: str = how, columns: int = columns) -> Arguments:
+            x, w = m.rows(T, D), _quantized(m, how, columns, D)
+            return [(x, w) for w in _copies(m, w)]
 
-            size, shape = F * D * bits // 8 + 2 * T * (D + F), f"{bits} bits, {T} x {D} -> {F}"
-            yield Case(op="quantized_linear", shape=shape, size=size, flops=2 * T * D * F, make=make)
+        size = columns * D * _bits(how) // 8 + 2 * T * (D + columns)
+        shape = f"{what}{how}, {T} x {D} -> {columns}"
+        yield Case(op="quantized_linear", shape=shape, size=size, flops=2 * T * D * columns, make=make)
 
 
 def _quantized_moe_mlp(m: Maker) -> Iterator[Case]:
-    for bits in (8, 4):
+    for how in QUANTIZED:
         for T in ROWS[:3]:
             draws = _draws(m, T)
 
-            def make(T: int = T, bits: int = bits, draws: Sequence[tuple[Tensor, Tensor]] = draws) -> Arguments:
+            def make(T: int = T, how: str = how, draws: Sequence[tuple[Tensor, Tensor]] = draws) -> Arguments:
                 x = m.rows(T, D)
-                ins = _copies(m, _quantized(m, bits, 2 * HIDDEN, D, E))
-                outs = _copies(m, _quantized(m, bits, D, HIDDEN, E))
+                ins = _copies(m, _quantized(m, how, 2 * HIDDEN, D, E))
+                outs = _copies(m, _quantized(m, how, D, HIDDEN, E))
                 n = min(len(ins), len(outs))
                 return [(x, *draw, None, ins[i % n], outs[i % n]) for i, draw in enumerate(draws)]
 
-            size = 3 * D * HIDDEN * _met(draws) * bits / 8 + 4 * T * D
-            shape = f"{bits} bits, {T} rows, {E} experts top-{K}, {D} x {HIDDEN}"
+            size = 3 * D * HIDDEN * _met(draws) * _bits(how) / 8 + 4 * T * D
+            shape = f"{how}, {T} rows, {E} experts top-{K}, {D} x {HIDDEN}"
             yield Case(op="quantized_moe_mlp", shape=shape, size=size, flops=6 * T * K * D * HIDDEN, make=make)
 
 
-def _quantized(m: Maker, bits: int, columns: int, depth: int, stack: int = 0) -> kernels.QuantizedWeight:
-    """A weight of so many bits, or a stack of the same one."""
-    one = kernels.quantize_weight(0.02 * m.rows(columns, depth), bits, rows="int8")
+def _bits(how: str) -> int:
+    return QUANTIZED[how].get("bits", 8)
+
+
+def _quantized(m: Maker, how: str, columns: int, depth: int, stack: int = 0) -> kernels.QuantizedWeight:
+    """A weight of few bits, or a stack of the same one."""
+    one = kernels.quantize_weight(0.02 * m.rows(columns, depth), **QUANTIZED[how])
     if not stack:
         return one
-    scale = one.scale.repeat(stack, *[1] * one.scale.ndim)
-    return replace(one, q=one.q.repeat(stack, 1, 1), scale=scale)
+    return replace(one, q=one.q.repeat(stack, 1, 1), scale=one.scale.repeat(stack, *[1] * one.scale.ndim))
 
 
 def _copies(m: Maker, w: kernels.QuantizedWeight) -> list[kernels.QuantizedWeight]:
     """As many as are cold together."""
-    return [w, *(replace(w, q=w.q.clone()) for _ in range(min(m.cold // w.q.numel(), 15)))]
+    return [replace(w, q=m.copy(w.q)) for _ in range(min(m.cold // w.q.numel() + 1, 16))]
 
 
 def _routing(op: str, m: Maker) -> Iterator[Case]:

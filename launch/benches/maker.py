@@ -42,6 +42,10 @@ class Maker:
             held = torch.empty(shape, dtype=DTYPE, device=self.device)
         return held.copy_(self.rows(shape[-1]) * 0.02)
 
+    def copy(self, t: Tensor) -> Tensor:
+        """The same numbers, in memory as a weight has."""
+        return pages(tuple(t.shape), t.dtype, huge=self.huge).copy_(t) if self.device.type == "cpu" else t.clone()
+
     def integers(self, high: int, *shape: int) -> Tensor:
         """int64 in [0, high)."""
         return torch.randint(high, shape, generator=self._generator, device=self.device)

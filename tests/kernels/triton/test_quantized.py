@@ -23,13 +23,20 @@ def assert_near(found, wanted, dtype):
     assert (found.double() - wanted.double()).norm() <= BOUND[dtype] * wanted.double().norm()
 
 
-def check_linear(T, F, D, bits, dtype, bias=True):
-    w = quantize_weight(torch.randn(F, D), bits, rows="int8")
+KINDS = (
+    {}, {"zero": True}, {"group": 64}, {"group": 128, "zero": True}, {"bits": 4},
+    {"bits": 4, "group": 128, "zero": True},
+    {"kind": "float"}, {"rows": "int8", "group": 64, "zero": True}, {"rows": "int8", "bits": 4, "zero": True},
+)  # fmt: skip
+
+
+def check_linear(T, F, D, bits, dtype, bias=True, rows="int8", **how):
+    w = quantize_weight(torch.randn(F, D) + 0.3, bits, rows=rows, **how)
     assert_near(*both("quantized_linear", torch.randn(T, D).to(dtype), w, torch.randn(F) if bias else None), dtype)
 
 
-def check_mixture(T, E, K, bits, dtype, D=64, F=64, dropping=True):
-    w_in, w_out = (quantize_weight(torch.randn(E, *shape), bits, rows="int8") for shape in ((2 * F, D), (D, F)))
+def check_mixture(T, E, K, bits, dtype, D=64, F=64, dropping=True, rows="int8", **how):
+    w_in, w_out = (quantize_weight(torch.randn(E, *shape), bits, rows=rows, **how) for shape in ((2 * F, D), (D, F)))
     ids = torch.stack([torch.randperm(E)[:K] for _ in range(T)]) if T else torch.empty(0, K, dtype=torch.int64)
     kept = torch.rand(T, K) < 0.7 if dropping else None
     args = (torch.randn(T, D).to(dtype), ids, torch.rand(T, K), kept, w_in, w_out)
@@ -40,6 +47,18 @@ def check_mixture(T, E, K, bits, dtype, D=64, F=64, dropping=True):
 def test_products_are_those_of_rounded_rows(bits):
     check_linear(3, 20, 128, bits, torch.float32)
     check_mixture(5, 4, 2, bits, torch.bfloat16)
+
+
+@pytest.mark.parametrize("how", KINDS)
+def test_every_kind_of_weight_meets_rows_as_they_are(how):
+    how = {"bits": 8, "rows": "float"} | how
+    check_linear(3, 20, 128, dtype=torch.float32, **how)
+    check_linear(5, 7, 128, dtype=torch.bfloat16, **how)
+
+
+@pytest.mark.parametrize("how", [{"bits": 8}, {"bits": 4, "zero": True}])
+def test_a_mixture_takes_rows_as_they_are(how):
+    check_mixture(5, 4, 2, dtype=torch.bfloat16, rows="float", **how)
 
 
 def test_a_row_that_is_not_finite_is_nan_and_spoils_no_other():
