@@ -191,6 +191,18 @@ def test_a_mixture_is_what_the_reference_writes_and_a_row_never_feels_its_neighb
         assert torch.equal(alone[0], y[t])
 
 
+@pytest.mark.parametrize("how", KINDS)
+def test_a_mixture_takes_rows_as_they_are_and_every_kind_of_weight(how):
+    x, ids, weights, kept, w_in, w_out = _mixture(9, 4, 384, 384, 2)
+    q_in, q_out = quantize_weight(w_in, **how), quantize_weight(w_out.mT, **how)
+    args = (x, ids, weights, kept, q_in, q_out)
+    with kernels.using("reference"):
+        expected = kernels.quantized_moe_mlp(*args)
+    y = kernels.quantized_moe_mlp(*args)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-3)
+    assert torch.equal(kernels.quantized_moe_mlp(*(a[4:5] for a in args[:4]), q_in, q_out)[0], y[4])
+
+
 @pytest.mark.parametrize(("bits", "most"), [(8, 0.03), (4, 0.25)])
 def test_the_error_of_a_mixture_is_as_stated(bits, most):
     x, ids, weights, kept, w_in, w_out = _mixture(64, 8, 256, 256, 2)
@@ -200,15 +212,15 @@ def test_the_error_of_a_mixture_is_as_stated(bits, most):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("bits", [8, 4])
-def test_every_set_of_instructions_gives_the_same_products(bits, monkeypatch):
-    x, ids, weights, kept, w_in, w_out = _mixture(9, 4, 128, 64, 2)
-    q_in, q_out = w8a8(w_in, bits), w8a8(w_out.mT, bits)
+@pytest.mark.parametrize("how", [*KINDS, {"rows": "int8"}, {"bits": 4, "rows": "int8"}])
+def test_every_set_of_instructions_gives_the_same_products(how, monkeypatch):
+    x, ids, weights, kept, w_in, w_out = _mixture(9, 4, 384, 384, 2)
+    args = (x, ids, weights, kept, quantize_weight(w_in, **how), quantize_weight(w_out.mT, **how))
     with kernels.using("reference"):
-        expected = kernels.quantized_moe_mlp(x, ids, weights, kept, q_in, q_out)
+        expected = kernels.quantized_moe_mlp(*args)
     tiers = [flags for needed, flags in build.INSTRUCTIONS if needed <= build._cpu()]
     assert tiers
     for flags in tiers:
         library = build.load(flags)
         monkeypatch.setattr("turnout.kernels.cpp.call.library", lambda library=library: library)
-        _near(kernels.quantized_moe_mlp(x, ids, weights, kept, q_in, q_out), expected, torch.float32)
+        _near(kernels.quantized_moe_mlp(*args), expected, torch.float32)
