@@ -81,7 +81,7 @@ def quantized_linear(x_TD: Tensor, w: QuantizedWeight, bias_F: Tensor | None = N
     """y = x · wᵀ + bias of eight or four bits, rows [..., D].
 
     `w.rows` says how rows are taken: `int8`, each rounded to eight bits by its largest number, or `float`, as they are
-    (C++: within 2^-16 of a row's largest number). Inference only. The result has x's dtype; it is `reference.quantized`
+    (C++: within 2^-15 of a row's largest number). Inference only. The result has x's dtype; it is `reference.quantized`
     to that and float32's rounding, and a row's bits never depend on its companions. A row that is not finite gives
     numbers that are not.
     """

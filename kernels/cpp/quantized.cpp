@@ -1,7 +1,7 @@
 // Products of rows with weights of eight or four bits.
 //
 // A row is x ≈ s · Σ_d 256^d · q_d with digits q_d of eight bits: one, as rows are rounded for W8A8, or two, which hold it
-// within 2^-16 of its largest number. A digit's product with the numbers of a group that share a scale is a sum of whole
+// within 2^-15 of its largest number. A digit's product with the numbers of a group that share a scale is a sum of whole
 // numbers, which is exact in every order; lanes, digits, groups and zero points are put together in one order of their
 // own. So a row's result never depends on its companions. e4m3 is widened in registers, and meets rows of floats.
 #include <vector>
