@@ -34,8 +34,8 @@ def fewer(cfg: MoEConfig, experts: int) -> MoEConfig:
     groups = cfg.expert_groups
     scored = 2 if cfg.router == "deepseek_v3" and groups > 1 else 1  # experts by which a group is judged
     least = 1 if cfg.router == "dense" else groups * max(-(-cfg.top_k // cfg.top_groups), scored)
-    rule = f"must lie in {least} to {cfg.num_experts}: moe.top_k ({cfg.top_k}) experts of {cfg.top_groups} group(s)"
-    check(least <= experts <= cfg.num_experts, "num_experts", experts, rule, f"use {least} or more")
+    rule = f"must lie in {least} to {cfg.num_experts} where a token has moe.top_k ({cfg.top_k})"
+    check(least <= experts <= cfg.num_experts, "num_experts", experts, rule, f"use num_experts={least}")
     for name, parts in (("expert_groups", groups), ("device_groups", cfg.device_groups)):
         rule, fix = f"must be a multiple of moe.{name} ({parts})", f"use {-(-experts // parts) * parts}"
         check(experts % parts == 0, "num_experts", experts, rule, fix)

@@ -118,7 +118,8 @@ def test_what_is_impossible_where_every_expert_is_chosen_goes():
 def test_errors_name_what_does_not_fit():
     cfg = make("gshard").cfg
     for experts in (1, 5, 0):
-        with pytest.raises(ConfigError, match=rf"num_experts \({experts}\) must lie in 2 to 4: moe.top_k \(2\)"):
+        rule = rf"num_experts \({experts}\) must lie in 2 to 4 where a token has moe.top_k \(2\)"
+        with pytest.raises(ConfigError, match=rule):
             fewer(cfg, experts)
     with pytest.raises(ConfigError, match=r"num_experts \(3\) must be a multiple of moe.device_groups \(2\)"):
         fewer(replace(cfg, device_groups=2), 3)
