@@ -29,7 +29,7 @@ from ..moe.train.config import LogConfig, OptimConfig, RunConfig, TrainConfig
 from ..moe.upcycle_config import UpcycleConfig
 from ..parallel.config import ParallelConfig
 from .auto import Choice, Machines, choose, detect, gpus
-from .follow import Said, follow, said
+from .follow import Said, follow, learn, said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +120,11 @@ def compose(
     if swept is not None:
         raise ConfigError(f"{swept.input_line!r} is a sweep: use -m, as in `turnout train -m ...`")
     plain, auto = _plain(overrides)
-    if build(TrainConfig, plain["train"], "train").init is not None:
+    train = build(TrainConfig, plain["train"], "train")
+    if train.init is not None:
         plain = follow(plain, _said(overrides, parsed))
+    if train.distill is not None:
+        plain = learn(plain, _said(overrides, parsed))
     launch = build(Launch, {key: plain.pop(key) for key in ("nproc", "run")})
     config = _typed(plain)
     if world is None:

@@ -9,13 +9,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..configs.typed import check
 from ..moe.data.config import SpanConfig
 from .cli import Options, parse, write_json
 from .rundir import CONFIG, frozen
 
+if TYPE_CHECKING:
+    from ..moe import Decoder
+    from ..moe.data.tokenizer import Tokenizer
+
+DRAFTED = (2, 4, 8)  # tokens that a draft proposes at once
 FOREIGN_LEN = 2048  # tokens of a window where nobody says how long the rows of training were
 SUMMARY = "loss, bits per byte and an expert report on held-out text"
 HELP = """\
@@ -33,6 +38,7 @@ Of an encoder-decoder the loss is that of the spans that it restores.
   stride=null        new tokens of each further window; null = no overlap
   dtype=auto         float32, bfloat16, float16 or float64; auto = as stored
   device=auto        cpu or cuda; auto = a GPU where there is one
+  draft=null         a small model of the same tokenizer: how many of its tokens this one would take
   deterministic=false  as `turnout serve deterministic=true` computes it, bit for bit; slower, on a CPU only
   json=PATH          write the report there
 
@@ -53,6 +59,7 @@ class EvaluateOptions(Options):
     stride: int | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    draft: str | None = None
     deterministic: bool = False
 
     def __post_init__(self) -> None:
@@ -124,9 +131,34 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
     if moe is not None:
         with shuffled_experts(model), using(form):
             found["shuffled_loss"] = measure().val_loss
+    if options.draft is not None:
+        found["draft"] = drafted(model, tokenizer, documents, seq_len, options)
     if options.baselines:
         found["markov"] = markov(read_documents(options.data, "train", tuning), documents, options.order)
     return found
+
+
+def drafted(
+    model: "Decoder", tokenizer: "Tokenizer", documents: Sequence[str], seq_len: int, options: EvaluateOptions
+) -> dict[str, Any]:
+    """What `options.draft` is worth as a draft of `model`, were it to speculate.
+
+    Raises:
+        CheckpointError: there is no model. ConfigError: its tokenizer is another.
+    """
+    from ..moe import load_model
+    from ..moe.data.tokenizer import Tokenizer
+    from ..moe.eval.draft import acceptance
+    from ..moe.models.store import tokenizer_directory
+
+    assert options.draft is not None
+    with tokenizer_directory(options.draft) as directory:
+        same = Tokenizer.load(directory).digest == tokenizer.digest
+    check(same, "draft", options.draft, "has another tokenizer", "use a draft that was distilled from this model")
+    small = load_model(options.draft, options.dtype, model.device)
+    found = acceptance(model, small, tokenizer, documents, seq_len=min(seq_len, small.cfg.max_seq_len))
+    expected = {str(count): found.length(count) for count in DRAFTED}
+    return {"model": options.draft, "acceptance": found.rate, "greedy": found.greedy, "expected_tokens": expected}
 
 
 def _tuning(path: Path, split: str) -> float | None:
@@ -173,6 +205,11 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
     for order, bits in found.get("markov", {}).get("bits_per_byte", {}).items():
         verdict = "beaten" if found["bits_per_byte"] < bits else "not beaten"
         yield f"  Markov {order}      {bits:.3f} {verdict}"
+    if "draft" in found:
+        draft = found["draft"]
+        lengths = ", ".join(f"{tokens:.2f} of {count}" for count, tokens in draft["expected_tokens"].items())
+        yield f"draft           {draft['acceptance']:.1%} of its tokens taken, {draft['greedy']:.1%} greedily"
+        yield f"  a pass yields {lengths} drafted, and its own"
     if "markov" in found:
         yield f"  (computed on the same text in {found['markov']['seconds']:.1f} s)"
     for layer in found["experts"]:

@@ -1,4 +1,5 @@
-"""`train.init`: the architecture and the tokenizer of a run come from the checkpoint that it starts from.
+"""`train.init`: the architecture and the tokenizer of a run come from the checkpoint that it starts from; and
+`train.distill.teacher`: the vocabulary and the tokenizer from the one that it learns from.
 
 What a person has said must agree with it; what nobody has said follows it. Said is what a word of the command line
 sets, by itself or by the group that it chooses, and what an experiment sets to another value than a run without words
@@ -11,6 +12,7 @@ from typing import Any
 
 from .. import CheckpointError, ConfigError
 from ..configs.typed import build, check, to_dict
+from ..moe.config import ModelConfig
 from ..moe.upcycle_config import UpcycleConfig
 
 Said = frozenset[tuple[str, str]]
@@ -51,22 +53,16 @@ def follow(plain: Tree, told: Said) -> Tree:
     Raises:
         ConfigError: there is no checkpoint, or something that was said contradicts it; both are named.
     """
-    from ..moe.models.store import load_config, model_directory  # loads torch, and only runs with train.init need it
-
     init = plain["train"]["init"]
     check(bool(init), "train.init", repr(init), "must name a directory", "use train.init=runs/NAME, or null")
-    try:
-        directory = model_directory(init)
-    except CheckpointError as error:
-        raise ConfigError(f"train.init ({init}) must be a model: {error}") from error
-    cfg = load_config(directory)
+    cfg = _config("train.init", init)
     how = build(UpcycleConfig, plain["upcycle"], "upcycle")
     theirs = to_dict(cfg if how.num_experts is None else how.sparse(cfg))
     sparse = theirs.pop("moe")
-    model = _agree("model", plain["model"], theirs, told - {("model", "eos_token_id")}, init)
-    _agree("data", {"vocab_size": plain["data"]["vocab_size"]}, {"vocab_size": model["vocab_size"]}, told, init)
-    data = {**plain["data"], "vocab_size": model["vocab_size"], "tokenizer": _tokenizer(plain, init)}
-    moe = plain["moe"] if sparse is None else {**plain["moe"], **_experts(plain["moe"], sparse, told, init)}
+    source = f"train.init ({init})"
+    model = _agree("model", plain["model"], theirs, told - {("model", "eos_token_id")}, source)
+    data = _words(plain, "train.init", init, model["vocab_size"], told)
+    moe = plain["moe"] if sparse is None else {**plain["moe"], **_experts(plain["moe"], sparse, told, source)}
     if sparse is None:
         _refuse_experts(plain["moe"], told, init)
     elif ("model", "moe") in told and plain["model"]["moe"] is None:
@@ -75,24 +71,54 @@ def follow(plain: Tree, told: Said) -> Tree:
     return {**plain, "model": {**model, "moe": None if sparse is None else moe}, "moe": moe, "data": data}
 
 
-def _agree(group: str, ours: Tree, theirs: Tree, told: Said, init: str) -> Tree:
+def learn(plain: Tree, told: Said) -> Tree:
+    """The composed groups with the vocabulary and the tokenizer of the teacher, which its student shares.
+
+    Raises:
+        ConfigError: there is no such model, or something that was said contradicts it; both are named.
+    """
+    name, teacher = "train.distill.teacher", plain["train"]["distill"]["teacher"]
+    vocabulary = _config(name, teacher).vocab_size
+    started = {("data", "vocab_size")} if plain["train"]["init"] is not None else set()
+    data = _words(plain, name, teacher, vocabulary, told | started)
+    return {**plain, "data": data, "model": {**plain["model"], "vocab_size": vocabulary}}
+
+
+def _config(name: str, path: str) -> ModelConfig:
+    """Of the model that a setting names."""
+    from ..moe.models.store import load_config, model_directory  # loads torch, which few runs need here
+
+    try:
+        return load_config(model_directory(path))
+    except CheckpointError as error:
+        raise ConfigError(f"{name} ({path}) must be a model: {error}") from error
+
+
+def _words(plain: Tree, name: str, path: str, vocabulary: int, told: Said) -> Tree:
+    """The group `data` with the vocabulary and the tokenizer of the model that a setting names."""
+    data = plain["data"]
+    _agree("data", {"vocab_size": data["vocab_size"]}, {"vocab_size": vocabulary}, told, f"{name} ({path})")
+    return {**data, "vocab_size": vocabulary, "tokenizer": _tokenizer(plain, name, path)}
+
+
+def _agree(group: str, ours: Tree, theirs: Tree, told: Said, source: str) -> Tree:
     """`theirs`, after what was said of it has been found to agree."""
     for key, value in theirs.items():
         mine = ours[key]
         same = {**value, **mine} == value if isinstance(value, dict) and isinstance(mine, dict) else mine == value
-        rule = f"contradicts train.init ({init}), which has {value}"
+        rule = f"contradicts {source}, which has {value}"
         fix = "leave it out, or start from another checkpoint"
         check(same or (group, key) not in told, f"{group}.{key}", mine, rule, fix)
     return dict(theirs)
 
 
-def _experts(ours: Tree, theirs: Tree, told: Said, init: str) -> Tree:
+def _experts(ours: Tree, theirs: Tree, told: Said, source: str) -> Tree:
     """The checkpoint's experts with this run's settings of training."""
     free = {key for key in OF_TRAINING if ("moe", key) in told and ours[key] != theirs[key]}
     free = {key for key in free if ours[key] is not None or key.endswith("capacity_factor")} | {"capacity_tokens"}
     fixed = {key: value for key, value in theirs.items() if key not in OF_TRAINING}
     silent = {key for key in told if key[0] == "moe" and ours.get(key[1]) is None}
-    _agree("moe", ours, fixed, told - silent, init)
+    _agree("moe", ours, fixed, told - silent, source)
     return {**theirs, **{key: ours[key] for key in free}}
 
 
@@ -104,19 +130,19 @@ def _refuse_experts(ours: Tree, told: Said, init: str) -> None:
         check(False, f"moe.{keys[0]}", ours[keys[0]], rule, "use upcycle.num_experts=8, or leave moe out")
 
 
-def _tokenizer(plain: Tree, init: str) -> str:
-    """Where the tokenizer is: the checkpoint's, which one that was given must equal."""
+def _tokenizer(plain: Tree, name: str, path: str) -> str:
+    """Where the tokenizer is: that of the model which a setting names; one that was given must equal it."""
     from ..moe.models.store import model_directory, tokenizer_directory
 
     given = plain["data"]["tokenizer"]
-    with tokenizer_directory(init) as directory:
+    with tokenizer_directory(path) as directory:
         theirs = directory / TOKENIZER
         if not theirs.is_file():
-            rule = f"must be given, for train.init ({init}) has no {TOKENIZER}"
+            rule = f"must be given, for {name} ({path}) has no {TOKENIZER}"
             check(given is not None, "data.tokenizer", None, rule, "use data.tokenizer=DIR")
             return str(given)
         ours = Path(given or directory) / TOKENIZER
-        rule = f"is not the tokenizer of train.init ({init})"
-        same = given == init or (ours.is_file() and ours.read_bytes() == theirs.read_bytes())
+        rule = f"is not the tokenizer of {name} ({path})"
+        same = given == path or (ours.is_file() and ours.read_bytes() == theirs.read_bytes())
         check(same, "data.tokenizer", given, rule, "leave it out")
-        return str(given or (init if model_directory(init).is_file() else directory))
+        return str(given or (path if model_directory(path).is_file() else directory))

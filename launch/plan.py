@@ -67,7 +67,8 @@ def main(args: list[str]) -> int:
     table = best_first(list(layouts(config, world, chip, net)))
     worlds = list(at_other_sizes(config, world, chip, net))
     show(chosen, table, worlds, options, composed.choice)
-    plan = {"accelerator": options.accelerator, "network": options.network, "parameters": parameters(config)}
+    plan: dict[str, Any] = {"accelerator": options.accelerator, "network": options.network}
+    plan |= {"parameters": parameters(config), "teacher_bytes": teacher_bytes(config)}
     rows = {"layouts": [summary(each) for each in table], "worlds": [summary(each) for each in worlds]}
     write_json(options.json, {**plan, **summary(chosen), **details(chosen), **rows})
     return 0
@@ -109,6 +110,16 @@ def parameters(config: RunConfig) -> dict[str, float]:
         "total": total, "active": round(total - idle), "dense": total - experts - router,
         "experts": experts, "router": router,
     }  # fmt: skip
+
+
+def teacher_bytes(config: RunConfig) -> int:
+    """Weights of the run's teacher in `train.dtype`, on every rank that has the head; 0 without one."""
+    if config.train.distill is None:
+        return 0
+    from ..moe.models.store import load_config  # loads torch
+
+    numbers = shapes.count(shapes.shapes(load_config(config.train.distill.teacher)))
+    return numbers * (4 if config.train.dtype == "float32" else 2)
 
 
 def summary(forecast: Forecast) -> dict[str, Any]:
@@ -236,6 +247,8 @@ def _lines(chosen: Forecast) -> Iterator[str]:
     )
     yield f"            {chosen.tokens_per_second:,.0f} tokens/s, MFU at most {chosen.mfu:.1%}"
     yield f"KV cache    {size(held.kv_token)} a token, {size(held.kv_token * model.max_seq_len)} a longest sequence"
+    if teacher := teacher_bytes(chosen.config):
+        yield f"teacher     {size(teacher)} of weights on every rank with the head, beside what follows; its time too"
     if not chosen.fits:
         yield f"DOES NOT FIT: {size(held.total)} of {size(chosen.accelerator.memory)} on a rank"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.paging import paged_attention, store_kv
-from ...moe.layers.context import AttentionSpec, Heads, Latent, Turns
+from ...moe.layers.context import AttentionSpec, Heads, Latent, Loss, Turns
 from ...moe.layers.latent import absorb, release
 from ...moe.routing.record import Decision, RouteContext, Routing
 from .batch import Batch
@@ -45,7 +45,7 @@ class PagedContext:
         self.tokens_T = batch.tokens_T
         self.logit_rows: Tensor | None = batch.logit_rows_R
         self.memory = memory
-        self.targets_T: Tensor | None = None
+        self.loss: Loss | None = None
         self.routings: dict[int, Routing] = {}
         self.turns: Turns = {}
         self._batch, self._cache = batch, cache

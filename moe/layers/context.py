@@ -4,7 +4,7 @@ Training attends over packed sequences, serving writes to paged slots and attend
 the context and never knows. T tokens, H heads, G kv heads, d head size.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,22 @@ from ..routing.record import RouteContext, Routing
 
 Turns = dict[Hashable, tuple[Tensor, Tensor, Tensor]]
 """Of each kind of rotation: the positions [T], and the cosine and sine of each position's angles [T, d / 2]."""
+
+
+class Outlet(Protocol):
+    """What makes logits of normed rows: a head, or the embedding that it is tied to."""
+
+    def project(self, x_RD: Tensor) -> Tensor:
+        """Logits [R, V]."""
+        ...
+
+    def losses(self, x_TD: Tensor, targets_T: Tensor) -> Tensor:
+        """Cross entropy [T] of the logits, which need never exist all at once."""
+        ...
+
+
+Loss = Callable[[Tensor, Outlet], Tensor]
+"""Normed rows [T, D], and what would make logits of them → losses [T], or several a token [T, P]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +105,14 @@ class Context(Protocol):
         logit_rows: int64 rows whose logits are wanted; None = all.
         memory: the encoder's hidden states [S, D] that cross-attention has not seen yet; None without an encoder.
         turns: what the layers' `Rotary` have found of the pass's positions, for the next layers.
-        targets_T: int64 ids that the model is to foretell (-1: none); it then returns losses and no logits. None in
-            serving.
+        loss: what the model returns in place of logits, which then need never exist at once. None in serving.
     """
 
     route: RouteContext
     logit_rows: Tensor | None
     memory: Tensor | None
     turns: Turns
-    targets_T: Tensor | None
+    loss: Loss | None
 
     def attend(
         self,

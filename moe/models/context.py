@@ -12,7 +12,7 @@ from ...kernels import varlen_attention
 from ...kernels.registry import invariant
 from ...parallel.context import Piece, gather_keys, pieces
 from ...parallel.spread import Spread
-from ..layers.context import AttentionSpec, Heads, Latent, Turns
+from ..layers.context import AttentionSpec, Heads, Latent, Loss, Turns
 from ..layers.latent import absorb, expand, release
 from ..routing.record import RouteContext, Routing
 
@@ -29,7 +29,8 @@ class VarlenContext:
         cu_memory_B1: int [B+1], where each sequence's part of `memory` begins.
 
     Attributes:
-        targets_T: int64 ids that the model is to foretell (-1: none); it then returns losses and keeps no logits.
+        loss: what the model returns in place of logits; it then keeps none.
+        states: block → what it returned, where somebody has asked for it (`train/distill.py`); None = nobody has.
         routings: layer id → Routing of this forward pass, without gradients: what is noted keeps no graph alive.
     """
 
@@ -48,7 +49,8 @@ class VarlenContext:
         self.spread = spread
         self.memory = memory
         self.cu_memory_B1 = cu_memory_B1
-        self.targets_T: Tensor | None = None
+        self.loss: Loss | None = None
+        self.states: dict[int, Tensor] | None = None
         self.routings: dict[int, Routing] = {}
         self.turns: Turns = {}
         self._found: dict[int | None, list[Piece]] = {}

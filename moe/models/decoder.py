@@ -61,7 +61,7 @@ class Decoder(nn.Module):
             source: the arguments of `encode`, whose result becomes `ctx.memory` before anything else.
 
         Returns:
-            logits_RV for the rows `ctx.logit_rows` (all T when None); of a context with targets, losses_T.
+            logits_RV for the rows `ctx.logit_rows` (all T when None); of a context with a loss, that.
         """
         if source is not None:
             ctx.memory = self.encode(*source)
@@ -80,22 +80,20 @@ class Decoder(nn.Module):
         return self.encoder(self.embed(tokens_S), positions_S, ctx)
 
     def finish(self, x_TD: Tensor, ctx: Context) -> Tensor:
-        """What the forward pass returns, of what the last block returned: logits, or losses of `ctx.targets_T`."""
-        if ctx.targets_T is None:
-            return self.logits(x_TD, ctx)
-        return self._outlet.losses(self._into_head(x_TD), ctx.targets_T)
+        """What the forward pass returns, of what the last block returned: logits, or `ctx.loss` of them."""
+        return self.logits(x_TD, ctx) if ctx.loss is None else ctx.loss(self.into_head(x_TD), self.outlet)
 
     def logits(self, x_TD: Tensor, ctx: Context) -> Tensor:
         """Logits [R, V] of the wanted rows, from what the last block returned."""
-        return self._outlet.project(self._into_head(x_TD if ctx.logit_rows is None else x_TD[ctx.logit_rows]))
+        return self.outlet.project(self.into_head(x_TD if ctx.logit_rows is None else x_TD[ctx.logit_rows]))
 
-    def _into_head(self, x_RD: Tensor) -> Tensor:
+    def into_head(self, x_RD: Tensor) -> Tensor:
         """Normed rows."""
         x_RD = self.norm(x_RD)
         return x_RD if self.cfg.logit_scale == 1 else x_RD * self.cfg.logit_scale
 
     @property
-    def _outlet(self) -> Embedding | Head | QuantizedEmbedding:
+    def outlet(self) -> Embedding | Head | QuantizedEmbedding:
         """What turns rows into logits: the head, or the embedding that it is tied to."""
         return self.embed if self.head is None else self.head
 

@@ -11,6 +11,7 @@ from ...parallel.config import Layout, ParallelConfig
 from ..config import ModelConfig
 from ..data.config import DataConfig
 from ..upcycle_config import UpcycleConfig
+from .distill_config import DistillConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,7 @@ class TrainConfig:
         compile: compile the blocks' training pass with torch.compile; attention, routing and experts stay as they are.
         init: a run, model or Hugging Face directory: the run starts from its weights, with its architecture and
             tokenizer (`launch/follow.py`), made sparse where `upcycle` says so.
+        distill: who teaches the run beside its text, and how; null = nobody.
         resume: true = go on from the run's newest checkpoint if there is one; or a run or checkpoint directory.
         profile: steps that a profiler records after a short warm-up, into `profile/` of the run; null = none.
         spike: a step whose loss exceeds this many times the median of the last steps rewinds the run; null = never.
@@ -117,6 +119,7 @@ class TrainConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     init: str | None = None
+    distill: DistillConfig | None = None
     resume: bool | str = False
     profile: int | None = None
     spike: float | None = None
@@ -240,6 +243,7 @@ class RunConfig:
             check(not self.train.compile, "train.compile", True, rule, "use train.compile=false, or parallel.zero=2")
         self._check_pipeline()
         self._check_encoder()
+        self._check_distill()
         if self.engine == "deepspeed":
             rule = "is not built for engine=deepspeed (ZeRO shards flat AdamW states)"
             check(self.optim.name == "adamw", "optim.name", self.optim.name, rule, "use optim=adamw")
@@ -290,6 +294,20 @@ class RunConfig:
         for name in ("trace", "replay"):
             value = getattr(self, name)
             check(not value, f"moe.{name}", value, f"{rule}: a trace is of one row of tokens", "leave it out")
+
+    def _check_distill(self) -> None:
+        """What a teacher can not be beside; what it must be itself is known when it is loaded."""
+        how = self.train.distill
+        if how is None:
+            return
+        rule, name = "is not built for", "train.distill"
+        fix = "use model.encoder=null, or train.distill=null"
+        check(self.model.encoder is None, name, how.teacher, f"{rule} an encoder-decoder", fix)
+        rule = "is not built for parallel.zero=3, whose head is gone when its backward pass asks again"
+        check(self.parallel.zero < 3, name, how.teacher, rule, "use parallel.zero=2, or parallel.fsdp=true")
+        rule = f"compares blocks on ranks of a pipeline (parallel.pp={self.parallel.pp}) with a teacher on the last"
+        fits = self.parallel.pp == 1 or not how.hidden
+        check(fits, "train.distill.hidden", how.hidden, rule, "use train.distill.hidden=0, or parallel.pp=1")
 
     def layout(self, world: int) -> Layout:
         """How `world` ranks share the run.

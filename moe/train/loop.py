@@ -5,7 +5,7 @@
 One rank's part; all ranks call it together. Losses are sums over tokens divided by the GLOBAL batch's token count and
 gradients are summed, so any layout computes the same step.
 
-T tokens.
+T tokens, P cross entropy and what a teacher adds.
 """
 
 import time
@@ -92,8 +92,11 @@ class Trainer:
         self.counts: dict[int, Tensor] = {}  # layer → this step's load of each expert, for biases
         self.parts: dict[int, Part] = {}  # this step's micro-batches whose forward pass is not done
         self.targets = 0  # valid targets of this step's global batch
-        self.loss = torch.zeros((), dtype=torch.float64)  # of this step: this rank's part of the global batch's mean
-        self.window = Window(config.model.moe_layers, moe, mesh.device, traffic_of(self.setup.model))
+        self.taught = False  # whether the teacher has a say in this step
+        names = config.train.distill.losses if config.train.distill else ()
+        # of this step: this rank's part of the global batch's means
+        self.losses_P = torch.zeros(1 + len(names), dtype=torch.float64, device=mesh.device)
+        self.window = Window(config.model.moe_layers, moe, mesh.device, traffic_of(self.setup.model), names)
         self.metrics = Metrics(
             run, config.log, to_dict(config), writes=mesh.rank == 0, step=self.now.step, wandb_id=self.now.wandb_id
         )
@@ -169,22 +172,23 @@ class Trainer:
         set_rate(engine.optimizers, factor)
         self.setup.model.train()
         self.tally, self.counts, self.parts = {}, {}, {}
-        self.loss = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        self.taught = config.train.distill is not None and done < config.train.distill.stop
+        self.losses_P = torch.zeros_like(self.losses_P)
         engine.accumulate(config.micro_batches(self.mesh.dp_size), self._inputs, self._loss, self._record)
-        self.window.add_loss(self.loss * self.targets)
+        self.window.add_loss(self.losses_P * self.targets)
         result = engine.step()
         if result.rescaled:
             self._drop()
             return None
         if not result.finite:
-            self._skip(float(self.loss), result.grad_norm)
+            self._skip(float(self.losses_P[0]), result.grad_norm)
             return None
-        if config.train.spike is not None and self._rewound(self.loss, config.train.spike):
+        if config.train.spike is not None and self._rewound(self.losses_P[0], config.train.spike):
             return None
         if self.trace is not None:
             self.trace.write(self.now.step)
         self._move_biases()
-        self.window.end_step(self.targets)
+        self.window.end_step(self.targets, self.taught)
         self.now = replace(
             self.now,
             step=self.now.step + 1,
@@ -209,14 +213,17 @@ class Trainer:
             batch, mesh, replay,
             step=step, seed=self.config.seed, tally=self.tally, loss_scale=self.setup.engine.loss_scale,
         )  # fmt: skip
-        part.ctx.targets_T = part.targets_T
+        part.ctx.loss = lambda x_TD, outlet: outlet.losses(x_TD, part.targets_T)
+        if self.setup.teacher is not None and self.taught:
+            self.setup.teacher.teach(part, batch)
         self.parts[micro], self.targets = part, batch.total_tokens
         return part.inputs
 
-    def _loss(self, micro: int, losses_T: Tensor) -> Tensor:
-        """This rank's part of the global batch's mean loss, times the loss scale."""
-        loss = losses_T.sum() / self.parts[micro].total_tokens
-        self.loss += loss.detach()
+    def _loss(self, micro: int, losses: Tensor) -> Tensor:
+        """This rank's part of the global batch's mean loss, of losses_T or losses_TP, times the loss scale."""
+        losses, teacher = losses.sum(0) / self.parts[micro].total_tokens, self.setup.teacher
+        self.losses_P[: losses.numel()] += losses.detach()
+        loss = teacher.mix(losses) if teacher is not None and self.taught else losses
         return loss * self.setup.engine.loss_scale
 
     def _record(self, micro: int) -> None:

@@ -2,7 +2,7 @@
 
 Only rank 0 writes; every rank takes part in the one sum behind a row.
 
-T tokens, A losses of the routers.
+T tokens, A losses of the routers, P cross entropy and what a teacher adds.
 """
 
 import json
@@ -35,16 +35,23 @@ class Window:
         layers: ids of the MoE layers.
         moe: their configuration; None for a dense model.
         traffic: where the exchange of rows is counted, if this rank has any.
+        taught: names of what a teacher adds to the cross entropy.
     """
 
     def __init__(
-        self, layers: tuple[int, ...], moe: MoEConfig | None, device: torch.device, traffic: Traffic | None = None
+        self,
+        layers: tuple[int, ...],
+        moe: MoEConfig | None,
+        device: torch.device,
+        traffic: Traffic | None = None,
+        taught: Sequence[str] = (),
     ) -> None:
         self.traffic = traffic or Traffic()
         self.exchanges = traffic is not None
         self.coefficients = moe.losses if moe else {}
         self.routing = RoutingStats(layers, moe.num_experts if moe else 0, device)
-        self.losses = torch.zeros(1 + len(self.coefficients), dtype=torch.float64, device=device)
+        self.taught = tuple(taught)
+        self.losses = torch.zeros(1 + len(taught) + len(self.coefficients), dtype=torch.float64, device=device)
         self.clear()
 
     def clear(self) -> None:
@@ -52,12 +59,12 @@ class Window:
         self.losses.zero_()
         self.routing.clear()
         self.traffic.clear()
-        self.tokens = self.steps = 0
+        self.tokens = self.taught_tokens = self.steps = 0
         self.since = time.perf_counter()
 
-    def add_loss(self, loss: Tensor) -> None:
-        """Add this rank's summed cross entropy in nats."""
-        self.losses[0] += loss
+    def add_loss(self, losses_P: Tensor) -> None:
+        """Add this rank's summed cross entropy in nats, and behind it what a teacher adds, in the order of `taught`."""
+        self.losses[: losses_P.numel()] += losses_P
 
     @torch.no_grad()
     def add(self, routings: Mapping[int, Routing], valid_T: Tensor | None = None) -> None:
@@ -65,11 +72,13 @@ class Window:
         self.routing.add(routings, valid_T)
         for routing in routings.values():
             if self.coefficients:
-                self.losses[1:] += torch.stack([routing.aux[name].double() for name in self.coefficients])
+                aux_A = torch.stack([routing.aux[name].double() for name in self.coefficients])
+                self.losses[-len(aux_A) :] += aux_A
 
-    def end_step(self, tokens: int) -> None:
+    def end_step(self, tokens: int, taught: bool = False) -> None:
         """An optimizer step over `tokens` target tokens of the whole global batch is complete."""
         self.tokens += tokens
+        self.taught_tokens += tokens if taught else 0
         self.steps += 1
 
     @contextmanager
@@ -86,11 +95,16 @@ class Window:
         exchanged = torch.tensor([self.exchanges, self.traffic.bytes, *self.traffic.seconds()]).to(self.losses)
         total = reduce(torch.cat([self.losses, exchanged, counted.flatten()])).cpu()
         first, last = len(self.losses), len(self.losses) + len(exchanged)
-        nats, *sums_A = total[:first].tolist()
+        nats, *sums = total[:first].tolist()
+        lessons, sums_A = sums[: len(self.taught)], sums[len(self.taught) :]
         aux = {name: value / max(self.steps, 1) for name, value in zip(self.coefficients, sums_A, strict=True)}
         speed = self.tokens / seconds
         return {
             "loss": nats / max(self.tokens, 1),
+            **{
+                name: value / self.taught_tokens if self.taught_tokens else None
+                for name, value in zip(self.taught, lessons, strict=True)
+            },
             "aux_loss": sum((self.coefficients[name] * value for name, value in aux.items()), 0.0),
             **{f"aux/{name}": value for name, value in aux.items()},
             "z_loss": aux.get("z", 0.0),

@@ -38,6 +38,7 @@ from ..shapes import is_expert, is_router
 from ..upcycle_config import UpcycleConfig
 from . import state
 from .config import RunConfig, flatten, identity
+from .distill import Teacher
 from .narrow import narrow_gradients
 from .optim import build_optimizers
 from .recompute import recompute
@@ -47,7 +48,7 @@ CHECKPOINTS = "checkpoints"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A run that is ready to step. `identity` is what its checkpoints depend on."""
+    """A run that is ready to step. `identity` is what its checkpoints depend on, `teacher` who has a say."""
 
     tokenizer: Tokenizer
     rows: Rows
@@ -55,6 +56,7 @@ class Setup:
     shards: dict[str, ShardSpec]
     engine: Engine
     identity: dict[str, object]
+    teacher: Teacher | None = None
 
 
 def prepare_run(config: RunConfig, run: Path, mesh: Mesh) -> Setup:
@@ -84,6 +86,7 @@ def prepare_run(config: RunConfig, run: Path, mesh: Mesh) -> Setup:
         shards=shards,
         engine=build_engine(config, model, mesh, shards),
         identity=identity(to_dict(config)),
+        teacher=None if config.train.distill is None else Teacher(config, model, tokenizer, mesh),
     )
 
 

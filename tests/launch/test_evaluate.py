@@ -126,3 +126,15 @@ def test_a_tuning_split_is_what_the_run_left_out(sparse, tmp_path):
     documents = limit_bytes(read_documents("pydocs", "tuning", 0.02), LIMIT)
     assert found["bytes"] == sum(len(text.encode()) for text in documents) > 0
     assert found["split"] == "tuning"
+
+
+def test_a_draft_is_measured_against_the_model_and_must_speak_its_tokens(sparse, tokenizer, tmp_path):
+    small = save(tmp_path, replace(MODEL, layers=1, moe=None), tokenizer)
+    found = report(sparse, EvaluateOptions(max_bytes=500, draft=str(small)))
+    draft = found["draft"]
+    assert 0 < draft["acceptance"] < 1
+    assert 1 < draft["expected_tokens"]["2"] < draft["expected_tokens"]["8"] < 9
+    assert any("of its tokens taken" in line for line in describe(found))
+    other = save(tmp_path / "other", replace(MODEL, layers=1, moe=None), train_tokenizer(["abc " * 99], 300))
+    with pytest.raises(ConfigError, match=r"draft \(.*other.*\) has another tokenizer"):
+        report(sparse, EvaluateOptions(max_bytes=500, draft=str(other)))
