@@ -4,14 +4,17 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..configs.typed import check, to_dict
 from ..moe.compress.config import CompressConfig
+from ..moe.config import ModelConfig
+from ..moe.shapes import shapes
 from .cli import Options, parse, write_json
 from .convert import free_place
+from .evaluate import FOREIGN_LEN
 
 if TYPE_CHECKING:
     from ..moe.compress.walk import Streams
@@ -19,7 +22,8 @@ if TYPE_CHECKING:
 
 SUMMARY = "a trained model made smaller: rounded, pruned, with fewer experts"
 REPORT, PICTURE = "compress.json", "compress.png"
-HELD_OUT, BATCH, TOKENS, TURNS = 2048, 8, 48, 3
+BATCH, TOKENS, TURNS = 8, 48, 3
+DOCUMENTS = 16  # that are read at a time until there are windows enough
 HELP = """\
 usage: turnout compress CKPT DST method=METHOD [key=value ...]
 
@@ -28,17 +32,20 @@ reads; in it lie compress.json and compress.png, which say what it cost. One blo
 interrupted goes on where it was (partial-DST, beside DST).
 
   method=int8        int8, int4, fp8, w8a8, gptq: rounded; magnitude, wanda, sparsegpt: zeros; channels: fewer hidden
-                     units; experts, merge: fewer experts (docs/compress.md)
+                     units; experts, merge: fewer experts; layers: fewer blocks; scan: what zeros cost in each
+                     block alone, no model (docs/compress.md)
   bits=4             of gptq: 8 or 4
   scale=null         tensor, channel or group share a scale; null = channel of eight bits, group of four
   group=64           numbers of a group
   zero=false         zero points (asymmetric)
-  clip=max           max, percentile or mse; percentile=99.9
+  clip=null          max, percentile (percentile=99.9) or mse; null = mse for gptq, max for the others
   smooth=null        SmoothQuant's strength before rounding; of w8a8 0.5
   embedding=true     round embedding and head too
   sparsity=0.5       share of zeros; pattern=2:4 keeps two of four; scope=global lets the model share them out
+  shares=null        a scan.json: shares of zeros by block that cost alike, sparsity of all together
   keep=0.5           share of the hidden units that stay
-  num_experts=N      experts that stay
+  num_experts=N      experts that stay: by=load, gate or output says what one is worth
+  num_layers=N       blocks that stay, evenly spaced
   damp=0.01, act_order=false, min_rows=32     of GPTQ and SparseGPT
   calibration=pydocs text that the method looks at (training split); samples=32 windows of seq_len=512; seed=0
   data=pydocs        held-out text that the result is measured on, max_bytes=20000 of it
@@ -72,8 +79,15 @@ class CompressOptions(Options, CompressConfig):
 def main(args: list[str]) -> int:
     """The verb."""
     (source, target), options = parse(CompressOptions, args, words=("ckpt", "dst"))
-    result = compress(Path(source), Path(target), options)
-    for line in describe(result):
+    if options.method == "scan":
+        from .compress_scan import lines, scan_model
+
+        result = scan_model(Path(source), Path(target), options)
+        told = lines(result)
+    else:
+        result = compress(Path(source), Path(target), options)
+        told = describe(result)
+    for line in told:
         print(line, flush=True)
     write_json(options.json, result)
     return 0
@@ -94,7 +108,8 @@ def compress(path: Path, target: Path, options: CompressOptions) -> dict[str, An
     started, how = time.monotonic(), options.config
     with open_source(path) as source:
         check(source.cfg.encoder is None, "CKPT", path, "is an encoder-decoder", "give a decoder")
-        partial = Partial(target, {"model": fingerprint(path), "how": to_dict(options)})
+        said = {"how": to_dict(how), "data": options.data, "max_bytes": options.max_bytes}
+        partial = Partial(target, {"model": fingerprint(path), "said": said})
         if partial.done:
             print(f"{partial.done} of {source.cfg.layers} blocks are done: going on", flush=True)
         streams = texts(path, source, options)
@@ -133,7 +148,7 @@ def texts(path: Path, source: "OwnSource | ForeignSource", options: CompressOpti
     from ..moe.data.corpus import read_documents
     from ..moe.data.tokenizer import Tokenizer
     from ..moe.eval.perplexity import cut, limit_bytes
-    from ..moe.models.store import is_foreign, tokenizer_directory
+    from ..moe.models.store import tokenizer_directory
 
     with tokenizer_directory(path) as directory:
         tokenizer = Tokenizer.load(directory)
@@ -143,18 +158,30 @@ def texts(path: Path, source: "OwnSource | ForeignSource", options: CompressOpti
         return cut(ids, length, length)
 
     cfg = source.cfg
-    longest = min(cfg.max_seq_len, HELD_OUT) if is_foreign(path) else cfg.max_seq_len
-    length = cfg.moe.capacity_tokens if cfg.moe is not None and cfg.moe.capacity_tokens else longest
-    held_out = windows(limit_bytes(read_documents(options.data, "validation"), options.max_bytes), length)
+    documents = limit_bytes(read_documents(options.data, "validation"), options.max_bytes)
+    held_out = windows(documents, window(path, cfg))
     calibration = None
     if options.calibrated:
-        found = windows(read_documents(options.calibration, "train"), min(options.seq_len, cfg.max_seq_len))
+        documents, length = read_documents(options.calibration, "train"), min(options.seq_len, cfg.max_seq_len)
+        order = np.random.default_rng(options.seed).permutation(len(documents))
+        found: list[Any] = []
+        for some in np.array_split(order, -(-len(order) // DOCUMENTS)):
+            if len(found) < options.samples:
+                found += windows([documents[i] for i in some], length)
         if not found:
             raise DataError(f"calibration ({options.calibration}) holds no text: give some")
-        order = np.random.default_rng(options.seed).permutation(len(found))[: options.samples]
-        calibration = Stream([found[i] for i in order], BATCH, tokenizer.eos_id, dropless=True)
+        calibration = Stream(found[: options.samples], BATCH, tokenizer.eos_id, dropless=True)
     before, after = (Stream(held_out, BATCH, tokenizer.eos_id, dropless=False) for _ in range(2))
     return Streams(calibration, before, after)
+
+
+def window(path: Path, cfg: ModelConfig) -> int:
+    """Tokens of a window of held-out text, as `turnout evaluate` has it."""
+    from ..moe.models.store import is_foreign
+
+    if cfg.moe is not None and cfg.moe.capacity_tokens:
+        return cfg.moe.capacity_tokens
+    return min(cfg.max_seq_len, FOREIGN_LEN) if is_foreign(path) else cfg.max_seq_len
 
 
 def _write(path: Path, target: Path, source: Any, how: CompressConfig, partial: Any) -> dict[str, Any]:
@@ -162,18 +189,21 @@ def _write(path: Path, target: Path, source: Any, how: CompressConfig, partial: 
     from ..moe.compress.methods import target as target_config
     from ..moe.models.store import TOKENIZER, save_model, tokenizer_directory
 
-    tensors = partial.tensors()
+    tensors, after = partial.tensors(), target_config(source.cfg, how)
     with tokenizer_directory(path) as beside:
         tokenizer = beside if (beside / TOKENIZER).is_file() else None
-        save_model(target, target_config(source.cfg, how), tensors, tokenizer)
-    shapes = source.shapes()
-    numbers = sum(math.prod(shape) for shape in shapes.values())
-    before = sum(math.prod(shape) * source.dtype(name, None).itemsize for name, shape in shapes.items())
-    after = sum(tensor.nbytes for tensor in tensors.values())
+        save_model(target, after, tensors, tokenizer)
+    was = sum(math.prod(shape) * source.dtype(name, None).itemsize for name, shape in source.shapes().items())
+    now, numbers = sum(tensor.nbytes for tensor in tensors.values()), _numbers(after)
     return {
-        "parameters": numbers, "bytes_before": before, "bytes_after": after,
-        "bits_per_weight": 8 * after / numbers, "smaller": before / after,
+        "parameters_before": _numbers(source.cfg), "parameters_after": numbers,
+        "bytes_before": was, "bytes_after": now, "bits_per_weight": 8 * now / numbers, "smaller": was / now,
     }  # fmt: skip
+
+
+def _numbers(cfg: ModelConfig) -> int:
+    """Weights of the model, however they are stored."""
+    return sum(math.prod(shape) for shape in shapes(replace(cfg, quantization=None)).values())
 
 
 def losses_of(losses: Mapping[str, float]) -> dict[str, Any]:
@@ -215,9 +245,13 @@ def describe(report: Mapping[str, Any]) -> Iterator[str]:
         f"perplexity      {report['perplexity_before']:.3f} -> {report['perplexity_after']:.3f} "
         f"({report['perplexity_increase']:+.2%})"
     )
-    zeros = [notes["zeros"] for notes in report["layers"] if "zeros" in notes]
-    if zeros:
-        yield f"zeros           {statistics.fmean(zeros):.2%} of the pruned matrices' weights"
+    pruned = [notes for notes in report["layers"] if "zeros" in notes]
+    if pruned:
+        zeros = sum(notes["zeros"] * notes["weights"] for notes in pruned) / sum(notes["weights"] for notes in pruned)
+        yield f"zeros           {zeros:.2%} of the pruned matrices' weights"
+    before, after = report["parameters_before"], report["parameters_after"]
+    if before != after:
+        yield f"parameters      {before:,} -> {after:,} ({after / before:.1%})"
     shares = [notes["agreement"] for notes in report["layers"] if "agreement" in notes]
     if shares:
         worst = min(range(len(shares)), key=shares.__getitem__)
@@ -225,9 +259,11 @@ def describe(report: Mapping[str, Any]) -> Iterator[str]:
     if "tokens_per_second_before" in report:
         slow, fast = report["tokens_per_second_before"], report["tokens_per_second_after"]
         yield f"one request     {slow:,.1f} -> {fast:,.1f} tokens/s ({fast / slow:.2f} x)"
-    for notes in report["layers"]:
+    for index, notes in enumerate(report["layers"]):
         for name, why in notes.get("by_weights", {}).items():
-            yield f"by weights      {name} {why}"
+            yield f"by weights      block {index} {name}: {why}"
+        if notes.get("unseen"):
+            yield f"no rows         block {index}: experts {notes['unseen']}"
 
 
 def _line(index: int, notes: Mapping[str, Any]) -> str:

@@ -8,7 +8,19 @@ from ..quantization_config import BLOCK, QuantizationConfig
 from .sparsity import Sparsity
 
 MethodName = Literal[
-    "int8", "int4", "fp8", "w8a8", "gptq", "magnitude", "wanda", "sparsegpt", "channels", "experts", "merge"
+    "int8",
+    "int4",
+    "fp8",
+    "w8a8",
+    "gptq",
+    "magnitude",
+    "wanda",
+    "sparsegpt",
+    "channels",
+    "experts",
+    "merge",
+    "layers",
+    "scan",
 ]
 ROUNDING = ("int8", "int4", "fp8", "w8a8", "gptq")
 SPARSE = ("magnitude", "wanda", "sparsegpt")
@@ -22,13 +34,15 @@ class CompressConfig:
     Args:
         method: `int8`, `int4`, `fp8` (e4m3): weights to nearest; `w8a8`: rows too, as they come; `gptq`: weights by
             the second moments of what they meet; `magnitude`, `wanda`, `sparsegpt`: zeros; `channels`: fewer hidden
-            units; `experts`, `merge`: fewer experts, the others left out or merged into those that stay.
+            units; `experts`, `merge`: fewer experts, the others left out or merged into those that stay; `layers`:
+            fewer blocks; `scan`: no model, but what zeros cost in each block alone.
         bits: of `gptq`, 8 or 4.
         scale: what shares one: the whole matrix, a row, or `group` numbers of a row; null = a row of eight bits, a
             group of four.
         group: numbers of a group.
         zero: zero points (asymmetric).
-        clip: the largest number that is kept: the maximum, a percentile, or where the squared error is least.
+        clip: the largest number that is kept: the maximum, a percentile, or where the squared error, weighted by what
+            calibration shows, is least; null = that for `gptq`, the maximum for the others.
         percentile: of `clip=percentile`.
         smooth: SmoothQuant's migration strength, in (0, 1], before rounding; null = none, of w8a8 0.5.
         embedding: round the embedding and the head too.
@@ -38,8 +52,10 @@ class CompressConfig:
         sparsity: share of zeros.
         pattern: `n:m` keeps n of m numbers along the input width; null = anywhere.
         scope: whether every matrix has the same share of zeros, or the model as a whole (magnitude alone).
+        shares: a scan.json: blocks then have shares of zeros that cost alike, `sparsity` of all together.
         keep: share of the hidden units that stay (`channels`).
         num_experts: how many stay (`experts`, `merge`).
+        num_layers: how many stay, evenly spaced (`layers`).
         by: what an expert is worth (`experts`): the tokens it computes, the sum of their gates, or how far the layer's
             output moves without it.
         calibration: text: pydocs, or a .jsonl, .jsonl.xz or .txt file; its training split where it has one.
@@ -53,7 +69,7 @@ class CompressConfig:
     scale: Literal["tensor", "channel", "group"] | None = None
     group: int = BLOCK
     zero: bool = False
-    clip: Literal["max", "percentile", "mse"] = "max"
+    clip: Literal["max", "percentile", "mse"] | None = None
     percentile: float = 99.9
     smooth: float | None = None
     embedding: bool = True
@@ -63,8 +79,10 @@ class CompressConfig:
     sparsity: float = 0.5
     pattern: str | None = None
     scope: Literal["layer", "global"] = "layer"
+    shares: str | None = None
     keep: float = 0.5
     num_experts: int | None = None
+    num_layers: int | None = None
     by: Literal["load", "gate", "output"] = "output"
     calibration: str = "pydocs"
     samples: int = 32
@@ -84,6 +102,10 @@ class CompressConfig:
         check(fits, "smooth", self.smooth, "must lie in (0, 1] and goes with rounding", "use 0.5, or null")
         fits = not self.routed or self.num_experts is not None
         check(fits, "num_experts", None, f"is what method={self.method} needs", "say how many stay")
+        fits = self.method != "layers" or self.num_layers is not None
+        check(fits, "num_layers", None, "is what method=layers needs", "say how many stay")
+        fits = self.shares is None or (self.method in SPARSE and self.scope == "layer" and self.pattern is None)
+        check(fits, "shares", self.shares, "goes with zeros anywhere and scope=layer", "leave it out")
         fits = self.scope == "layer" or (self.method == "magnitude" and self.pattern is None)
         rule = "goes with method=magnitude and no pattern"
         check(fits, "scope", self.scope, rule, "use scope=layer")
@@ -97,7 +119,13 @@ class CompressConfig:
     @property
     def calibrated(self) -> bool:
         """Whether the method must see text."""
-        return self.method in CALIBRATED or self.migration is not None
+        weighs = self.method in ROUNDING and self.clip == "mse"
+        return self.method in CALIBRATED or self.migration is not None or weighs
+
+    @property
+    def clipping(self) -> Literal["max", "percentile", "mse"]:
+        """What `clip` means."""
+        return self.clip or ("mse" if self.method == "gptq" else "max")
 
     @property
     def routed(self) -> bool:

@@ -18,11 +18,13 @@ from .clipping import ScaleRule
 from .config import SPARSE, CompressConfig
 from .experts import fewer_experts, prune_experts
 from .gptq import Fitted, gptq
+from .layers import shallower, spread
 from .merging import merge_experts
 from .pruning import prune_block
 from .rounding import round_weight
 from .routed import Routed
 from .scores import global_shares
+from .sensitivity import allocate, read_scan
 from .smooth import smooth
 from .watch import Met, places
 
@@ -39,6 +41,8 @@ def target(cfg: ModelConfig, how: CompressConfig) -> ModelConfig:
         return fewer_experts(cfg, how.num_experts)
     if how.method == "channels":
         return narrower(cfg, how.keep)
+    if how.num_layers is not None and how.method == "layers":
+        return shallower(cfg, spread(cfg, how.num_layers))
     return cfg if how.quantization is None else replace(cfg, quantization=how.quantization)
 
 
@@ -49,11 +53,13 @@ class Method:
     Attributes:
         how: in a person's words.
         target: the model to be.
+        kept: ids of the blocks that stay.
         shares: of zeros, by block and matrix, where all of them have one threshold.
     """
 
     how: CompressConfig
     target: ModelConfig
+    kept: Sequence[int]
     shares: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
 
     @classmethod
@@ -68,7 +74,13 @@ class Method:
         for name, share in (global_shares(every, how.sparsity) if how.scope == "global" else {}).items():
             block, _, matrix = name.partition(".")
             shares[int(block)][matrix] = share
-        return cls(how, target(cfg, how), shares)
+        if how.shares is not None:
+            sizes = {i: {name: w_FD.numel() for name, w_FD, *_ in places(load(i))} for i in range(cfg.layers)}
+            whole = {str(i): sum(one.values()) for i, one in sizes.items()}
+            for layer, share in allocate(read_scan(how.shares, cfg.layers), whole, how.sparsity).items():
+                shares[int(layer)] = dict.fromkeys(sizes[int(layer)], share)
+        kept = spread(cfg, how.num_layers or cfg.layers) if how.method == "layers" else range(cfg.layers)
+        return cls(how, target(cfg, how), kept, shares)
 
     @torch.no_grad()
     def apply(self, block: Block, met: Met, routed: Sequence[Routed]) -> Notes:
@@ -87,6 +99,8 @@ class Method:
         how = self.how
         if how.migration is not None:
             smooth(block, met, how.migration)
+        if how.method == "layers":
+            return {}
         if how.method == "channels":
             return narrow_block(block, self.target, met, how.min_rows)
         if how.routed:
@@ -106,7 +120,7 @@ class Method:
         """Rounded layers in the places of whole ones."""
         how, found, made = self.how, list[Fitted](), defaultdict[str, list[QuantizedWeight]](list)
         assert how.quantization is not None
-        rule = ScaleRule(clip=how.clip, percentile=how.percentile, whole=how.scale == "tensor")
+        rule = ScaleRule(clip=how.clipping, percentile=how.percentile, whole=how.scale == "tensor")
         for name, w_FD, stack, expert in places(block):
             cfg = how.quantization.of_width(w_FD.shape[1])
             if how.method == "gptq":

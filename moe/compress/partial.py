@@ -57,9 +57,10 @@ class Partial:
         """Keep what is no block's."""
         self._save(ENDS, tensors)
 
-    def put(self, tensors: Mapping[str, Tensor], states: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        """Keep a block, and where everything stands behind it."""
-        self._save(_block(self.done), tensors)
+    def put(self, tensors: Mapping[str, Tensor] | None, states: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+        """Keep a block, None of one that goes, and where everything stands behind it."""
+        if tensors is not None:
+            self._save(_block(self.done), tensors)
         self.notes.append(dict(notes))
         self.done += 1
         self._save(STATES, states, {"done": str(self.done), "notes": json.dumps(self.notes)})
@@ -67,8 +68,9 @@ class Partial:
     def tensors(self) -> dict[str, Tensor]:
         """Everything, mapped: memory is taken only by what is read."""
         found = self._tensors(ENDS)
-        for index in range(self.done):
-            found |= {f"blocks.{index}.{name}": tensor for name, tensor in self._tensors(_block(index)).items()}
+        files = [name for name in map(_block, range(self.done)) if (self.directory / name).is_file()]
+        for index, file in enumerate(files):
+            found |= {f"blocks.{index}.{name}": tensor for name, tensor in self._tensors(file).items()}
         return found
 
     def remove(self) -> None:

@@ -83,8 +83,8 @@ def prune_block(block: nn.Module, met: Met, how: CompressConfig, shares: Mapping
         shares: of matrices (names as `places` has them) that have another share than the rest.
 
     Returns:
-        `zeros`, their share; `error`, the share of all outputs' energy over the rows met that went, where moments are
-        known; `by_weights`, by matrix why magnitudes decided.
+        `weights` that were looked at; `zeros`, their share; `error`, the share of all outputs' energy over the rows met
+        that went, where moments are known; `by_weights`, by matrix why magnitudes decided.
 
     Raises:
         NonFiniteError, ConfigError: as `prune`.
@@ -101,7 +101,12 @@ def prune_block(block: nn.Module, met: Met, how: CompressConfig, shares: Mapping
         lost, energy = lost + (made.error or 0.0), energy + (made.energy or 0.0)
         if made.fallback is not None:
             by_weights[name] = made.fallback
-    return {"zeros": zeros / count, "error": lost / energy if energy else None, "by_weights": by_weights}
+    return {
+        "weights": count,
+        "zeros": zeros / count,
+        "error": lost / energy if energy else None,
+        "by_weights": by_weights,
+    }
 
 
 def _energy(w_FD: Tensor, seen: Seen) -> float | None:

@@ -1,13 +1,15 @@
 """How much each layer suffers from zeros while all others stay dense, and shares of zeros that hurt all alike."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ... import NonFiniteError
+from ... import ConfigError, NonFiniteError
 from ...configs.typed import check
 from .scores import magnitude
 from .sparsity import Sparsity
@@ -60,6 +62,23 @@ def scan(
                 found.append(_finite(measure(), f"{layer} at {share}") - dense)
         increases[layer] = tuple(found)
     return Scan(dense, tuple(shares), increases)
+
+
+def read_scan(path: str | Path, layers: int) -> Scan:
+    """What `turnout compress method=scan` has written.
+
+    Raises:
+        ConfigError: no such file, or of a model with another number of layers.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        increases = {layer: tuple(one) for layer, one in data["increases"].items()}
+        found = Scan(data["dense"], tuple(data["shares"]), increases)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"shares ({path}) does not read as a scan ({error!r}): run method=scan again") from error
+    rule = f"must be of a model with {layers} layers, and has {len(found.increases)}"
+    check(set(found.increases) == {str(layer) for layer in range(layers)}, "shares", path, rule, "scan this model")
+    return found
 
 
 def allocate(found: Scan, sizes: Mapping[str, int], share: float) -> dict[str, float]:

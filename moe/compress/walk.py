@@ -98,6 +98,9 @@ def _step(
     """One block."""
     block = _block(source, index)
     streams.before.through(block)
+    if index not in method.kept:
+        partial.put(None, streams.states(), {"gone": True})
+        return partial.notes[-1]
     notes = method.apply(block, *_watch(block, method.how, streams.calibration))
     block.eval()
     for stream in (streams.calibration, streams.after):

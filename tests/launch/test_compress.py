@@ -16,9 +16,9 @@ from turnout.moe.data.tokenizer import train_tokenizer
 from turnout.moe.eval.perplexity import limit_bytes
 from turnout.moe.models.init import init_weights
 
-MOE = MoEConfig(every=1, width=64, expert_width=64, num_experts=4, capacity_tokens=64)
+MOE = MoEConfig(every=1, width=64, expert_width=128, num_experts=4, capacity_tokens=64)
 MODEL = ModelConfig(
-    vocab_size=300, width=64, layers=3, heads=4, kv_heads=2, head_dim=16, ffn_width=64, max_seq_len=128, moe=MOE
+    vocab_size=300, width=64, layers=3, heads=4, kv_heads=2, head_dim=16, ffn_width=128, max_seq_len=128, moe=MOE
 )
 SMALL = {"max_bytes": 3000, "samples": 4, "seq_len": 64, "speed": False}
 
@@ -166,3 +166,52 @@ def test_a_target_that_is_the_source_or_no_model_is_refused(folder, tmp_path, ca
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     assert main(["compress", str(folder), str(tmp_path / "mine")]) == 2
     assert (tmp_path / "mine" / "letter.txt").is_file()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"method": "gptq"},
+        {"method": "w8a8"},
+        {"method": "fp8"},
+        {"method": "int8", "scale": "tensor", "clip": "percentile", "percentile": 99.0},
+        {"method": "int4", "zero": True, "clip": "mse", "embedding": False},
+        {"method": "channels", "keep": 0.5},
+        {"method": "experts", "num_experts": 2},
+        {"method": "merge", "num_experts": 2},
+        {"method": "layers", "num_layers": 2},
+    ],
+    ids=lambda words: " ".join(str(value) for value in words.values()),
+)
+def test_every_method_makes_a_model_that_loads_and_measures_as_reported(folder, tmp_path, words):
+    found = compress(folder, tmp_path / "m", CompressOptions(**words, **(SMALL | {"max_bytes": 1500})))
+    measured = report(tmp_path / "m", EvaluateOptions(max_bytes=1500))
+    assert found["loss_after"] == pytest.approx(measured["loss"], rel=2e-4)
+    assert found["bytes_after"] < found["bytes_before"]
+    held = sum(tensor.numel() for tensor in load_model(tmp_path / "m").state_dict().values())
+    if load_model(tmp_path / "m").cfg.quantization is None:
+        assert held == found["parameters_after"] < found["parameters_before"]
+    else:
+        assert found["parameters_after"] == found["parameters_before"]
+
+
+def test_experts_that_met_too_few_rows_are_named(folder, tmp_path):
+    found = compress(folder, tmp_path / "m", CompressOptions(method="gptq", min_rows=10_000, **SMALL))
+    words = "\n".join(verb.describe(found))
+    for expert in range(MOE.num_experts):
+        assert f"ffn.experts.w_in[{expert}]: saw" in words
+
+
+def test_a_scan_says_what_zeros_cost_by_block_and_shares_them_out(folder, tmp_path, capsys):
+    assert main(["compress", str(folder), str(tmp_path / "scan"), "method=scan", "max_bytes=1500"]) == 0
+    assert "block" in capsys.readouterr().out
+    found = json.loads((tmp_path / "scan" / "scan.json").read_text())
+    assert set(found["increases"]) == {"0", "1", "2"}
+    assert (tmp_path / "scan" / "scan.png").read_bytes().startswith(b"\x89PNG")
+    options = {"method": "magnitude", "shares": str(tmp_path / "scan" / "scan.json"), "sparsity": 0.4}
+    made = compress(folder, tmp_path / "m", CompressOptions(**options, **SMALL))
+    zeros = sum(layer["zeros"] * layer["weights"] for layer in made["layers"])
+    assert zeros / sum(layer["weights"] for layer in made["layers"]) == pytest.approx(0.4, abs=0.01)
+    (tmp_path / "scan" / "scan.json").write_text("{}")
+    assert main(["compress", str(folder), str(tmp_path / "n"), *(f"{k}={v}" for k, v in options.items())]) == 2
+    assert "method=scan" in capsys.readouterr().err

@@ -1,0 +1,79 @@
+"""What zeros cost in each block alone: `turnout compress CKPT DST method=scan`."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .cli import write_json
+from .convert import free_place
+
+if TYPE_CHECKING:
+    from .compress import CompressOptions
+
+SHARES = (0.25, 0.5, 0.75)
+SCAN, PICTURE = "scan.json", "scan.png"
+
+
+def scan_model(path: Path, target: Path, options: "CompressOptions") -> dict[str, Any]:
+    """Perplexity with zeros in one block after the other, by magnitude; the whole model is in memory.
+
+    Raises:
+        ConfigError, CheckpointError: no such model, or a DST that is something else. DataError: there is no text.
+    """
+    from ..moe import load_model
+    from ..moe.compress.sensitivity import scan
+    from ..moe.compress.watch import places
+    from ..moe.data.corpus import read_documents
+    from ..moe.data.tokenizer import Tokenizer
+    from ..moe.eval.perplexity import evaluate, limit_bytes
+    from ..moe.models.store import tokenizer_directory
+    from .compress import window
+
+    free_place(path, target)
+    model = load_model(path, "float32")
+    with tokenizer_directory(path) as directory:
+        tokenizer = Tokenizer.load(directory)
+    documents = limit_bytes(read_documents(options.data, "validation"), options.max_bytes)
+    length = window(path, model.cfg)
+
+    def perplexity() -> float:
+        return math.exp(evaluate(model, tokenizer, documents, seq_len=length).val_loss)
+
+    layers = {str(i): {name: w_FD for name, w_FD, *_ in places(block)} for i, block in enumerate(model.blocks)}
+    found = {"source": str(path), **asdict(scan(layers, SHARES, perplexity))}
+    write_json(target / SCAN, found)
+    draw(found, target / PICTURE)
+    return found
+
+
+def lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """The scan for a person."""
+    yield f"{found['source']}: perplexity {found['dense']:.3f}; by so much it grows with zeros in one block alone"
+    yield "block     " + "".join(f"{share:>12.0%}" for share in found["shares"])
+    for layer, increases in found["increases"].items():
+        yield f"{layer:<10}" + "".join(f"{increase:>+12.3f}" for increase in increases)
+
+
+def draw(found: Mapping[str, Any], path: Path) -> Path:
+    """A curve a block."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes, colors = figure.subplots(), colormaps["viridis"]
+    last = max(len(found["increases"]) - 1, 1)
+    for i, (layer, increases) in enumerate(found["increases"].items()):
+        shares = [0.0, *found["shares"]]
+        axes.plot(shares, [0.0, *increases], marker="o", ms=3, color=colors(0.9 * i / last), label=f"block {layer}")
+    axes.set_xlabel("share of zeros, in this block alone")
+    axes.set_ylabel(f"perplexity above {found['dense']:.3g}")
+    axes.set_yscale("symlog", linthresh=max(0.01 * found["dense"], 1e-3))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, ncols=2 + last // 12)
+    figure.savefig(path, dpi=120)
+    return path
