@@ -1,11 +1,13 @@
 """A picture of a scan: what zeros in one layer alone cost, a curve a layer, and which layer suffers most."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..moe.compress.sensitivity import Scan
+if TYPE_CHECKING:
+    from ..moe.compress.sensitivity import Scan
 
 
-def draw(found: Scan, path: Path) -> Path:
+def draw(found: "Scan", path: Path) -> Path:
     """Write the PNG: on the left increases over shares of zeros, on the right a bar a layer at the highest share."""
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
