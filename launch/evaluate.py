@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..configs.typed import check
+from ..inference.config import Dtype, KVDtype
+from ..moe.config import ModelConfig
 from ..moe.data.config import SpanConfig
 from .cli import Options, parse, write_json
 from .rundir import CONFIG, frozen
@@ -19,6 +21,7 @@ from .rundir import CONFIG, frozen
 if TYPE_CHECKING:
     from ..moe import Decoder
     from ..moe.data.tokenizer import Tokenizer
+    from ..moe.eval.perplexity import EvalResult
 
 DRAFTED = (2, 4, 8)  # tokens that a draft proposes at once
 FOREIGN_LEN = 2048  # tokens of a window where nobody says how long the rows of training were
@@ -37,6 +40,8 @@ Of an encoder-decoder the loss is that of the spans that it restores.
   seq_len=null       tokens of a window; null = the row length of training (of other people's models at most 2048)
   stride=null        new tokens of each further window; null = no overlap
   dtype=auto         float32, bfloat16, float16 or float64; auto = as stored
+  kv_dtype=null      auto or int8: through the serving engine, whose pages hold keys and values as `turnout serve
+                     kv_dtype=...` has them; experts are not reported then. null = each window in one forward pass
   device=auto        cpu or cuda; auto = a GPU where there is one
   draft=null         a small model of the same tokenizer: how many of its tokens this one would take
   deterministic=false  as `turnout serve deterministic=true` computes it, bit for bit; slower, on a CPU only
@@ -57,7 +62,8 @@ class EvaluateOptions(Options):
     max_bytes: int | None = None
     seq_len: int | None = None
     stride: int | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    dtype: Dtype = "auto"
+    kv_dtype: KVDtype | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     draft: str | None = None
     deterministic: bool = False
@@ -90,10 +96,9 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
     from ..moe import load_model
     from ..moe.data.corpus import read_documents
     from ..moe.data.tokenizer import Tokenizer
-    from ..moe.eval.denoising import denoise
-    from ..moe.eval.perplexity import EvalResult, evaluate, limit_bytes
+    from ..moe.eval.perplexity import limit_bytes
     from ..moe.eval.shuffle import shuffled_experts
-    from ..moe.models.store import is_foreign, tokenizer_directory
+    from ..moe.models.store import tokenizer_directory
 
     tuning = _tuning(path, options.split)
     documents = limit_bytes(read_documents(options.data, options.split, tuning), options.max_bytes)
@@ -105,14 +110,7 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
     model = load_model(path, options.dtype, device)
     with tokenizer_directory(path) as directory:
         tokenizer = Tokenizer.load(directory)
-    moe = model.cfg.moe
-    longest = min(model.cfg.max_seq_len, FOREIGN_LEN) if is_foreign(path) else model.cfg.max_seq_len
-    seq_len = options.seq_len or (moe.capacity_tokens if moe and moe.capacity_tokens else longest)
-    measure: Callable[[], EvalResult]
-    if model.cfg.encoder is None:
-        measure = partial(evaluate, model, tokenizer, documents, seq_len=seq_len, stride=options.stride)
-    else:
-        measure = partial(denoise, model, tokenizer, documents, seq_len=seq_len, spans=_spans(path, options))
+    measure = _measure(path, model, tokenizer, documents, options)
     form = "invariant" if options.deterministic else None
     with using(form):
         result = measure()
@@ -120,6 +118,7 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
         "model": str(path),
         "data": options.data,
         "split": options.split,
+        **({} if options.kv_dtype is None else {"kv_dtype": options.kv_dtype}),
         "loss": result.val_loss,
         "perplexity": math.exp(result.val_loss),
         **({} if result.bits_per_byte is None else {"bits_per_byte": result.bits_per_byte}),
@@ -128,14 +127,49 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
         "seconds": result.seconds,
         "experts": [asdict(layer) for layer in result.experts],
     }
-    if moe is not None:
+    if model.cfg.moe is not None and options.kv_dtype is None:
         with shuffled_experts(model), using(form):
             found["shuffled_loss"] = measure().val_loss
     if options.draft is not None:
-        found["draft"] = drafted(model, tokenizer, documents, seq_len, options)
+        found["draft"] = drafted(model, tokenizer, documents, _window(path, model.cfg, options), options)
     if options.baselines:
         found["markov"] = markov(read_documents(options.data, "train", tuning), documents, options.order)
     return found
+
+
+def _window(path: Path, cfg: ModelConfig, options: EvaluateOptions) -> int:
+    """Tokens of a window; through the engine one less than the longest text, whose last target is in the prompt too."""
+    from ..moe.models.store import is_foreign
+
+    if options.seq_len is not None:
+        return options.seq_len
+    longest = cfg.max_seq_len - (options.kv_dtype is not None)
+    if cfg.moe is not None and cfg.moe.capacity_tokens is not None:
+        return min(cfg.moe.capacity_tokens, longest)
+    return min(longest, FOREIGN_LEN) if is_foreign(path) else longest
+
+
+def _measure(
+    path: Path, model: "Decoder", tokenizer: "Tokenizer", documents: Sequence[str], options: EvaluateOptions
+) -> Callable[[], "EvalResult"]:
+    """What evaluates the model: by its spans, through the serving engine, or window by window as in training."""
+    from ..inference.scored import scored
+    from ..inference.text.tokenizer import TextTokenizer
+    from ..moe.eval.denoising import denoise
+    from ..moe.eval.perplexity import evaluate
+    from ..moe.models.store import tokenizer_directory
+
+    seq_len, kv_dtype, own = _window(path, model.cfg, options), options.kv_dtype, options.deterministic
+    if model.cfg.encoder is not None:
+        rule = "scores texts that are predicted whole, and an encoder-decoder is given most of it"
+        check(kv_dtype is None, "kv_dtype", kv_dtype, rule, "leave it out")
+        return partial(denoise, model, tokenizer, documents, seq_len=seq_len, spans=_spans(path, options))
+    windows = partial(evaluate, model, tokenizer, documents)
+    if kv_dtype is not None:
+        with tokenizer_directory(path) as directory:
+            served = TextTokenizer.from_dir(directory)
+        windows = partial(scored, model, tokenizer, served, documents, kv_dtype=kv_dtype, deterministic=own)
+    return partial(windows, seq_len=seq_len, stride=options.stride)
 
 
 def drafted(
@@ -197,6 +231,8 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
     speed = found["tokens"] / max(found["seconds"], 1e-9)
     yield f"{found['data']} {found['split']}: {found['bytes']:,} bytes, {found['tokens']:,} tokens, {speed:,.0f} tok/s"
     yield f"loss            {found['loss']:.4f} nats a token (perplexity {found['perplexity']:.2f})"
+    if "kv_dtype" in found:
+        yield f"  served        through the engine, keys and values as {found['kv_dtype']}"
     if "shuffled_loss" in found:
         worse = found["shuffled_loss"] / found["loss"] - 1
         yield f"  shuffled      {found['shuffled_loss']:.4f} with every token sent to the wrong expert ({worse:+.1%})"

@@ -22,6 +22,7 @@ MOE = MoEConfig(width=16, expert_width=16, num_experts=4, capacity_tokens=64)
 MODEL = ModelConfig(
     vocab_size=300, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, ffn_width=32, max_seq_len=128, moe=MOE
 )
+DROPLESS = MoEConfig(width=16, expert_width=16, num_experts=4, eval_capacity_factor=None)
 LIMIT = 4000
 
 
@@ -103,7 +104,39 @@ def test_what_is_missing_is_an_error_that_names_it(sparse, tmp_path):
         report(sparse, EvaluateOptions(data=str(tmp_path / "none.txt")))
 
 
-@pytest.mark.parametrize("setting", ["order=8", "max_bytes=0", "split=test", "device=tpu", "baseline=true"])
+@pytest.mark.parametrize(
+    ("moe", "deterministic"), [("trained", False), ("trained", True), ("dropless", False), (None, False)]
+)
+def test_the_engine_finds_the_loss_of_the_forward_pass(tmp_path, tokenizer, moe, deterministic):
+    """Windows of several chunks, experts that drop what they drop in evaluation, documents of several windows."""
+    kind = {"trained": replace(MOE, capacity_tokens=96, eval_capacity_factor=1.0), "dropless": DROPLESS, None: None}
+    model = save(tmp_path, replace(MODEL, moe=kind[moe]), tokenizer)
+    options = EvaluateOptions(max_bytes=LIMIT, seq_len=96, stride=64, deterministic=deterministic)
+    expected, found = (report(model, replace(options, kv_dtype=kv)) for kv in (None, "auto"))
+    assert found["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+    assert (found["tokens"], found["bytes"]) == (expected["tokens"], expected["bytes"])
+    assert found["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], abs=1e-4)
+    if moe == "trained":
+        assert expected["experts"][0]["drop_fraction"] > 0.05
+
+
+def test_int8_pages_cost_little_and_something(tmp_path, tokenizer):
+    model = save(tmp_path, replace(MODEL, moe=None), tokenizer)
+    exact, eight = (report(model, EvaluateOptions(max_bytes=LIMIT, kv_dtype=kv)) for kv in ("auto", "int8"))
+    assert 1e-6 < abs(eight["loss"] / exact["loss"] - 1) < 0.005
+    assert [line for line in describe(eight) if "keys and values as int8" in line]
+    assert eight["kv_dtype"] == "int8"
+    assert eight["experts"] == []
+
+
+def test_through_the_engine_a_window_is_shorter_than_the_longest_text(sparse):
+    with pytest.raises(ConfigError, match=r"seq_len \(128\) must lie in 1 to 127 through the engine"):
+        report(sparse, EvaluateOptions(max_bytes=LIMIT, seq_len=128, kv_dtype="auto"))
+
+
+@pytest.mark.parametrize(
+    "setting", ["order=8", "max_bytes=0", "split=test", "device=tpu", "baseline=true", "kv_dtype=int4"]
+)
 def test_a_bad_setting_exits_with_2(setting, capsys):
     assert main(["evaluate", "runs/none", setting]) == 2
     assert setting.partition("=")[0] in capsys.readouterr().err

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from turnout import LLM, SamplingParams
+from turnout.launch.evaluate import EvaluateOptions, report
 from turnout.launch.main import main
 from turnout.launch.serve import model_name
 from turnout.launch.server_process import serving
@@ -47,6 +48,12 @@ def both() -> Both:
     assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     return Both(file, LLM(SPELLING, kv_memory_mb=64, max_model_len=512), theirs, tokenizer)
+
+
+@pytest.mark.full
+def test_int8_pages_cost_at_most_half_a_per_cent_of_perplexity():
+    kept = [report(Path(SPELLING), EvaluateOptions(max_bytes=6000, kv_dtype=kv_dtype)) for kv_dtype in ("auto", "int8")]
+    assert kept[0]["perplexity"] != kept[1]["perplexity"] <= 1.005 * kept[0]["perplexity"]
 
 
 def test_ids_are_those_of_transformers(both):
