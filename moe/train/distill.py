@@ -23,6 +23,7 @@ from ... import ConfigError
 from ...configs.typed import check
 from ...kernels import cross_entropy
 from ...parallel.mesh import Mesh
+from ...parallel.spread import Spread
 from ..data.rows import Batch
 from ..data.tokenizer import Tokenizer
 from ..layers.context import Outlet
@@ -78,7 +79,7 @@ class Teacher:
     def teach(self, part: Part, batch: Batch) -> None:
         """Have the forward pass of `part` return losses_TP in place of losses_T."""
         part.ctx.states = {}
-        part.ctx.loss = Lesson(self, part, batch)
+        part.ctx.loss = Lesson(self, batch, part.targets_T, part.ctx.states, part.ctx.spread)
 
     def mix(self, losses_P: Tensor) -> Tensor:
         """The loss, of the sums (or means) of its parts."""
@@ -87,15 +88,24 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What ends the forward pass of one micro-batch, `batch`, of which this rank holds `part`."""
+    """What ends the forward pass of one micro-batch. It holds nothing that holds it: a step's routings go with it.
+
+    Attributes:
+        batch: of the data-parallel rank.
+        targets_T: of the tokens held here.
+        states: block → what the student's has returned, where that is wanted.
+        spread: which tokens are held here; None = all.
+    """
 
     teacher: Teacher
-    part: Part
     batch: Batch
+    targets_T: Tensor
+    states: dict[int, Tensor]
+    spread: Spread | None
 
     def __call__(self, x_TD: Tensor, outlet: Outlet) -> Tensor:
         """losses_TP, float32 (float64 stays): cross entropy, divergence from the teacher, distance of hidden states."""
-        how, targets_T = self.teacher.config, self.part.targets_T
+        how, targets_T = self.teacher.config, self.targets_T
         states, y_TC = self._read()
         rows = max(LOGITS // self.teacher.here.cfg.vocab_size, FEWEST)
         chunks = zip(x_TD.split(rows), y_TC.split(rows), targets_T.split(rows), strict=True)
@@ -110,8 +120,8 @@ class Lesson:
         )  # fmt: skip
         if not how.hidden:
             return losses_T2
-        ours, pairs = self.part.ctx.states or {}, self.teacher.pairs
-        far = [distance(how, ours.pop(mine), states[theirs]) for mine, theirs in pairs.items()]
+        pairs = self.teacher.pairs.items()
+        far = [distance(how, self.states.pop(mine), states[theirs]) for mine, theirs in pairs]
         far_T = torch.stack(far).mean(0).where(targets_T >= 0, 0)
         return torch.cat([losses_T2, far_T[:, None].to(losses_T2)], -1)
 
@@ -123,8 +133,7 @@ class Lesson:
         whole.ctx.states = {}
         with torch.autocast(device.type, enabled=False):
             y_WC = model.hidden(whole.tokens_T, whole.positions_A, whole.ctx)
-            spread = self.part.ctx.spread
-            own_T: Any = slice(None) if spread is None else spread.own_T
+            own_T: Any = slice(None) if self.spread is None else self.spread.own_T
             y_TC = model.into_head(y_WC[own_T])
         return {layer: state[own_T] for layer, state in whole.ctx.states.items()}, y_TC
 

@@ -213,7 +213,8 @@ class Trainer:
             batch, mesh, replay,
             step=step, seed=self.config.seed, tally=self.tally, loss_scale=self.setup.engine.loss_scale,
         )  # fmt: skip
-        part.ctx.loss = lambda x_TD, outlet: outlet.losses(x_TD, part.targets_T)
+        targets_T = part.targets_T  # not the part, whose context would then be held by itself
+        part.ctx.loss = lambda x_TD, outlet: outlet.losses(x_TD, targets_T)
         if self.setup.teacher is not None and self.taught:
             self.setup.teacher.teach(part, batch)
         self.parts[micro], self.targets = part, batch.total_tokens

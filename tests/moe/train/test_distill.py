@@ -1,6 +1,7 @@
 """A student: its losses are the formulas, no layout or chunk changes them, and it resumes to the bit."""
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,6 +105,15 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(words, tmp_path):
     made.metrics.close()
     assert float(losses_TP[:, 0].mean().detach()) > 1
     assert float(losses_TP[:, 1:].abs().max().detach()) < 1e-5
+
+
+def test_what_a_lesson_has_read_goes_with_its_micro_batch(words, tmp_path):
+    made, losses_TP = first_losses(tmp_path / "run", [*words, "train.distill.hidden=1"])
+    made.metrics.close()
+    context = weakref.ref(made.parts[0].ctx)
+    del losses_TP
+    made.parts.clear()
+    assert context() is None
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
