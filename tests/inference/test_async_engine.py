@@ -1,6 +1,9 @@
 """The engine's thread: many callers, exactly one end for each request, whatever happens."""
 
 import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,7 +31,7 @@ def serve(make_engine):
         async def main() -> None:
             engine.start()
             try:
-                async with asyncio.timeout(60):
+                async with asyncio.timeout(600):
                     await client(engine)
             finally:
                 engine.shutdown()
@@ -39,6 +42,20 @@ def serve(make_engine):
         assert not engine._streams
 
     return run
+
+
+@contextmanager
+def slowly(engine: AsyncEngine) -> Iterator[None]:
+    """Steps take 0.05 s longer: what is long is still there when a busy machine has come round to look."""
+    hurry, step = threading.Event(), engine._engine.step
+
+    def paced() -> list[RequestOutput]:
+        hurry.wait(0.05)
+        return step()
+
+    engine._engine.step = paced
+    yield
+    hurry.set()
 
 
 async def last(engine: AsyncEngine, prompt, params=GREEDY, request_id=None) -> RequestOutput:
@@ -84,15 +101,16 @@ def test_outputs_are_cumulative_and_a_slow_caller_skips_but_loses_nothing(serve)
 
 def test_leaving_the_iteration_aborts_the_request(serve):
     async def client(engine: AsyncEngine) -> None:
-        stream = engine.generate([1, 2, 3], LONG)
-        await anext(stream)
-        await stream.aclose()
-        await idle(engine)
-        task = asyncio.create_task(last(engine, [1, 2, 3], LONG))
-        while not engine.stats().running:
-            await asyncio.sleep(0.002)
-        task.cancel()
-        await idle(engine)
+        with slowly(engine):
+            stream = engine.generate([1, 2, 3], LONG)
+            await anext(stream)
+            await stream.aclose()
+            await idle(engine)
+            task = asyncio.create_task(last(engine, [1, 2, 3], LONG))
+            while not engine.stats().running:
+                await asyncio.sleep(0.002)
+            task.cancel()
+            await idle(engine)
         assert engine.stats().computed_tokens < 2 * 200
         assert (await last(engine, [4])).finished
 
@@ -101,13 +119,14 @@ def test_leaving_the_iteration_aborts_the_request(serve):
 
 def test_an_abort_by_id_still_delivers_the_end(serve):
     async def client(engine: AsyncEngine) -> None:
-        task = asyncio.create_task(last(engine, [1, 2, 3], LONG, "mine"))
-        while not engine.stats().running:
-            await asyncio.sleep(0.002)
-        engine.abort("mine")
-        engine.abort("mine")
-        engine.abort("unknown")
-        assert (await task).outputs[0].finish_reason == "abort"
+        with slowly(engine):
+            task = asyncio.create_task(last(engine, [1, 2, 3], LONG, "mine"))
+            while not engine.stats().running:
+                await asyncio.sleep(0.002)
+            engine.abort("mine")
+            engine.abort("mine")
+            engine.abort("unknown")
+            assert (await task).outputs[0].finish_reason == "abort"
         await idle(engine)
 
     serve(client)
@@ -115,18 +134,19 @@ def test_an_abort_by_id_still_delivers_the_end(serve):
 
 def test_a_refused_request_raises_at_its_caller_only(serve):
     async def client(engine: AsyncEngine) -> None:
-        healthy = asyncio.create_task(last(engine, [1, 2, 3], LONG, "taken"))
-        while not engine.stats().running:
-            await asyncio.sleep(0.002)
-        for prompt, params, name, message in (
-            ([999], GREEDY, None, "token ids from 0"),
-            ([1] * 256, GREEDY, None, "max_model_len"),
-            ([1], GREEDY, "taken", "must be new"),
-        ):
-            with pytest.raises(RequestError, match=message):
-                await last(engine, prompt, params, name)
-        with pytest.raises(QueueFullError):
-            await last(engine, [1], SamplingParams(n=9))
+        with slowly(engine):
+            healthy = asyncio.create_task(last(engine, [1, 2, 3], LONG, "taken"))
+            while not engine.stats().running:
+                await asyncio.sleep(0.002)
+            for prompt, params, name, message in (
+                ([999], GREEDY, None, "token ids from 0"),
+                ([1] * 256, GREEDY, None, "max_model_len"),
+                ([1], GREEDY, "taken", "must be new"),
+            ):
+                with pytest.raises(RequestError, match=message):
+                    await last(engine, prompt, params, name)
+            with pytest.raises(QueueFullError):
+                await last(engine, [1], SamplingParams(n=9))
         assert len((await healthy).outputs[0].token_ids) == 200
 
     serve(client, max_waiting=8)
@@ -151,10 +171,11 @@ def test_a_crash_tells_everyone_who_waits_the_root_cause(model, byte_level):
 
     async def main() -> None:
         engine.start()
-        waiting = [asyncio.create_task(last(engine, [i + 1], LONG)) for i in range(12)]
-        while engine.stats().steps < 3:
-            await asyncio.sleep(0.002)
-        engine._engine.runner.cache.keys = engine._engine.runner.cache.keys[:, :0]  # the memory is gone
+        with slowly(engine):
+            waiting = [asyncio.create_task(last(engine, [i + 1], LONG)) for i in range(12)]
+            while engine.stats().steps < 3:
+                await asyncio.sleep(0.002)
+            engine._engine.runner.cache.keys = engine._engine.runner.cache.keys[:, :0]  # the memory is gone
         async with asyncio.timeout(10):
             results = await asyncio.gather(*waiting, return_exceptions=True)
         assert {type(result) for result in results} == {EngineStoppedError}
@@ -173,12 +194,13 @@ def test_shutdown_ends_what_runs_and_refuses_what_comes(make_engine):
     async def main() -> None:
         early = asyncio.create_task(last(engine, [1], LONG))
         await asyncio.sleep(0.05)
-        engine.start()
-        assert engine.healthy
-        late = asyncio.create_task(last(engine, [2], LONG))
-        while engine.stats().running < 2:
-            await asyncio.sleep(0.002)
-        engine.shutdown()
+        with slowly(engine):
+            engine.start()
+            assert engine.healthy
+            late = asyncio.create_task(last(engine, [2], LONG))
+            while engine.stats().running < 2:
+                await asyncio.sleep(0.002)
+            engine.shutdown()
         assert [output.outputs[0].finish_reason for output in await asyncio.gather(early, late)] == ["abort", "abort"]
         with pytest.raises(EngineStoppedError, match="shut down"):
             await last(engine, [1])
@@ -214,13 +236,14 @@ def test_a_caller_without_a_task_gets_every_end_and_may_leave(serve):
             await asyncio.sleep(0.002)
         assert [item.finished for item in taken if isinstance(item, RequestOutput)] == [False] * 11 + [True]
         twice: list[RequestOutput | TurnoutError] = []
-        leave = await engine.submit(taken.append, "c", [1, 2], LONG)
-        await engine.submit(twice.append, "c", [1, 2], GREEDY)
-        while not twice:
-            await asyncio.sleep(0.002)
-        assert isinstance(twice[0], RequestError)
-        leave()
-        await idle(engine)
+        with slowly(engine):
+            leave = await engine.submit(taken.append, "c", [1, 2], LONG)
+            await engine.submit(twice.append, "c", [1, 2], GREEDY)
+            while not twice:
+                await asyncio.sleep(0.002)
+            assert isinstance(twice[0], RequestError)
+            leave()
+            await idle(engine)
         assert engine.stats().computed_tokens < 200
 
     serve(client)

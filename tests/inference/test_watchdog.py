@@ -40,21 +40,19 @@ def test_a_step_that_hangs_fails_everyone_and_shows_the_stacks(make_engine, capf
         async for _ in engine.generate(prompt, LONG):
             pass
 
-    async def main() -> float:
+    async def main() -> None:
         engine.start()
         waiting = [asyncio.create_task(one([i + 1])) for i in range(5)]
-        while engine.stats().steps < 2:
+        while engine.healthy and engine.stats().steps < 2:
             await asyncio.sleep(0.01)
-        start = time.monotonic()
         async with asyncio.timeout(30):
             results = await asyncio.gather(*waiting, return_exceptions=True)
         assert [type(result) for result in results] == [EngineStoppedError] * 5
         assert "a step took longer than watchdog_seconds (0.5 s)" in str(results[0])
         with pytest.raises(EngineStoppedError, match="stalled"):
             await one([9])
-        return time.monotonic() - start
 
-    assert asyncio.run(main()) < 10
+    asyncio.run(main())
     assert not engine.healthy
     engine.shutdown()  # does not wait for the step
     stacks = capfd.readouterr().err
