@@ -39,8 +39,15 @@ def poison_one_rank(ep: int, poisoned: str, value: float) -> dict:
     return {"finite": [bad.finite, good.finite], "moved": moved, "moved later": len(moved_later), "all": len(before)}
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("poisoned", ["blocks.0.ffn.experts.w_in", "norm.weight"])
+@pytest.mark.parametrize(
+    ("poisoned", "value"),
+    [
+        ("blocks.0.ffn.experts.w_in", float("nan")),
+        ("norm.weight", float("inf")),
+        pytest.param("blocks.0.ffn.experts.w_in", float("inf"), marks=pytest.mark.full),
+        pytest.param("norm.weight", float("nan"), marks=pytest.mark.full),
+    ],
+)
 @pytest.mark.parametrize("ep", [2, 1])
 def test_a_non_finite_gradient_on_one_rank_moves_no_parameter_on_any(ep, poisoned, value):
     for seen in run_ranks(poison_one_rank, 2, ep, poisoned, value):
@@ -93,7 +100,7 @@ def lose_rank_1(ep: int, when: str) -> str:
     ("ep", "when", "operation"),
     [
         (2, "forward", "gathering of expert counts"),
-        (2, "backward", "all-to-all of expert gradients"),
+        pytest.param(2, "backward", "all-to-all of expert gradients", marks=pytest.mark.full),
         (1, "backward", "sum of the dense gradients"),
     ],
 )
