@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cli import write_json
 from .convert import free_place
+from .sensitivity_plot import draw
 
 if TYPE_CHECKING:
     from .compress import CompressOptions
@@ -42,9 +43,10 @@ def scan_model(path: Path, target: Path, options: "CompressOptions") -> dict[str
         return math.exp(evaluate(model, tokenizer, documents, seq_len=length).val_loss)
 
     layers = {str(i): {name: w_FD for name, w_FD, *_ in places(block)} for i, block in enumerate(model.blocks)}
-    found = {"source": str(path), **asdict(scan(layers, SHARES, perplexity))}
+    scanned = scan(layers, SHARES, perplexity)
+    found = {"source": str(path), **asdict(scanned)}
     write_json(target / SCAN, found)
-    draw(found, target / PICTURE)
+    draw(scanned, target / PICTURE)
     return found
 
 
@@ -54,26 +56,3 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield "block     " + "".join(f"{share:>12.0%}" for share in found["shares"])
     for layer, increases in found["increases"].items():
         yield f"{layer:<10}" + "".join(f"{increase:>+12.3f}" for increase in increases)
-
-
-def draw(found: Mapping[str, Any], path: Path) -> Path:
-    """A curve a block."""
-    from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes, colors = figure.subplots(), colormaps["viridis"]
-    last = max(len(found["increases"]) - 1, 1)
-    for i, (layer, increases) in enumerate(found["increases"].items()):
-        shares = [0.0, *found["shares"]]
-        axes.plot(shares, [0.0, *increases], marker="o", ms=3, color=colors(0.9 * i / last), label=f"block {layer}")
-    axes.set_xlabel("share of zeros, in this block alone")
-    axes.set_ylabel(f"perplexity above {found['dense']:.3g}")
-    axes.set_yscale("symlog", linthresh=max(0.01 * found["dense"], 1e-3))
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7, ncols=2 + last // 12)
-    figure.savefig(path, dpi=120)
-    return path
