@@ -148,8 +148,8 @@ def assert_exact(running: Running, crowd: Crowd, totals: Counter[str]) -> None:
     assert sum(seen[temper] for temper in LEAVES) >= sum(seen[temper] for temper in TEMPERS) // 8
 
 
-def test_600_streams_of_clients_that_stay_leave_or_dawdle(meet):
-    meet(600, growth=64 * MIB)
+def test_2000_streams_of_clients_that_stay_leave_or_dawdle(meet):
+    meet(2000, growth=64 * MIB)
 
 
 @pytest.mark.full
