@@ -215,3 +215,11 @@ def test_a_scan_says_what_zeros_cost_by_block_and_shares_them_out(folder, tmp_pa
     (tmp_path / "scan" / "scan.json").write_text("{}")
     assert main(["compress", str(folder), str(tmp_path / "n"), *(f"{k}={v}" for k, v in options.items())]) == 2
     assert "method=scan" in capsys.readouterr().err
+
+
+def test_calibration_without_text_is_an_error_and_nothing_is_written(folder, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    words = ["method=gptq", f"calibration={tmp_path / 'empty.txt'}", "max_bytes=1000", "speed=false"]
+    assert main(["compress", str(folder), str(tmp_path / "m"), *words]) == 3
+    assert "empty.txt" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
