@@ -14,7 +14,7 @@ from ..moe.config import ModelConfig
 from ..moe.shapes import shapes
 from .cli import Options, parse, write_json
 from .convert import free_place
-from .evaluate import FOREIGN_LEN
+from .evaluate import EvaluateOptions, window
 
 if TYPE_CHECKING:
     from ..moe.compress.walk import Streams
@@ -82,7 +82,7 @@ def main(args: list[str]) -> int:
     if options.method == "scan":
         from .compress_scan import lines, scan_model
 
-        result = scan_model(Path(source), Path(target), options)
+        result = scan_model(Path(source), Path(target), options.data, options.max_bytes)
         told = lines(result)
     else:
         result = compress(Path(source), Path(target), options)
@@ -159,7 +159,7 @@ def texts(path: Path, source: "OwnSource | ForeignSource", options: CompressOpti
 
     cfg = source.cfg
     documents = limit_bytes(read_documents(options.data, "validation"), options.max_bytes)
-    held_out = windows(documents, window(path, cfg))
+    held_out = windows(documents, window(path, cfg, EvaluateOptions()))
     calibration = None
     if options.calibrated:
         documents, length = read_documents(options.calibration, "train"), min(options.seq_len, cfg.max_seq_len)
@@ -173,15 +173,6 @@ def texts(path: Path, source: "OwnSource | ForeignSource", options: CompressOpti
         calibration = Stream(found[: options.samples], BATCH, tokenizer.eos_id, dropless=True)
     before, after = (Stream(held_out, BATCH, tokenizer.eos_id, dropless=False) for _ in range(2))
     return Streams(calibration, before, after)
-
-
-def window(path: Path, cfg: ModelConfig) -> int:
-    """Tokens of a window of held-out text, as `turnout evaluate` has it."""
-    from ..moe.models.store import is_foreign
-
-    if cfg.moe is not None and cfg.moe.capacity_tokens:
-        return cfg.moe.capacity_tokens
-    return min(cfg.max_seq_len, FOREIGN_LEN) if is_foreign(path) else cfg.max_seq_len
 
 
 def _write(path: Path, target: Path, source: Any, how: CompressConfig, partial: Any) -> dict[str, Any]:

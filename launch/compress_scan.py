@@ -4,21 +4,24 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .cli import write_json
 from .convert import free_place
+from .evaluate import EvaluateOptions, window
 from .sensitivity_plot import draw
-
-if TYPE_CHECKING:
-    from .compress import CompressOptions
 
 SHARES = (0.25, 0.5, 0.75)
 SCAN, PICTURE = "scan.json", "scan.png"
 
 
-def scan_model(path: Path, target: Path, options: "CompressOptions") -> dict[str, Any]:
+def scan_model(path: Path, target: Path, data: str, max_bytes: int | None) -> dict[str, Any]:
     """Perplexity with zeros in one block after the other, by magnitude; the whole model is in memory.
+
+    Args:
+        path: the model.
+        target: where scan and picture go.
+        data, max_bytes: held-out text, and how much of it.
 
     Raises:
         ConfigError, CheckpointError: no such model, or a DST that is something else. DataError: there is no text.
@@ -30,14 +33,13 @@ def scan_model(path: Path, target: Path, options: "CompressOptions") -> dict[str
     from ..moe.data.tokenizer import Tokenizer
     from ..moe.eval.perplexity import evaluate, limit_bytes
     from ..moe.models.store import tokenizer_directory
-    from .compress import window
 
     free_place(path, target)
     model = load_model(path, "float32")
     with tokenizer_directory(path) as directory:
         tokenizer = Tokenizer.load(directory)
-    documents = limit_bytes(read_documents(options.data, "validation"), options.max_bytes)
-    length = window(path, model.cfg)
+    documents = limit_bytes(read_documents(data, "validation"), max_bytes)
+    length = window(path, model.cfg, EvaluateOptions())
 
     def perplexity() -> float:
         return math.exp(evaluate(model, tokenizer, documents, seq_len=length).val_loss)

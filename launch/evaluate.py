@@ -131,13 +131,13 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
         with shuffled_experts(model), using(form):
             found["shuffled_loss"] = measure().val_loss
     if options.draft is not None:
-        found["draft"] = drafted(model, tokenizer, documents, _window(path, model.cfg, options), options)
+        found["draft"] = drafted(model, tokenizer, documents, window(path, model.cfg, options), options)
     if options.baselines:
         found["markov"] = markov(read_documents(options.data, "train", tuning), documents, options.order)
     return found
 
 
-def _window(path: Path, cfg: ModelConfig, options: EvaluateOptions) -> int:
+def window(path: Path, cfg: ModelConfig, options: EvaluateOptions) -> int:
     """Tokens of a window; through the engine one less than the longest text, whose last target is in the prompt too."""
     from ..moe.models.store import is_foreign
 
@@ -159,7 +159,7 @@ def _measure(
     from ..moe.eval.perplexity import evaluate
     from ..moe.models.store import tokenizer_directory
 
-    seq_len, kv_dtype, own = _window(path, model.cfg, options), options.kv_dtype, options.deterministic
+    seq_len, kv_dtype, own = window(path, model.cfg, options), options.kv_dtype, options.deterministic
     if model.cfg.encoder is not None:
         rule = "scores texts that are predicted whole, and an encoder-decoder is given most of it"
         check(kv_dtype is None, "kv_dtype", kv_dtype, rule, "leave it out")
