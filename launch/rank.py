@@ -97,6 +97,7 @@ def receive(timeout: float) -> dict[str, Any]:
 
 
 def _train(run: Path, config: RunConfig, stop: StopSignal) -> tuple[int, str]:
+    from ..inference.write import write
     from ..moe.train.loop import train
     from ..parallel import process
     from ..parallel.mesh import build_mesh
@@ -105,7 +106,7 @@ def _train(run: Path, config: RunConfig, stop: StopSignal) -> tuple[int, str]:
         process.start(config.parallel.timeout)
         moe = config.model.moe
         mesh = build_mesh(config.parallel, num_experts=moe.num_experts if moe else None)
-        outcome = train(config, run, mesh, stop)
+        outcome = train(config, run, mesh, stop, write)
     except (TurnoutError, OSError) as error:
         code, reason = exit_code(error), str(error)
         if code in UNANIMOUS:

@@ -113,4 +113,5 @@ def _joined(batches: Sequence[Batch]) -> Batch:
         name: torch.cat([zero, *(getattr(b, name)[1:] + i * length for i, b in enumerate(batches))]).int()
         for name in ("cu_seqlens", "cu_rows")
     }
-    return Batch(**tensors, **borders, total_tokens=batches[0].total_tokens, source=None)
+    total = batches[0].total_tokens
+    return Batch(**tensors, **borders, total_tokens=total, source=None, written_tokens=0)

@@ -59,6 +59,8 @@ class Batch:
         index_T: int64 global token index, the same at every layout and different in every epoch.
         total_tokens: valid targets of the whole GLOBAL batch, the loss's denominator.
         source: what an encoder reads; None without one.
+        written_T: bool, the tokens of rows that the student has written; None = the text has all.
+        written_tokens: those among `total_tokens` that belong to such rows.
     """
 
     tokens_T: Tensor
@@ -70,6 +72,8 @@ class Batch:
     index_T: Tensor
     total_tokens: int
     source: Source | None = None
+    written_T: Tensor | None = None
+    written_tokens: int = 0
 
 
 class Rows:
@@ -172,18 +176,25 @@ class Rows:
         tokens_RS = np.where(valid_RS, self.stream.ids[safe_RS], eos_id).astype(np.int64)
         targets_RS = np.where(valid_RS, self.stream.ids[safe_RS + 1].astype(np.int64), -1)
         begins_RS = (tokens_RS == eos_id) & (offsets_RS <= end)  # padding is one segment, begun at `end`
-        begins_RS[:, 0] = True
-        place_T = np.arange(begins_RS.size)
-        begin_T = begins_RS.reshape(-1)
-        started_T = np.maximum.accumulate(np.where(begin_T, place_T, 0))
+        positions_T, cu_seqlens = segments(begins_RS)
         index_RS = offsets_RS + epochs_R[:, None] * (len(self) * seq_len)
         return Batch(
             tokens_T=torch.from_numpy(tokens_RS.reshape(-1)),
             targets_T=torch.from_numpy(targets_RS.reshape(-1)),
-            positions_T=torch.from_numpy(place_T - started_T),
-            cu_seqlens=torch.from_numpy(np.append(np.flatnonzero(begin_T), begin_T.size).astype(np.int32)),
-            cu_rows=torch.arange(0, begin_T.size + 1, seq_len, dtype=torch.int32),
+            positions_T=positions_T,
+            cu_seqlens=cu_seqlens,
+            cu_rows=torch.arange(0, begins_RS.size + 1, seq_len, dtype=torch.int32),
             valid_T=torch.from_numpy(valid_RS.reshape(-1)),
             index_T=torch.from_numpy(index_RS.reshape(-1)),
             total_tokens=total_tokens,
         )
+
+
+def segments(begins_RS: np.ndarray) -> tuple[Tensor, Tensor]:
+    """`positions_T` and `cu_seqlens` of rows in which documents begin at these places, and one with every row."""
+    begin_T = begins_RS.reshape(-1).copy()
+    begin_T[:: begins_RS.shape[1]] = True
+    place_T = np.arange(begin_T.size)
+    started_T = np.maximum.accumulate(np.where(begin_T, place_T, 0))
+    borders = np.append(np.flatnonzero(begin_T), begin_T.size).astype(np.int32)
+    return torch.from_numpy(place_T - started_T), torch.from_numpy(borders)

@@ -308,6 +308,7 @@ class RunConfig:
         rule = f"compares blocks on ranks of a pipeline (parallel.pp={self.parallel.pp}) with a teacher on the last"
         fits = self.parallel.pp == 1 or not how.hidden
         check(fits, "train.distill.hidden", how.hidden, rule, "use train.distill.hidden=0, or parallel.pp=1")
+        how.check_on_policy(self.engine, self.parallel, self.train.global_batch, self.train.seq_len)
 
     def layout(self, world: int) -> Layout:
         """How `world` ranks share the run.

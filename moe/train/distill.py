@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from torch.utils.checkpoint import checkpoint
 
@@ -27,6 +27,7 @@ from ...parallel.spread import Spread
 from ..data.rows import Batch
 from ..data.tokenizer import Tokenizer
 from ..layers.context import Outlet
+from ..models.context import VarlenContext
 from ..models.decoder import Decoder
 from ..models.store import load_model, tokenizer_directory
 from .config import RunConfig
@@ -47,7 +48,8 @@ class Teacher:
         mesh: where this rank stands. The teacher is loaded whole wherever the student's head is.
 
     Attributes:
-        weights_P: of the losses in a token's loss: cross entropy, the teacher's, distance of hidden states.
+        weights_P: of the losses in a token's loss: cross entropy, the teacher's, distance of hidden states, and the
+            teacher's about what the student has written.
 
     Raises:
         ConfigError: the teacher has another vocabulary, tokenizer, width or form. CheckpointError: it does not read.
@@ -58,6 +60,7 @@ class Teacher:
         self.config, self.mesh = config.train.distill, mesh
         how = self.config
         weights = [1 - how.soft, how.soft * how.temperature**2, *([how.hidden] if how.hidden else [])]
+        weights += [how.temperature**2] if how.on_policy else []
         self.weights_P = torch.tensor(weights, device=mesh.device, dtype=torch.float64)
         self.model: Decoder | None = None
         self.pairs: Mapping[int, int] = {}
@@ -104,7 +107,7 @@ class Lesson:
     spread: Spread | None
 
     def __call__(self, x_TD: Tensor, outlet: Outlet) -> Tensor:
-        """losses_TP, float32 (float64 stays): cross entropy, divergence from the teacher, distance of hidden states."""
+        """losses_TP, float32 (float64 stays), in the order of `Teacher.weights_P`."""
         how, targets_T = self.teacher.config, self.targets_T
         states, y_TC = self._read()
         rows = max(LOGITS // self.teacher.here.cfg.vocab_size, FEWEST)
@@ -118,12 +121,17 @@ class Lesson:
                 for x_nD, y_nC, targets_n in chunks
             ]
         )  # fmt: skip
-        if not how.hidden:
-            return losses_T2
-        pairs = self.teacher.pairs.items()
-        far = [distance(how, self.states.pop(mine), states[theirs]) for mine, theirs in pairs]
-        far_T = torch.stack(far).mean(0).where(targets_T >= 0, 0)
-        return torch.cat([losses_T2, far_T[:, None].to(losses_T2)], -1)
+        losses_TP = losses_T2
+        if how.hidden:
+            pairs = self.teacher.pairs.items()
+            far = [distance(how, self.states.pop(mine), states[theirs]) for mine, theirs in pairs]
+            far_T = torch.stack(far).mean(0).where(targets_T >= 0, 0)
+            losses_TP = torch.cat([losses_T2, far_T[:, None].to(losses_T2)], -1)
+        written_T = self.batch.written_T
+        if written_T is None:
+            return losses_TP
+        written_T1 = written_T.to(losses_TP.device)[:, None]
+        return torch.cat([losses_TP.where(~written_T1, 0), losses_T2[:, 1:].where(written_T1, 0)], -1)
 
     @torch.no_grad()
     def _read(self) -> tuple[dict[int, Tensor], Tensor]:
@@ -195,7 +203,7 @@ def _watch(model: Decoder, layers: Any) -> None:
         model.blocks.get_submodule(str(layer)).register_forward_hook(_keep)
 
 
-def _keep(block: nn.Module, args: tuple[Any, ...], x_TD: Tensor) -> None:
-    states = args[2].states
-    if states is not None:
-        states[block.layer] = x_TD
+def _keep(block: Any, args: tuple[Any, ...], x_TD: Tensor) -> None:
+    ctx = args[2]
+    if isinstance(ctx, VarlenContext) and ctx.states is not None:  # a server's context asks for none
+        ctx.states[block.layer] = x_TD

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...configs.typed import check, check_choices
+from ...parallel.config import ParallelConfig
+
+WRITTEN = "on_policy_loss"  # is a mean over what the student has written; all else over the text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +24,9 @@ class DistillConfig:
         layers: for each of the student's blocks the teacher's that it is held against; null = evenly, last to last.
         stop: share of the run behind which the text alone teaches (DeepSpeed-MoE 2201.05596 §4.2: a small student has
             no room for both to the end); 1 = never.
+        on_policy: share of a step's rows that the student itself writes (GKD, 2306.13649), in whose loss is the
+            teacher's divergence alone, with its whole weight; 0 = none.
+        on_policy_prompt: tokens at the beginning of such a row that stay the text's, and have no loss.
     """
 
     teacher: str
@@ -30,6 +36,8 @@ class DistillConfig:
     distance: Literal["cosine", "mse"] = "cosine"
     layers: tuple[int, ...] | None = None
     stop: float = 1.0
+    on_policy: float = 0.0
+    on_policy_prompt: int = 16
 
     def __post_init__(self) -> None:
         check_choices(self, "train.distill")
@@ -45,6 +53,31 @@ class DistillConfig:
         rule = "says which hidden states are compared, and train.distill.hidden is 0"
         fits = self.layers is None or self.hidden > 0
         check(fits, "train.distill.layers", self.layers, rule, "use train.distill.hidden=1.0, or leave it out")
+        rule, fix = "must lie in [0, 1)", "use 0.5, or 0 for none"
+        check(0 <= self.on_policy < 1, "train.distill.on_policy", self.on_policy, rule, fix)
+        name, prompt = "train.distill.on_policy_prompt", self.on_policy_prompt
+        check(prompt >= 1, name, prompt, "must be at least 1", "use 16")
+
+    def check_on_policy(self, engine: str, parallel: ParallelConfig, global_batch: int, seq_len: int) -> None:
+        """Whether a student can write rows of its own in such a run.
+
+        Raises:
+            ConfigError: it can not.
+        """
+        if not self.on_policy:
+            return
+        rule = "is not built for train.distill.on_policy, for which every rank writes by itself with the whole model"
+        fix = "or train.distill.on_policy=0"
+        check(engine == "native", "engine", engine, rule, f"use engine=native, {fix}")
+        for name in ("ep", "tp", "pp", "cp"):
+            size = getattr(parallel, name)
+            check(size == 1, f"parallel.{name}", size, rule, f"use parallel.{name}=1 (dp has the ranks), {fix}")
+        check(not parallel.fsdp, "parallel.fsdp", True, rule, f"use parallel.fsdp=false, {fix}")
+        rule = f"must leave the text a row of each step's {global_batch} (train.global_batch)"
+        most = 1 - 1 / global_batch
+        check(self.on_policy <= most, "train.distill.on_policy", self.on_policy, rule, f"use {most:.4g} or less")
+        name, rule = "train.distill.on_policy_prompt", f"must leave room in a row of {seq_len} tokens (train.seq_len)"
+        check(self.on_policy_prompt < seq_len, name, self.on_policy_prompt, rule, f"use {seq_len // 2}")
 
     def pairs(self, student: int, teacher: int) -> dict[int, int]:
         """The student's block → the teacher's, of models of so many blocks.
@@ -62,4 +95,5 @@ class DistillConfig:
     @property
     def losses(self) -> tuple[str, ...]:
         """Names of what is measured beside the cross entropy, as `metrics.jsonl` has them."""
-        return ("distill_loss", "hidden_loss") if self.hidden else ("distill_loss",)
+        hidden, own = ("hidden_loss",) if self.hidden else (), (WRITTEN,) if self.on_policy else ()
+        return ("distill_loss", *hidden, *own)

@@ -38,6 +38,7 @@ from .alarm import CollapseAlarm
 from .config import RunConfig
 from .heap import Heap
 from .metrics import Metrics, Window, peak_flops
+from .on_policy import Author, Generate
 from .optim import set_rate
 from .part import Part, part_of
 from .profile import Profile
@@ -65,12 +66,15 @@ class Trainer:
         run: its directory, seen by every rank.
         mesh: where this rank stands.
         stop: whether this rank has been asked to stop.
+        generate: lets the model write, where `train.distill.on_policy` wants it to.
 
     Raises:
         PeerError: another rank is gone. DataError, CheckpointError, ConfigError: as they say.
     """
 
-    def __init__(self, config: RunConfig, run: Path, mesh: Mesh, stop: Callable[[], bool]) -> None:
+    def __init__(
+        self, config: RunConfig, run: Path, mesh: Mesh, stop: Callable[[], bool], generate: Generate | None = None
+    ) -> None:
         torch.manual_seed(config.seed)
         self.heap = Heap()
         self.config, self.run_dir, self.mesh, self.stop = config, run, mesh, stop
@@ -92,8 +96,11 @@ class Trainer:
         self.counts: dict[int, Tensor] = {}  # layer → this step's load of each expert, for biases
         self.parts: dict[int, Part] = {}  # this step's micro-batches whose forward pass is not done
         self.targets = 0  # valid targets of this step's global batch
+        self.written = 0  # those of them that the student has written
         self.taught = False  # whether the teacher has a say in this step
-        names = config.train.distill.losses if config.train.distill else ()
+        how = config.train.distill
+        on_policy, names = how is not None and how.on_policy > 0, how.losses if how else ()
+        self.author = Author(config, self.setup.rows, self.setup.model, generate) if on_policy else None
         # of this step: this rank's part of the global batch's means
         self.losses_P = torch.zeros(1 + len(names), dtype=torch.float64, device=mesh.device)
         self.window = Window(config.model.moe_layers, moe, mesh.device, traffic_of(self.setup.model), names)
@@ -183,12 +190,13 @@ class Trainer:
         if not result.finite:
             self._skip(float(self.losses_P[0]), result.grad_norm)
             return None
-        if config.train.spike is not None and self._rewound(self.losses_P[0], config.train.spike):
+        loss = self.losses_P[0] * self.targets / (self.targets - self.written)
+        if config.train.spike is not None and self._rewound(loss, config.train.spike):
             return None
         if self.trace is not None:
             self.trace.write(self.now.step)
         self._move_biases()
-        self.window.end_step(self.targets, self.taught)
+        self.window.end_step(self.targets, self.taught, self.written)
         self.now = replace(
             self.now,
             step=self.now.step + 1,
@@ -204,10 +212,10 @@ class Trainer:
 
     def _inputs(self, micro: int) -> tuple[Any, ...]:
         """The model's arguments for one micro-batch."""
-        train, mesh, step = self.config.train, self.mesh, self.now.step
-        batch = self.setup.rows.batch(
-            self._cursor(self.skipped), train.global_batch, mesh.dp_rank, mesh.dp_size, micro, train.micro_batch
-        )
+        train, mesh, step, cursor = self.config.train, self.mesh, self.now.step, self._cursor(self.skipped)
+        batch = self.setup.rows.batch(cursor, train.global_batch, mesh.dp_rank, mesh.dp_size, micro, train.micro_batch)
+        if self.author is not None and self.taught:
+            batch = self.author.rewrite(batch, cursor, step)
         replay = None if self.replay is None else partial(self.replay.decisions, step)
         part = part_of(
             batch, mesh, replay,
@@ -217,7 +225,7 @@ class Trainer:
         part.ctx.loss = lambda x_TD, outlet: outlet.losses(x_TD, targets_T)
         if self.setup.teacher is not None and self.taught:
             self.setup.teacher.teach(part, batch)
-        self.parts[micro], self.targets = part, batch.total_tokens
+        self.parts[micro], self.targets, self.written = part, batch.total_tokens, batch.written_tokens
         return part.inputs
 
     def _loss(self, micro: int, losses: Tensor) -> Tensor:
@@ -373,6 +381,8 @@ class Trainer:
             self.trace.discard()
 
 
-def train(config: RunConfig, run: Path, mesh: Mesh, stop: Callable[[], bool]) -> Outcome:
+def train(
+    config: RunConfig, run: Path, mesh: Mesh, stop: Callable[[], bool], generate: Generate | None = None
+) -> Outcome:
     """Set up one rank and run it; see `Trainer`."""
-    return Trainer(config, run, mesh, stop).run()
+    return Trainer(config, run, mesh, stop, generate).run()

@@ -23,6 +23,7 @@ from ..routing.record import Routing
 from ..routing.stats import RoutingStats
 from .alarm import Event
 from .config import LogConfig
+from .distill_config import WRITTEN
 from .sinks import Sinks
 
 Reduce = Callable[[Tensor], Tensor]
@@ -59,7 +60,7 @@ class Window:
         self.losses.zero_()
         self.routing.clear()
         self.traffic.clear()
-        self.tokens = self.taught_tokens = self.steps = 0
+        self.tokens = self.text_tokens = self.taught_tokens = self.written_tokens = self.steps = 0
         self.since = time.perf_counter()
 
     def add_loss(self, losses_P: Tensor) -> None:
@@ -75,10 +76,12 @@ class Window:
                 aux_A = torch.stack([routing.aux[name].double() for name in self.coefficients])
                 self.losses[-len(aux_A) :] += aux_A
 
-    def end_step(self, tokens: int, taught: bool = False) -> None:
-        """An optimizer step over `tokens` target tokens of the whole global batch is complete."""
+    def end_step(self, tokens: int, taught: bool = False, written: int = 0) -> None:
+        """An optimizer step over `tokens` targets of the whole global batch, `written` by the student, is complete."""
         self.tokens += tokens
-        self.taught_tokens += tokens if taught else 0
+        self.text_tokens += tokens - written
+        self.taught_tokens += tokens - written if taught else 0
+        self.written_tokens += written
         self.steps += 1
 
     @contextmanager
@@ -100,11 +103,8 @@ class Window:
         aux = {name: value / max(self.steps, 1) for name, value in zip(self.coefficients, sums_A, strict=True)}
         speed = self.tokens / seconds
         return {
-            "loss": nats / max(self.tokens, 1),
-            **{
-                name: value / self.taught_tokens if self.taught_tokens else None
-                for name, value in zip(self.taught, lessons, strict=True)
-            },
+            "loss": nats / max(self.text_tokens, 1),
+            **{name: self._taught(name, value) for name, value in zip(self.taught, lessons, strict=True)},
             "aux_loss": sum((self.coefficients[name] * value for name, value in aux.items()), 0.0),
             **{f"aux/{name}": value for name, value in aux.items()},
             "z_loss": aux.get("z", 0.0),
@@ -113,6 +113,11 @@ class Window:
             **self._exchanged(total[first:last].tolist(), seconds),
             **self.routing.fields(total[last:].view(counted.shape)),
         }
+
+    def _taught(self, name: str, value: float) -> float | None:
+        """The mean of a sum that a teacher adds, over the tokens that it is about; None without any."""
+        tokens = self.written_tokens if name == WRITTEN else self.taught_tokens
+        return value / tokens if tokens else None
 
     def _exchanged(self, sums: Sequence[float], seconds: float) -> dict[str, float]:
         """A rank's mean traffic of one optimizer step; nothing when no rank has any."""
