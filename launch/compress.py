@@ -17,6 +17,7 @@ from .convert import free_place
 from .evaluate import EvaluateOptions, window
 
 if TYPE_CHECKING:
+    from ..moe.compress.partial import Partial
     from ..moe.compress.walk import Streams
     from ..moe.families.reading import ForeignSource, OwnSource
 
@@ -175,7 +176,9 @@ def texts(path: Path, source: "OwnSource | ForeignSource", options: CompressOpti
     return Streams(calibration, before, after)
 
 
-def _write(path: Path, target: Path, source: Any, how: CompressConfig, partial: Any) -> dict[str, Any]:
+def _write(
+    path: Path, target: Path, source: "OwnSource | ForeignSource", how: CompressConfig, partial: "Partial"
+) -> dict[str, Any]:
     """The model directory; sizes before and after."""
     from ..moe.compress.methods import target as target_config
     from ..moe.models.store import TOKENIZER, save_model, tokenizer_directory
@@ -225,9 +228,8 @@ def speeds(path: Path, target: Path) -> dict[str, Any]:
 
 def describe(report: Mapping[str, Any]) -> Iterator[str]:
     """The report for a person."""
-    mb = 1e6
     yield f"{report['source']} -> {report['target']} ({report['method']}, {report['seconds']:.1f} s)"
-    before, after = report["bytes_before"] / mb, report["bytes_after"] / mb
+    before, after = report["bytes_before"] / 1e6, report["bytes_after"] / 1e6
     yield (
         f"size            {before:,.1f} -> {after:,.1f} MB, {report['smaller']:.2f} x smaller, "
         f"{report['bits_per_weight']:.2f} bits a weight"
