@@ -247,7 +247,7 @@ def asked() -> str | None:
 
 def invariant() -> bool:
     """Whether batch-invariant forms are wanted here."""
-    return not torch.compiler.is_compiling() and _forced.get() == "invariant"
+    return not torch.compiler.is_compiling() and _forced.get() in ("invariant", "rows")
 
 
 def _order() -> tuple[tuple[str, ...], bool]:

@@ -81,9 +81,9 @@ class Form:
     max_tokens: int
 
 
-FULL = Form(length=("train.seconds=180",), eval_bytes=None, order=5, shuffled=0.02, max_tokens=96)
+FULL = Form(length=("train.seconds=null", "train.steps=600"), eval_bytes=None, order=5, shuffled=0.02, max_tokens=96)
 QUICK = Form(
-    length=("train.seconds=null", "train.steps=160"), eval_bytes=100_000, order=2, shuffled=0.005, max_tokens=32
+    length=("train.seconds=null", "train.steps=100"), eval_bytes=100_000, order=2, shuffled=0.005, max_tokens=32
 )
 
 

@@ -2,7 +2,7 @@
 
 The parts of a forward pass come one after another, so the peak is what lasts through all of it and the largest of
 attention, a feed-forward network, an expert stack and the logits. Each is counted as the forms in `kernels/torch_ops`
-have it, with the temporaries that live together.
+have it, with the temporaries that live together; attention in C++ has none.
 
 T tokens of a step, B requests, L longest sequence, D width, H heads, G kv heads, d head size, F hidden width, E
 experts, K choices, V vocabulary, w bytes of a number, W of one in the precision of softmax, norms and routers.
@@ -39,6 +39,7 @@ class Activations:
         ranks: that divide the experts. All of them may send all of their tokens to the experts of one.
         tp: ranks that divide a step's tokens between the layers.
         replicas: each with a step of its own; rank 0 samples for all of them.
+        in_place: attention reads the pages where they lie and writes its result alone.
     """
 
     model: ModelConfig
@@ -48,6 +49,7 @@ class Activations:
     ranks: int = 1
     tp: int = 1
     replicas: int = 1
+    in_place: bool = False
 
     @property
     def total(self) -> int:
@@ -83,9 +85,13 @@ class Activations:
     def attention(self) -> int:
         """Projections, and the larger of one sequence's chunk and all sequences' next tokens."""
         model, latent = self.model, self.model.attention.latent
-        query = model.head_dim if latent is None else latent.rank + latent.rope_dim + model.head_dim
-        heads = model.heads * query + 2 * model.kv_heads * model.head_dim
-        projections = self.tokens * heads * (3 * self.w + 3 * self.wide)
+        query, keys = model.head_dim, 2 * model.kv_heads * model.head_dim
+        if latent is not None:
+            query += latent.rank + latent.rope_dim
+            keys = latent.rank + latent.rope_dim if self.in_place else keys  # all heads read a token's one row
+        projections = self.tokens * (model.heads * query + keys) * (3 * self.w + 3 * self.wide)
+        if self.in_place:
+            return projections
         step, batch = self.tokens, min(self.config.max_num_seqs, self.tokens)
         found = [self._attend(1, step, self.length), self._attend(batch, 1, self.length)]
         if model.encoder is not None:
@@ -148,5 +154,6 @@ class Activations:
     def logits(self) -> int:
         """Of every request, with what the sampler makes of them; before that a slice of a prompt's."""
         rows = min(self.config.max_num_seqs, self.tokens) * self.replicas
-        prompts = max(LOGITS, self.model.vocab_size) * (self.w + 3 * self.wide)
+        slices = max(min(LOGITS, self.tokens * self.model.vocab_size), self.model.vocab_size)
+        prompts = slices * (self.w + 3 * self.wide)
         return max(rows * self.model.vocab_size * (self.w + self.wide + SAMPLING), prompts)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ... import ConfigError
+from ...kernels.cpp.attention import attends_in_place
 from ...moe.config import ModelConfig
 from ..config import EngineConfig
 from .activations import Activations
@@ -96,12 +97,12 @@ def plan_memory(
     """
 
     each = page_bytes(model, config.block_size, counted=config.moe_capacity == "trained")
+    shape: dict[str, Any] = {"model": model, "config": config, "dtype": dtype, "ranks": ranks, "tp": tp}
+    in_place = device == "cpu" and attends_in_place(dtype)
 
     def plan(kv: KVPlan) -> MemoryPlan:
         length = min(max_model_len, kv.tokens)
-        worst = Activations(
-            model=model, config=config, length=length, dtype=dtype, ranks=ranks, tp=tp, replicas=replicas
-        )
+        worst = Activations(length=length, replicas=replicas, in_place=in_place, **shape)
         step, routing = worst.total + WORKSPACE, kv.num_blocks * each
         return MemoryPlan(weights=weights, activations=step, kv=kv, routing=routing, free=free)
 

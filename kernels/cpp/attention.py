@@ -19,6 +19,11 @@ from .call import INT8, TYPES, call, differentiable, fits, inferring, pointer
 ATTENTION = Struct("11P18qf4x")  # `Attention` of attention.h
 
 
+def attends_in_place(dtype: torch.dtype) -> bool:
+    """Whether inference with rows of this type reads keys and values where they lie, and writes its result alone."""
+    return dtype in TYPES and library() is not None
+
+
 def varlen_attention_fits(
     q_THd: Tensor,
     k_TGd: Tensor,

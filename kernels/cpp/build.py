@@ -80,7 +80,8 @@ def load_units(
         raise UnbuiltError(f"no compiler: install one of {', '.join(COMPILERS)}")
     command = (compiler, *flags)
     version = subprocess.run((compiler, "--version"), capture_output=True, text=True, check=False).stdout  # noqa: S603
-    key = repr((command, last, version, [path.read_text(encoding="utf-8") for path in sources]))
+    made_of = [path.read_text(encoding="utf-8") for path in sources]
+    key = repr((command, [unit.name for unit in units], last, version, made_of))
     folder = _folder()
     built = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     with (folder / "lock").open("w") as lock:
