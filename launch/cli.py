@@ -8,8 +8,9 @@ at its FIRST `=` and its value is taken literally (no YAML, no quoting rules bey
 import dataclasses
 import difflib
 import json
+import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,10 +60,22 @@ def parse(cls: type[C], args: Sequence[str], words: Sequence[str] | None = None)
 
 
 def write_json(path: str | Path | None, result: object) -> None:
-    """Write `result` (plain JSON types) to `path`, indented, folders made; None writes nothing."""
+    """Write `result` (plain JSON types) to `path`, indented, folders made; None writes nothing.
+
+    JSON has no NaN and no infinity: they become null.
+    """
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for floats that are no number or infinite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _place(mapping: dict[str, Any], cls: type, key: str, text: str) -> None:

@@ -14,7 +14,7 @@ from ..moe.config import ModelConfig
 from ..moe.shapes import shapes
 from .cli import Options, parse, write_json
 from .convert import free_place
-from .evaluate import EvaluateOptions, window
+from .evaluate import EvaluateOptions, perplexity, window
 
 if TYPE_CHECKING:
     from ..moe.compress.partial import Partial
@@ -202,7 +202,7 @@ def _numbers(cfg: ModelConfig) -> int:
 
 def losses_of(losses: Mapping[str, float]) -> dict[str, Any]:
     """Nats a token as perplexities."""
-    before, after = (math.exp(losses[name]) for name in ("before", "after"))
+    before, after = (perplexity(losses[name]) for name in ("before", "after"))
     return {
         "loss_before": losses["before"], "loss_after": losses["after"],
         "perplexity_before": before, "perplexity_after": after, "perplexity_increase": after / before - 1,

@@ -1,6 +1,7 @@
 """A picture of a compressed model: what it saves, what it costs, and how far its routers still agree."""
 
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,8 @@ def draw(report: Mapping[str, Any], path: Path) -> Path:
 
 
 def _bars(axes: "Axes", name: str, before: float, after: float) -> None:
-    bars = axes.bar(["before", "after"], [before, after], color=[BEFORE, AFTER], width=0.6)
+    heights = [value if isfinite(value) else 0.0 for value in (before, after)]
+    bars = axes.bar(["before", "after"], heights, color=[BEFORE, AFTER], width=0.6)
     axes.bar_label(bars, labels=[f"{value:,.4g}" for value in (before, after)], padding=2)
     axes.set_title(name, fontsize=10)
     axes.margins(y=0.15)

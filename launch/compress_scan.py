@@ -1,6 +1,5 @@
 """What zeros cost in each block alone: `turnout compress CKPT DST method=scan`."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from .cli import write_json
 from .convert import free_place
-from .evaluate import EvaluateOptions, window
+from .evaluate import EvaluateOptions, perplexity, window
 from .sensitivity_plot import draw
 
 SHARES = (0.25, 0.5, 0.75)
@@ -41,11 +40,11 @@ def scan_model(path: Path, target: Path, data: str, max_bytes: int | None) -> di
     documents = limit_bytes(read_documents(data, "validation"), max_bytes)
     length = window(path, model.cfg, EvaluateOptions())
 
-    def perplexity() -> float:
-        return math.exp(evaluate(model, tokenizer, documents, seq_len=length).val_loss)
+    def measure() -> float:
+        return perplexity(evaluate(model, tokenizer, documents, seq_len=length).val_loss)
 
     layers = {str(i): {name: w_FD for name, w_FD, *_ in places(block)} for i, block in enumerate(model.blocks)}
-    scanned = scan(layers, SHARES, perplexity)
+    scanned = scan(layers, SHARES, measure)
     found = {"source": str(path), **asdict(scanned)}
     write_json(target / SCAN, found)
     draw(scanned, target / PICTURE)

@@ -120,7 +120,7 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
         "split": options.split,
         **({} if options.kv_dtype is None else {"kv_dtype": options.kv_dtype}),
         "loss": result.val_loss,
-        "perplexity": math.exp(result.val_loss),
+        "perplexity": perplexity(result.val_loss),
         **({} if result.bits_per_byte is None else {"bits_per_byte": result.bits_per_byte}),
         "tokens": result.tokens,
         "bytes": result.bytes,
@@ -135,6 +135,14 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
     if options.baselines:
         found["markov"] = markov(read_documents(options.data, "train", tuning), documents, options.order)
     return found
+
+
+def perplexity(nats: float) -> float:
+    """e^nats of a loss in nats a token; infinity where no float reaches: e^710 and beyond."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 def window(path: Path, cfg: ModelConfig, options: EvaluateOptions) -> int:

@@ -83,3 +83,9 @@ def test_results_are_written_as_json_where_asked(tmp_path):
     write_json(None, {"a": 1})
     write_json(tmp_path / "new" / "out.json", {"a": 1})
     assert json.loads((tmp_path / "new" / "out.json").read_text()) == {"a": 1}
+
+
+def test_json_has_null_where_a_number_is_none(tmp_path):
+    write_json(tmp_path / "out.json", {"a": float("inf"), "b": [1.5, float("nan")], "c": ({"d": -float("inf")},)})
+    text = (tmp_path / "out.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": None, "b": [1.5, None], "c": [{"d": None}]}

@@ -62,6 +62,18 @@ def test_the_result_is_a_model_with_its_report_and_picture_beside_it(eight):
     assert "same experts" in lines
 
 
+def test_a_perplexity_that_no_float_holds_is_told_as_infinite(folder, tmp_path):
+    model = load_model(folder)
+    tensors = {name: (1e5 if name == "norm.weight" else 1) * weight for name, weight in model.state_dict().items()}
+    save_model(tmp_path / "wild", MODEL, tensors, folder)
+    found = compress(tmp_path / "wild", tmp_path / "m", CompressOptions(method="int8", **(SMALL | {"max_bytes": 500})))
+    assert found["loss_after"] > 710
+    assert "inf -> inf" in "\n".join(verb.describe(found))
+    read = json.loads((tmp_path / "m" / "compress.json").read_text(), parse_constant=pytest.fail)
+    assert (read["perplexity_after"], read["loss_after"]) == (None, found["loss_after"])
+    assert (tmp_path / "m" / "compress.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_it_is_served_like_any_model(eight, capsys):
     target, _ = eight
     assert main(["generate", str(target), "prompt=import ", "max_tokens=4"]) == 0
