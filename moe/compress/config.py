@@ -1,6 +1,6 @@
 """What `turnout compress` does to a model: a frozen dataclass, validated at birth. No torch here."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from ...configs.typed import check, check_choices
@@ -25,6 +25,21 @@ MethodName = Literal[
 ROUNDING = ("int8", "int4", "fp8", "w8a8", "gptq")
 SPARSE = ("magnitude", "wanda", "sparsegpt")
 CALIBRATED = ("gptq", "wanda", "sparsegpt", "channels", "experts", "merge")
+ROUNDED = ("scale", "group", "zero", "clip", "percentile", "smooth", "embedding")  # how what is rounded is stored
+BELONGS = {
+    "bits": ("gptq", "sparsegpt"),
+    "damp": ("gptq", "sparsegpt"),
+    "act_order": ("gptq",),
+    "sparsity": SPARSE,
+    "pattern": SPARSE,
+    "shares": SPARSE,
+    "scope": ("magnitude",),
+    "keep": ("channels",),
+    "num_experts": ("experts", "merge"),
+    "num_layers": ("layers",),
+    "by": ("experts",),
+}
+"""The methods of which a setting says something."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +51,8 @@ class CompressConfig:
             the second moments of what they meet; `magnitude`, `wanda`, `sparsegpt`: zeros; `channels`: fewer hidden
             units; `experts`, `merge`: fewer experts, the others left out or merged into those that stay; `layers`:
             fewer blocks; `scan`: no model, but what zeros cost in each block alone.
-        bits: of `gptq`, 8 or 4.
+        bits: of `gptq`, 8 or 4, null = 4; of `sparsegpt` what the weights that stay are rounded to on the way, null =
+            they are not.
         scale: what shares one: the whole matrix, a row, or `group` numbers of a row; null = a row of eight bits, a
             group of four.
         group: numbers of a group.
@@ -65,7 +81,7 @@ class CompressConfig:
     """
 
     method: MethodName = "int8"
-    bits: int = 4
+    bits: int | None = None
     scale: Literal["tensor", "channel", "group"] | None = None
     group: int = BLOCK
     zero: bool = False
@@ -95,37 +111,41 @@ class CompressConfig:
             check(getattr(self, name) >= least, name, getattr(self, name), f"must be at least {least}", f"use {least}")
         for name in ("keep", "damp"):
             check(0 < getattr(self, name) <= 1, name, getattr(self, name), "must lie in (0, 1]", "use a share")
-        check(self.bits in (4, 8), "bits", self.bits, "must be 4 or 8", "use 4")
+        check(self.bits in (None, 4, 8), "bits", self.bits, "must be 4 or 8", "use 4")
         check(0 <= self.sparsity < 1, "sparsity", self.sparsity, "must lie in [0, 1)", "use 0.5")
         check(0 < self.percentile <= 100, "percentile", self.percentile, "must lie in (0, 100]", "use 99.9")
-        fits = self.smooth is None or (0 < self.smooth <= 1 and self.method in ROUNDING)
-        check(fits, "smooth", self.smooth, "must lie in (0, 1] and goes with rounding", "use 0.5, or null")
+        fits = self.smooth is None or 0 < self.smooth <= 1
+        check(fits, "smooth", self.smooth, "must lie in (0, 1]", "use 0.5, or null")
         fits = not self.routed or self.num_experts is not None
         check(fits, "num_experts", None, f"is what method={self.method} needs", "say how many stay")
         fits = self.method != "layers" or self.num_layers is not None
         check(fits, "num_layers", None, "is what method=layers needs", "say how many stay")
-        fits = self.shares is None or (self.method in SPARSE and self.scope == "layer" and self.pattern is None)
+        fits = self.shares is None or (self.scope == "layer" and self.pattern is None)
         check(fits, "shares", self.shares, "goes with zeros anywhere and scope=layer", "leave it out")
-        fits = self.scope == "layer" or (self.method == "magnitude" and self.pattern is None)
-        rule = "goes with method=magnitude and no pattern"
-        check(fits, "scope", self.scope, rule, "use scope=layer")
+        fits = self.scope == "layer" or self.pattern is None
+        check(fits, "scope", self.scope, "goes with no pattern", "use scope=layer")
         check(
             self.sparsity == 0.5 or self.pattern is None, "sparsity", self.sparsity, "follows from pattern", "leave it"
         )
         self._check_pattern()
-        if self.quantization is not None:
-            check(self.scale != "tensor" or not self.zero, "zero", True, "needs a scale a row or group", "use channel")
+        self._check_method()
+        self._check_scale()
 
     @property
     def calibrated(self) -> bool:
         """Whether the method must see text."""
-        weighs = self.method in ROUNDING and self.clip == "mse"
+        weighs = self.rounds and self.clip == "mse"
         return self.method in CALIBRATED or self.migration is not None or weighs
 
     @property
     def clipping(self) -> Literal["max", "percentile", "mse"]:
         """What `clip` means."""
         return self.clip or ("mse" if self.method == "gptq" else "max")
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weights are stored in eight or four bits afterwards."""
+        return self.method in ROUNDING or (self.method == "sparsegpt" and self.bits is not None)
 
     @property
     def routed(self) -> bool:
@@ -150,20 +170,46 @@ class CompressConfig:
         n, _, m = self.pattern.partition(":")
         return Sparsity(share=1 - int(n) / int(m), span=int(m))
 
+    def _check_method(self) -> None:
+        """Refuse a setting, other than it comes, that says nothing of the method."""
+        rounding = (*ROUNDING, "sparsegpt") if self.bits is not None else ROUNDING
+        for name, methods in {**dict.fromkeys(ROUNDED, rounding), **BELONGS}.items():
+            fits = self.method in methods or getattr(self, name) == DEFAULTS[name]
+            rule = f"goes with method={', '.join(methods)}, not {self.method}"
+            check(fits, name, getattr(self, name), rule, "leave it out, or use such a method")
+
+    def _check_scale(self) -> None:
+        """Refuse forms in which no matrix is stored."""
+        fits = not self.rounds or self._bits == 8 or self.scale in (None, "group")
+        check(fits, "scale", self.scale, "must be group for four bits", "use group, or null")
+        fits = self.group >= BLOCK and self.group % BLOCK == 0
+        check(fits, "group", self.group, f"must be a multiple of {BLOCK}", f"use {BLOCK}")
+        fits = self.method != "fp8" or self.scale != "group"
+        check(fits, "scale", self.scale, "must be a row's or the matrix' for method=fp8", "use channel, or null")
+        fits = not self.zero or (self.method != "fp8" and self.scale != "tensor")
+        check(fits, "zero", self.zero, "goes with whole numbers and a scale a row or group", "use zero=false")
+
     def _check_pattern(self) -> None:
         n, colon, m = (self.pattern or "2:4").partition(":")
-        fits = bool(colon) and n.isdigit() and m.isdigit() and 0 < int(n) < int(m)
+        fits = bool(colon) and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)
         check(fits, "pattern", self.pattern, "must be n:m, n of m numbers kept", "use 2:4, or null")
+
+    @property
+    def _bits(self) -> Literal[8, 4]:
+        """Of a weight that is rounded."""
+        return 4 if self.method == "int4" or (self.method in ("gptq", "sparsegpt") and self.bits != 8) else 8
 
     @property
     def quantization(self) -> QuantizationConfig | None:
         """How the matrices are stored afterwards; null = whole."""
-        if self.method not in ROUNDING:
+        if not self.rounds:
             return None
-        bits: Literal[8, 4] = 4 if self.method == "int4" or (self.method == "gptq" and self.bits == 4) else 8
-        scale = self.scale or ("group" if bits == 4 else "channel")
-        made = QuantizationConfig(
-            bits=8, kind="float" if self.method == "fp8" else "int",
+        scale = self.scale or ("group" if self._bits == 4 else "channel")
+        return QuantizationConfig(
+            bits=self._bits, kind="float" if self.method == "fp8" else "int", zero=self.zero,
+            group=self.group if scale == "group" else None,
             rows="int8" if self.method == "w8a8" else "float", embedding=self.embedding,
         )  # fmt: skip
-        return replace(made, bits=bits, group=self.group if scale == "group" else None, zero=self.zero)
+
+
+DEFAULTS = {each.name: each.default for each in fields(CompressConfig)}

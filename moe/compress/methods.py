@@ -18,9 +18,10 @@ from .clipping import ScaleRule
 from .config import SPARSE, CompressConfig
 from .experts import fewer_experts, prune_experts
 from .gptq import Fitted, gptq
+from .joint import prune_and_round
 from .layers import shallower, spread
 from .merging import merge_experts
-from .pruning import prune_block
+from .pruning import Pruned, prune_block, told
 from .rounding import round_weight
 from .routed import Routed
 from .scores import global_shares
@@ -105,7 +106,7 @@ class Method:
             return narrow_block(block, self.target, met, how.min_rows)
         if how.routed:
             return self._fewer(block, Routed.joined(routed)) if isinstance(block.ffn, MoE) else {}
-        if how.method in SPARSE:
+        if how.method in SPARSE and how.quantization is None:
             return prune_block(block, met, how, self.shares.get(block.layer, {}))
         return self._round(block, met)
 
@@ -118,16 +119,20 @@ class Method:
 
     def _round(self, block: Block, met: Met) -> Notes:
         """Rounded layers in the places of whole ones."""
-        how, found, made = self.how, list[Fitted](), defaultdict[str, list[QuantizedWeight]](list)
+        how, made = self.how, defaultdict[str, list[QuantizedWeight]](list)
+        fitted, pruned, shares = list[Fitted](), list[Pruned](), self.shares.get(block.layer, {})
         assert how.quantization is not None
         rule = ScaleRule(clip=how.clipping, percentile=how.percentile, whole=how.scale == "tensor")
         for name, w_FD, stack, expert in places(block):
             cfg = how.quantization.of_width(w_FD.shape[1])
+            settings: dict[str, Any] = {"damp": how.damp, "min_rows": how.min_rows if name != stack else 1}
             if how.method == "gptq":
-                rows = how.min_rows if name != stack else 1
-                settings: dict[str, Any] = {"damp": how.damp, "act_order": how.act_order, "min_rows": rows}
-                w, fitted = gptq(w_FD, met[stack][expert], cfg, rule, name=name, **settings)
-                found.append(fitted)
+                w, one = gptq(w_FD, met[stack][expert], cfg, rule, name=name, act_order=how.act_order, **settings)
+                fitted.append(one)
+            elif how.method == "sparsegpt":
+                zeros = replace(how.zeros, share=shares.get(name, how.zeros.share))
+                w, thinned = prune_and_round(w_FD, met[stack][expert], zeros, cfg, rule, name=name, **settings)
+                pruned.append(thinned)
             else:
                 w = round_weight(w_FD, cfg, rule, met[stack][expert] if met else None, name=name)
             made[stack].append(w)
@@ -136,8 +141,10 @@ class Method:
         for name, experts in list(stacks(block)):
             w_in, w_out = (stacked(made[f"{name}.{stack}"]) for stack in ("w_in", "w_out"))
             block.set_submodule(name, QuantizedExperts(experts, w_in, w_out))
-        before, after = (sum(getattr(one, of) for one in found) for of in ("before", "after"))
-        by_weights = {one.name: one.fallback for one in found if one.fallback}
+        if pruned:
+            return told(pruned)
+        before, after = (sum(getattr(one, of) for one in fitted) for of in ("before", "after"))
+        by_weights = {one.name: one.fallback for one in fitted if one.fallback}
         return {"error": after / before if before else None, "by_weights": by_weights}
 
 

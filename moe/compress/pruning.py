@@ -3,7 +3,7 @@
 F output width, D input width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -28,6 +28,7 @@ class Pruned:
 
     Attributes:
         name: the matrix'.
+        weights: how many it has.
         sparsity: share of its weights that are zero now.
         error: Σ ‖(W - Ŵ) x‖² over the rows x that were seen, tr(Δ·G·Δᵀ); None where no Gram matrix was kept.
         energy: Σ ‖W x‖² of the same rows.
@@ -35,6 +36,7 @@ class Pruned:
     """
 
     name: str
+    weights: int
     sparsity: float
     error: float | None
     energy: float | None
@@ -42,12 +44,29 @@ class Pruned:
 
 
 def prune(
-    w_FD: Tensor, seen: Seen, sparsity: Sparsity, method: Method, *, name: str, min_rows: int = 1, damp: float = DAMP
+    w_FD: Tensor,
+    seen: Seen,
+    sparsity: Sparsity,
+    method: Method,
+    *,
+    name: str,
+    min_rows: int = 1,
+    damp: float = DAMP,
+    rounded: Callable[[Tensor, int], Tensor] | None = None,
 ) -> tuple[Tensor, Pruned]:
     """A matrix with zeros, of the same shape and dtype, and what became of it.
 
     Magnitudes decide where calibration can not: fewer than `min_rows` rows, rows of zeros only, a Hessian that is not
-    positive definite.
+    positive definite; they leave the kept weights as they are.
+
+    Args:
+        w_FD: any floating dtype.
+        seen: with its Gram matrix for `sparsegpt`.
+        sparsity: which share goes.
+        method: who chooses.
+        name: the matrix'.
+        min_rows: fewer say too little.
+        damp, rounded: as of `sparsegpt`.
 
     Raises:
         NonFiniteError: NaN or infinity in the weights or in what was seen.
@@ -65,11 +84,11 @@ def prune(
         elif method == "wanda":
             new_FD = wanda(w_FD, seen, sparsity)
         else:
-            new_FD = sparsegpt(w_FD, seen, sparsity, damp)
+            new_FD = sparsegpt(w_FD, seen, sparsity, damp, rounded)
     except torch.linalg.LinAlgError:
         fallback, new_FD = "its Hessian is not positive definite", magnitude(w_FD, sparsity)
     zeros = float((new_FD == 0).double().mean())
-    return new_FD, Pruned(name, zeros, _energy(w_FD - new_FD, seen), _energy(w_FD, seen), fallback)
+    return new_FD, Pruned(name, w_FD.numel(), zeros, energy(w_FD - new_FD, seen), energy(w_FD, seen), fallback)
 
 
 @torch.no_grad()
@@ -89,27 +108,30 @@ def prune_block(block: nn.Module, met: Met, how: CompressConfig, shares: Mapping
     Raises:
         NonFiniteError, ConfigError: as `prune`.
     """
-    method, zeros, count, lost, energy = cast(Method, how.method), 0, 0, 0.0, 0.0
-    by_weights = dict[str, str]()
+    method, found = cast(Method, how.method), list[Pruned]()
     for name, w_FD, stack, expert in places(block):
         seen = met[stack][expert] if met else Seen.nothing(w_FD.shape[1], gram=False)
         sparsity = replace(how.zeros, share=shares.get(name, how.zeros.share))
         rows = how.min_rows if name != stack else 1
         new_FD, made = prune(w_FD, seen, sparsity, method, name=name, min_rows=rows, damp=how.damp)
         w_FD.copy_(new_FD)
-        zeros, count = zeros + int((new_FD == 0).sum()), count + new_FD.numel()
-        lost, energy = lost + (made.error or 0.0), energy + (made.energy or 0.0)
-        if made.fallback is not None:
-            by_weights[name] = made.fallback
+        found.append(made)
+    return told(found)
+
+
+def told(found: Sequence[Pruned]) -> dict[str, Any]:
+    """The notes of a block, as `prune_block` returns them, of its matrices' records."""
+    weights = sum(one.weights for one in found)
+    lost, whole = (sum(getattr(one, of) or 0.0 for one in found) for of in ("error", "energy"))
     return {
-        "weights": count,
-        "zeros": zeros / count,
-        "error": lost / energy if energy else None,
-        "by_weights": by_weights,
+        "weights": weights,
+        "zeros": sum(one.sparsity * one.weights for one in found) / weights,
+        "error": lost / whole if whole else None,
+        "by_weights": {one.name: one.fallback for one in found if one.fallback is not None},
     }
 
 
-def _energy(w_FD: Tensor, seen: Seen) -> float | None:
+def energy(w_FD: Tensor, seen: Seen) -> float | None:
     """Σ ‖W x‖² = tr(W·G·Wᵀ)."""
     if seen.gram_DD is None:
         return None

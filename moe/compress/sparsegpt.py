@@ -30,7 +30,8 @@ def sparsegpt(
         seen: with its Gram matrix, which is the Hessian but for a factor.
         sparsity: a share of every `BLOCK` columns, or of every span.
         damp: share of the mean diagonal that is added to the Hessian.
-        rounded: what a column [F] of this number is stored as, where the kept weights are rounded too (section 3.5).
+        rounded: of the matrix as it is now and a column's number, what its kept weights are stored as, [F], where they
+            are rounded too (section 3.5); it is asked for the columns in their order.
 
     Raises:
         torch.linalg.LinAlgError: the Hessian is not positive definite.
@@ -49,7 +50,7 @@ def sparsegpt(
                 score_FS = (w_FB[:, at : at + span] / root_BB.diagonal()[at : at + span]).square()
                 gone_FS = _gone(score_FS, sparsity, start)
             w_F = w_FB[:, at]
-            kept_F = (w_F if rounded is None else rounded(w_F, start + at)).masked_fill(gone_FS[:, at % span], 0)
+            kept_F = (w_F if rounded is None else rounded(new_FD, start + at)).masked_fill(gone_FS[:, at % span], 0)
             error_FB[:, at] = (w_F - kept_F) / root_BB[at, at]
             w_FB[:, at + 1 :] -= error_FB[:, at, None] * root_BB[at, at + 1 :]
             w_FB[:, at] = kept_F

@@ -25,7 +25,7 @@ def weight(rows, width, seed=1):
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def reference(w, gram, sparsity, damp, rounded=lambda column, at: column):
+def reference(w, gram, sparsity, damp, rounded=lambda matrix, at: matrix[:, at]):
     """Column by column: H⁻¹ of the columns from c on is computed afresh, and every later column updated at once."""
     w, (rows, width) = w.clone(), w.shape
     h = gram + damp * gram.diagonal().mean() * torch.eye(width, dtype=w.dtype)
@@ -43,7 +43,7 @@ def reference(w, gram, sparsity, damp, rounded=lambda column, at: column):
             else:
                 order = score.argsort(dim=-1, stable=True)[:, : round(sparsity.share * span)]
                 mask = torch.zeros_like(score, dtype=torch.bool).scatter(1, order, True)
-        kept = torch.where(mask[:, c % span], 0, rounded(w[:, c], c))
+        kept = torch.where(mask[:, c % span], 0, rounded(w, c))
         error = (w[:, c] - kept) / left[c][0, 0]
         w[:, c + 1 :] -= error[:, None] * left[c][0, 1:]
         w[:, c] = kept
@@ -75,8 +75,8 @@ def test_kept_weights_can_be_rounded_on_the_way_and_the_rest_makes_up_for_that_t
     w, seen, sparsity = weight(16, 160), seen_of(rows_of(300, 160)), Sparsity(share=0.5)
     step = w.abs().amax(1) / 7
 
-    def rounded(column, at):
-        return (column / step).round().clamp(-7, 7) * step
+    def rounded(matrix, at):
+        return (matrix[:, at] / step).round().clamp(-7, 7) * step
 
     def error(new):
         return ((w - new) @ seen.gram_DD * (w - new)).sum()
@@ -84,7 +84,8 @@ def test_kept_weights_can_be_rounded_on_the_way_and_the_rest_makes_up_for_that_t
     found = sparsegpt(w, seen, sparsity, 0.01, rounded)
     assert (found - reference(w, seen.gram_DD, sparsity, 0.01, rounded)).abs().max() < 1e-8
     assert torch.allclose(found / step[:, None], (found / step[:, None]).round(), atol=1e-9)
-    after = torch.stack([rounded(column, 0) for column in sparsegpt(w, seen, sparsity, 0.01).mT], 1)
+    after = sparsegpt(w, seen, sparsity, 0.01)
+    after = torch.stack([rounded(after, at) for at in range(160)], 1)
     assert error(found) < error(after)
 
 
