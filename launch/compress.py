@@ -35,7 +35,7 @@ interrupted goes on where it was (partial-DST, beside DST).
   method=int8        int8, int4, fp8, w8a8, gptq: rounded; magnitude, wanda, sparsegpt: zeros; channels: fewer hidden
                      units; experts, merge: fewer experts; layers: fewer blocks; scan: what zeros cost in each
                      block alone, no model (docs/compress.md)
-  bits=4             of gptq: 8 or 4
+  bits=null          of gptq: 8 or 4, null = 4; of sparsegpt: rounds what stays in the same pass, null = does not
   scale=null         tensor, channel or group share a scale; null = channel of eight bits, group of four
   group=64           numbers of a group
   zero=false         zero points (asymmetric)
@@ -99,7 +99,7 @@ def compress(path: Path, target: Path, options: CompressOptions) -> dict[str, An
 
     Raises:
         ConfigError: a model or settings that do not go together. CheckpointError: files are broken, or weights are
-            not finite. DataError: there is no text.
+            not finite. NonFiniteError: so is what calibration gives. DataError: there is no text.
     """
     from ..moe.compress.partial import Partial
     from ..moe.compress.walk import walk
@@ -110,13 +110,14 @@ def compress(path: Path, target: Path, options: CompressOptions) -> dict[str, An
     with open_source(path) as source:
         check(source.cfg.encoder is None, "CKPT", path, "is an encoder-decoder", "give a decoder")
         said = {"how": to_dict(how), "data": options.data, "max_bytes": options.max_bytes}
-        partial = Partial(target, {"model": fingerprint(path), "said": said})
+        files = fingerprint(path, options.data, options.calibration, options.shares)
+        partial = Partial(target, {"files": files, "said": said})
         if partial.done:
             print(f"{partial.done} of {source.cfg.layers} blocks are done: going on", flush=True)
         streams = texts(path, source, options)
         losses = walk(source, how, streams, partial, lambda index, notes: print(_line(index, notes), flush=True))
         report = {
-            "source": str(path), "target": str(target), "method": options.method,
+            "source": str(path), "target": str(target), "method": options.method, "settings": said,
             **losses_of(losses), "layers": partial.notes, "seconds": time.monotonic() - started,
         }  # fmt: skip
         report |= _write(path, target, source, how, partial)
@@ -130,13 +131,14 @@ def compress(path: Path, target: Path, options: CompressOptions) -> dict[str, An
     return report
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Of the model's files: what is made of another model is not gone on with."""
+def fingerprint(path: Path, *beside: str | None) -> dict[str, Any]:
+    """Of the model's files and of those among `beside`: what is made of others is not gone on with."""
     from ..moe.models.store import model_directory
 
     place = model_directory(path)
-    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
-    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    files = [place] if place.is_file() else sorted(place.iterdir())
+    files = [file.resolve() for file in (*files, *map(Path, filter(None, beside))) if file.is_file()]
+    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
 def texts(path: Path, source: "OwnSource | ForeignSource", options: CompressOptions) -> "Streams":
@@ -235,8 +237,8 @@ def describe(report: Mapping[str, Any]) -> Iterator[str]:
         f"{report['bits_per_weight']:.2f} bits a weight"
     )
     yield (
-        f"perplexity      {report['perplexity_before']:.3f} -> {report['perplexity_after']:.3f} "
-        f"({report['perplexity_increase']:+.2%})"
+        f"perplexity      {_readable(report['perplexity_before'])} -> {_readable(report['perplexity_after'])} "
+        f"({_readable(100 * report['perplexity_increase'], '+.2f')} %)"
     )
     pruned = [notes for notes in report["layers"] if "zeros" in notes]
     if pruned:
@@ -257,6 +259,11 @@ def describe(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"by weights      block {index} {name}: {why}"
         if notes.get("unseen"):
             yield f"no rows         block {index}: experts {notes['unseen']}"
+
+
+def _readable(value: float, form: str = ".3f") -> str:
+    """In few digits, however large."""
+    return format(value, form if abs(value) < 1e7 else ".3g")
 
 
 def _line(index: int, notes: Mapping[str, Any]) -> str:

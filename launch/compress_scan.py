@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..configs.typed import check
 from .cli import write_json
 from .convert import free_place
 from .evaluate import EvaluateOptions, perplexity, window
@@ -23,7 +24,8 @@ def scan_model(path: Path, target: Path, data: str, max_bytes: int | None) -> di
         data, max_bytes: held-out text, and how much of it.
 
     Raises:
-        ConfigError, CheckpointError: no such model, or a DST that is something else. DataError: there is no text.
+        ConfigError, CheckpointError: no such model, one that is rounded, or a DST that is something else.
+        DataError: there is no text.
     """
     from ..moe import load_model
     from ..moe.compress.sensitivity import scan
@@ -31,10 +33,13 @@ def scan_model(path: Path, target: Path, data: str, max_bytes: int | None) -> di
     from ..moe.data.corpus import read_documents
     from ..moe.data.tokenizer import Tokenizer
     from ..moe.eval.perplexity import evaluate, limit_bytes
+    from ..moe.families.reading import check_whole
     from ..moe.models.store import tokenizer_directory
 
     free_place(path, target)
     model = load_model(path, "float32")
+    check(model.cfg.encoder is None, "CKPT", path, "is an encoder-decoder", "give a decoder")
+    check_whole(model.cfg, path)
     with tokenizer_directory(path) as directory:
         tokenizer = Tokenizer.load(directory)
     documents = limit_bytes(read_documents(data, "validation"), max_bytes)

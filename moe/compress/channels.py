@@ -101,12 +101,14 @@ def choose(w_in_HD: Tensor, w_out_FD: Tensor, hidden: int, seen: Seen | None) ->
         seen: what the hidden units were; None = not known.
 
     Raises:
-        ConfigError: more units than there are.
+        ConfigError: more units than there are. NonFiniteError: a hidden unit was not a number.
     """
     units = len(w_out_FD)
     rule = f"must lie in 1 to the {units} hidden units that there are"
     check(1 <= hidden <= units, "hidden", hidden, rule, "lower it")
     gram_FF, whole_FD = _moments(w_in_HD, units, seen), w_out_FD.double()
+    if not gram_FF.isfinite().all():
+        raise NonFiniteError("what hidden units are in calibration must be numbers: look for a diverged weight")
     kept_S, w_FD = eliminate(gram_FF, whole_FD, hidden)
     moved_FD = w_FD - whole_FD
     energy = float((whole_FD * (gram_FF @ whole_FD)).sum())

@@ -22,11 +22,14 @@ def round_weight(
         name: the matrix', for errors.
 
     Raises:
-        NonFiniteError: NaN or infinity in the weights.
+        NonFiniteError: NaN or infinity in the weights or in what was seen.
         ConfigError: groups that do not divide D.
     """
     check_finite(w_FD, name)
-    scale, zero = fit_scale(w_FD, cfg, rule, seen.square_D if seen is not None and seen.count else None)
+    square_D = seen.square_D if seen is not None and seen.count else None
+    if square_D is not None:
+        check_finite(square_D, name, "rows")
+    scale, zero = fit_scale(w_FD, cfg, rule, square_D)
     return encode(w_FD, scale, zero, cfg.bits, kind=cfg.kind, rows=cfg.rows)
 
 

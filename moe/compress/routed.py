@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ... import NonFiniteError
 from ...configs.typed import check
 from ..layers.moe import MoE
 from ..routing.record import RouteContext, Routing
@@ -49,11 +50,15 @@ class Routed:
         """Several passes as one.
 
         Raises:
-            ConfigError: no token at all.
+            ConfigError: no token at all. NonFiniteError: rows or gates that are not numbers.
         """
         tokens = sum(len(part.rows_TD) for part in parts)
         check(tokens > 0, "calibration", f"{tokens} tokens", "must show the experts some text", "give more of it")
-        return cls(**{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)})
+        whole = {field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)}
+        for name in ("rows_TD", "gates_TK"):
+            if not whole[name].isfinite().all():
+                raise NonFiniteError(f"{name} of experts in calibration must be numbers: look for a diverged weight")
+        return cls(**whole)
 
     @property
     def load_E(self) -> Tensor:  # noqa: N802

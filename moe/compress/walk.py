@@ -103,6 +103,8 @@ def _step(
         return partial.notes[-1]
     notes = method.apply(block, *_watch(block, method.how, streams.calibration))
     block.eval()
+    for name, tensor in block.state_dict().items():  # as it will be stored, so that what is measured is what is written
+        tensor.copy_(_typed(source, f"blocks.{index}.{name}", tensor))
     for stream in (streams.calibration, streams.after):
         if stream is not None:
             stream.through(block)

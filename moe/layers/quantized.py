@@ -33,7 +33,7 @@ class Matrix(nn.Module):
 
     @property
     def stored(self) -> QuantizedWeight:
-        tensors: dict[str, Any] = dict(self.named_buffers(recurse=False))
+        tensors: dict[str, Any] = self._buffers
         return QuantizedWeight(**self._plain, **tensors)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Matrix":

@@ -1,6 +1,7 @@
 """`turnout compress`: what it writes computes, is served, and is what its report says; what broke off goes on."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -114,6 +115,18 @@ def test_what_another_setting_began_is_not_gone_on_with(folder, tmp_path, monkey
     assert "going on" not in capsys.readouterr().out
 
 
+def test_what_other_files_began_is_not_gone_on_with(folder, tmp_path):
+    text, model = tmp_path / "some.txt", tmp_path / "model"
+    shutil.copytree(folder, model)
+    text.write_text("one")
+    found = verb.fingerprint(model, "pydocs", str(text), None)
+    assert found == verb.fingerprint(model, "pydocs", str(text), None)
+    text.write_text("three")
+    assert found != (other := verb.fingerprint(model, "pydocs", str(text), None))
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    assert other != verb.fingerprint(model, "pydocs", str(text), None)
+
+
 def test_memory_is_one_block_not_the_model(folder, tmp_path, monkeypatch):
     alive, most = set(), []
     make = walk._block
@@ -147,6 +160,7 @@ def test_rounded_models_are_not_rounded_converted_or_trained(folder, eight, tmp_
     target, _ = eight
     for words in (
         ["compress", target, tmp_path / "a"],
+        ["compress", target, tmp_path / "a", "method=scan", "max_bytes=500"],
         ["convert", target, tmp_path / "a"],
         ["train", f"train.init={target}", "train.steps=1", "train.seq_len=64", f"run={tmp_path / 'run'}"],
     ):
@@ -164,6 +178,7 @@ def test_rounded_models_are_not_rounded_converted_or_trained(folder, eight, tmp_
         (["sparsity=1"], "sparsity"),
         (["method=wanda", "scope=global"], "scope"),
         (["samples=0"], "samples"),
+        (["pattern=2:4"], "method=magnitude, wanda, sparsegpt, not int8"),
         (["max_bytes=0"], "max_bytes"),
     ],
 )
@@ -184,6 +199,7 @@ def test_a_target_that_is_the_source_or_no_model_is_refused(folder, tmp_path, ca
     "words",
     [
         {"method": "gptq"},
+        {"method": "sparsegpt", "bits": 4, "min_rows": 4},
         {"method": "w8a8"},
         {"method": "fp8"},
         {"method": "int8", "scale": "tensor", "clip": "percentile", "percentile": 99.0},

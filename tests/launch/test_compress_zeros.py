@@ -51,6 +51,21 @@ def test_every_matrix_has_its_share_of_zeros_and_the_rest_is_untouched(dense, tm
     assert report["perplexity_after"] != report["perplexity_before"]
 
 
+def test_what_is_measured_is_what_is_stored_also_of_half_precision(dense, tmp_path):
+    tensors = {name: w if ".router." in name else w.bfloat16() for name, w in load_model(dense).state_dict().items()}
+    save_model(tmp_path / "half", MODEL, tensors, dense)
+    (tmp_path / "some.txt").write_text(limit_bytes(read_documents("pydocs", "train"), 4000)[0], encoding="utf-8")
+    common = ["speed=false", "max_bytes=500", f"calibration={tmp_path / 'some.txt'}", "samples=8", "min_rows=4"]
+    for source, target, words in (
+        ("half", "slim", ["method=sparsegpt", "sparsity=0.3"]),
+        ("slim", "same", ["method=layers", "num_layers=2"]),
+    ):
+        assert main(["compress", str(tmp_path / source), str(tmp_path / target), *words, *common]) == 0
+    slim, same = (json.loads((tmp_path / name / "compress.json").read_text()) for name in ("slim", "same"))
+    assert slim["loss_after"] == same["loss_before"] == same["loss_after"]
+    assert slim["settings"]["how"]["sparsity"] == 0.3
+
+
 def test_one_threshold_over_the_model_takes_more_where_weights_are_small(dense, tmp_path):
     words = ["method=magnitude", "scope=global", "sparsity=0.3", "speed=false", "max_bytes=2000"]
     assert main(["compress", str(dense), str(tmp_path / "slim"), *words]) == 0

@@ -201,3 +201,10 @@ def test_errors_name_what_does_not_fit():
         narrow_block(model.blocks[0], model.cfg, {})
     with pytest.raises(NonFiniteError, match=r"experts.w_in of layer 1 must be numbers"):
         narrow_block(model.blocks[1], model.cfg, {})
+
+
+def test_hidden_units_that_are_no_numbers_in_calibration_are_an_error():
+    seen = Seen.nothing(32, gram=True)
+    seen.add(torch.full((3, 32), torch.nan))
+    with pytest.raises(NonFiniteError, match="hidden units are in calibration must be numbers"):
+        narrow_block(make_model({"every": 2}).blocks[0], make_config({"every": 2}), {"ffn.w_out": [seen]})

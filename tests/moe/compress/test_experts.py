@@ -140,6 +140,15 @@ def test_a_weight_that_is_no_number_is_named(value):
         keep_experts(moe, torch.arange(2))
 
 
+def test_rows_of_calibration_that_are_no_numbers_are_named():
+    moe = make("switch")
+    with noting(moe) as parts, torch.no_grad():
+        moe(torch.randn(TOKENS, WIDTH))
+    parts[0].rows_TD[2, 3] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"rows_TD of experts in calibration must be numbers"):
+        Routed.joined(parts)
+
+
 def test_padding_is_not_noted_and_a_dropped_choice_counts_for_nobody():
     moe = make("switch", eval_capacity_factor=0.5, min_capacity=0).eval()
     valid_T = torch.arange(TOKENS) < 30

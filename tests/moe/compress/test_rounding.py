@@ -80,6 +80,13 @@ def test_calibration_without_rows_says_nothing():
     assert torch.equal(made[0].q, made[1].q)
 
 
+def test_rows_that_are_not_finite_are_an_error_where_they_weigh():
+    seen = Seen.nothing(64, gram=False)
+    seen.add(torch.full((3, 64), torch.inf))
+    with pytest.raises(NonFiniteError, match=r"ffn.w_in has rows with NaN"):
+        round_weight(torch.randn(4, 64), QuantizationConfig(), ScaleRule(clip="mse"), seen, name="ffn.w_in")
+
+
 @pytest.mark.parametrize("cfg", WAYS)
 def test_any_type_and_strides_are_taken(cfg):
     w = torch.randn(128, 6)
