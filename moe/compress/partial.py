@@ -5,7 +5,8 @@ Every file is written aside and renamed, so that what is there is whole.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class Partial:
         notes: what was told of each.
 
     Raises:
-        CheckpointError: it can not be written.
+        CheckpointError: it can not be written, or what lies there does not read.
     """
 
     def __init__(self, target: Path, plan: Mapping[str, Any]) -> None:
@@ -45,7 +46,7 @@ class Partial:
         except OSError as error:
             raise CheckpointError(f"{self.directory} can not be written ({error}): choose another DST") from error
         if (self.directory / STATES).is_file():
-            with safe_open(self.directory / STATES, framework="pt") as reader:
+            with self._open(STATES) as reader:
                 found = reader.metadata()
             self.done, self.notes = int(found["done"]), json.loads(found["notes"])
 
@@ -90,10 +91,15 @@ class Partial:
             raise CheckpointError(f"{aside} can not be written ({error}): free space; what is done is kept") from error
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
+        with self._open(name) as reader:
+            return {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118 (not a dict)
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[Any]:
         file = self.directory / name
         try:
             with safe_open(file, framework="pt") as reader:
-                return {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118 (not a dict)
+                yield reader
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file} does not read ({error}): remove {self.directory}") from error
 

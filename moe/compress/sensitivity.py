@@ -74,6 +74,8 @@ def read_scan(path: str | Path, layers: int) -> Scan:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         increases = {layer: tuple(one) for layer, one in data["increases"].items()}
         found = Scan(data["dense"], tuple(data["shares"]), increases)
+        if any(len(one) != len(found.shares) for one in increases.values()):
+            raise ValueError("not an increase a share")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"shares ({path}) does not read as a scan ({error!r}): run method=scan again") from error
     rule = f"must be of a model with {layers} layers, and has {len(found.increases)}"
@@ -96,7 +98,7 @@ def allocate(found: Scan, sizes: Mapping[str, int], share: float) -> dict[str, f
         ConfigError: a share that the scan does not reach.
     """
     most = found.shares[-1]
-    check(0 <= share <= most, "share", share, f"must lie in 0 to the scan's highest ({most})", "scan higher shares")
+    check(0 <= share <= most, "share", share, f"must lie in 0 to the scan's highest ({most})", "lower it")
     curves = {layer: _rising(increases) for layer, increases in found.increases.items()}
     total = sum(sizes[layer] for layer in curves)
     low, high = -1.0, max(curve[-1] for curve in curves.values())

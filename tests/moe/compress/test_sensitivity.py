@@ -5,7 +5,7 @@ import torch
 
 from turnout import ConfigError, NonFiniteError
 from turnout.moe.compress.scores import magnitude
-from turnout.moe.compress.sensitivity import Scan, allocate, scan
+from turnout.moe.compress.sensitivity import Scan, allocate, read_scan, scan
 from turnout.moe.compress.sparsity import Sparsity
 
 
@@ -81,3 +81,17 @@ def test_shares_that_do_not_rise_are_refused(shares):
 def test_a_share_beyond_the_scan_is_refused():
     with pytest.raises(ConfigError, match=r"share \(0.8\) must lie in 0 to the scan's highest \(0.5\)"):
         allocate(Scan(1.0, (0.5,), {"a": (1.0,)}), {"a": 1}, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "does not read as a scan"),
+        ('{"dense": 2.0, "shares": [0.5], "increases": {"0": []}}', "not an increase a share"),
+        ('{"dense": 2.0, "shares": [0.5], "increases": {"0": [1.0], "1": [2.0]}}', "must be of a model with 1 layers"),
+    ],
+)
+def test_a_file_that_is_no_scan_of_this_model_is_refused(tmp_path, text, message):
+    (tmp_path / "scan.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_scan(tmp_path / "scan.json", 1)
