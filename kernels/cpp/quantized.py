@@ -52,6 +52,7 @@ def quantized_linear_pays(x_TD: Tensor, w: QuantizedWeight, bias_F: Tensor | Non
 
 
 def quantized_linear(x_TD: Tensor, w: QuantizedWeight, bias_F: Tensor | None = None) -> Tensor:
+    assert x_TD.shape[-1] == w.depth, "a row of another width would be read past its end"
     x_TD = x_TD.contiguous()
     bias_F = None if bias_F is None else bias_F.float().contiguous()
     y_TF = x_TD.new_empty(*x_TD.shape[:-1], w.q.shape[-2])
@@ -91,6 +92,7 @@ def quantized_moe_mlp(
     w_in: QuantizedWeight,
     w_out: QuantizedWeight,
 ) -> Tensor:
+    assert x_TD.shape[-1] == w_in.depth, "a row of another width would be read past its end"
     x_TD, ids_TK, weights_TK = x_TD.contiguous(), ids_TK.contiguous(), weights_TK.float().contiguous()
     kept_TK = None if kept_TK is None else kept_TK.contiguous()
     y_TD = x_TD.new_empty(x_TD.shape)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..configs import Tile, quantized_tile, row_columns
-from ..quantized import BLOCK, QuantizedWeight
+from ..quantized import BLOCK, LEAST, QuantizedWeight
 from .combine import gather_sum
 from .grouped_gemm import TileMap, tile_map
 from .norm import swiglu
@@ -23,7 +23,9 @@ from .store import ROUND
 
 
 @triton.jit
-def round_rows_kernel(x, q, scales, D, x_row, COLUMNS: tl.constexpr, ROUND: tl.constexpr):  # type: ignore[no-untyped-def]
+def round_rows_kernel(  # type: ignore[no-untyped-def]
+    x, q, scales, D, x_row, COLUMNS: tl.constexpr, ROUND: tl.constexpr, LEAST: tl.constexpr
+):
     """One row as whole numbers within ±127 and its scale: NaN if it is not finite."""
     row = tl.program_id(0).to(tl.int64)
     most, broken = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.int32)
@@ -34,7 +36,7 @@ def round_rows_kernel(x, q, scales, D, x_row, COLUMNS: tl.constexpr, ROUND: tl.c
         most = tl.maximum(most, value)
     sound = tl.sum(broken, 0) == 0
     highest = tl.where(sound, tl.max(most, 0), 0.0)
-    turn = tl.where(highest > 0, tl.div_rn(127.0, tl.where(highest > 0, highest, 1.0)), 0.0)
+    turn = tl.where(highest > LEAST, tl.div_rn(127.0, tl.where(highest > LEAST, highest, 1.0)), 0.0)
     tl.store(scales + row, tl.where(sound, tl.div_rn(highest, 127.0), float("nan")))
     for start in range(0, D, COLUMNS):
         at = start + tl.arange(0, COLUMNS)
@@ -132,7 +134,8 @@ def quantized_linear_pays(x_TD: Tensor, w: QuantizedWeight, bias_F: Tensor | Non
 
 
 def quantized_linear(x_TD: Tensor, w: QuantizedWeight, bias_F: Tensor | None = None) -> Tensor:
-    rows = x_TD.reshape(-1, w.depth)
+    assert x_TD.shape[-1] == w.depth, "a row of another width would be cut up"
+    rows, bias_F = x_TD.reshape(-1, w.depth), None if bias_F is None else bias_F.contiguous()
     ends_1 = torch.full((1,), len(rows), dtype=torch.int32, device=rows.device)
     tile = _tile(rows, len(rows), 1, w)
     y = _product(rows, w, bias_F, None, 1, len(rows), tile, tile_map(ends_1, len(rows), tile.rows), x_TD.dtype)
@@ -199,7 +202,7 @@ def _product(
     if w.rows == "int8":
         q_ND = torch.empty(N, D, dtype=torch.int8, device=x_ND.device)
         scales_N = torch.empty(N, dtype=torch.float32, device=x_ND.device)
-        round_rows_kernel[(N,)](x_ND, q_ND, scales_N, D, x_ND.stride(0), row_columns(D), ROUND)
+        round_rows_kernel[(N,)](x_ND, q_ND, scales_N, D, x_ND.stride(0), row_columns(D), ROUND, LEAST)
         x_ND = q_ND
     is_float = w.kind == "float"
     quantized_kernel[(map_.most * triton.cdiv(F, tile.columns),)](

@@ -96,8 +96,9 @@ def test_a_row_of_zeros_is_zero_and_one_that_is_not_finite_is_nan():
 
 @pytest.mark.parametrize(
     ("wrong", "says"),
-    [({"bits": 3}, r"bits \(3\) must be 4 or 8"), ({"clip": 0.0}, r"clip \(0.0\)"),
-     ({"clip": torch.tensor([0.5, 1.1])}, r"clip \(tensor"),
+    [({"bits": 3}, r"bits \(3\) must be 4 or 8: use 8"), ({"clip": 0.0}, r"clip \(0\) must be above 0"),
+     ({"clip": torch.tensor([0.5, 1.1])}, r"clip \(1\.1\) must be above 0"),
+     ({"kind": "float", "rows": "int8"}, r"rows \(int8\) must be float for e4m3"),
      ({"bits": 8, "group": 48}, r"group \(48\) must be a multiple"),
      ({"kind": "float", "zero": True}, r"kind \(float\) goes with 8 bits \(8\) and no zero points"),
      ({"kind": "float", "group": 64}, r"group \(64\) must be None for e4m3"),
@@ -106,6 +107,62 @@ def test_a_row_of_zeros_is_zero_and_one_that_is_not_finite_is_nan():
 def test_what_can_not_be_is_refused(wrong, says):
     with pytest.raises(ConfigError, match=says):
         quantize_weight(torch.randn(2, 128), **wrong)
+
+
+@pytest.mark.parametrize("scale", [torch.ones(2), torch.ones(2, 1)])
+def test_four_bits_of_a_width_that_blocks_do_not_divide_are_refused_under_scales_from_outside(scale):
+    with pytest.raises(ConfigError, match=r"group \(96\) must be a multiple of 64 that divides the width \(96\)"):
+        encode(torch.randn(2, 96), scale, bits=4)
+
+
+def test_a_row_longer_than_32_bits_can_sum_is_refused_under_one_scale():
+    w = torch.ones(1, 64 + (1 << 17))
+    with pytest.raises(ConfigError, match=r"width \(131136\) must be at most 131072 for one scale"):
+        quantize_weight(w)
+    x, w = -torch.ones(1, 1 << 17), quantize_weight(-w[:, 64:], rows="int8")
+    assert kernels.quantized_linear(x, w).item() == pytest.approx(1 << 17, rel=1e-4)
+
+
+@pytest.mark.parametrize("how", KINDS)
+def test_weights_too_small_for_a_scale_are_zeros_and_zeros_among_them_stay(how):
+    w = torch.rand(3, 384) * -6e-43
+    w[:, ::3] = 0.0
+    packed = quantize_weight(w, **how)
+    assert not packed.dequantized().any()
+    assert not kernels.quantized_linear(torch.randn(2, 384), packed).any()
+
+
+@pytest.mark.parametrize("rows", ["float", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_too_small_for_a_turn_are_zeros_in_every_form(rows, dtype):
+    x = torch.zeros(3, 64, dtype=dtype)
+    x[0, 5], x[1, :7], x[2, 0] = 1e-38, -3e-38, 1.0
+    w = quantize_weight(torch.randn(5, 64), rows=rows)
+    y = kernels.quantized_linear(x, w)
+    with kernels.using("reference"):
+        _close(kernels.quantized_linear(x, w), y, dtype)
+    assert y[:2].abs().max() < 1e-35
+    assert y[2].any()
+
+
+@pytest.mark.parametrize("part", [slice(None, None, 2), torch.tensor([4, 1]), slice(3, 3)])
+def test_rows_of_a_weight_are_multiplied_wherever_they_lay(part):
+    w, x = quantize_weight(torch.randn(6, 64), zero=True), torch.randn(3, 64)
+    torch.testing.assert_close(kernels.quantized_linear(x, w[part]), kernels.quantized_linear(x, w)[:, part])
+
+
+def test_a_mixture_may_hold_other_bits_in_than_out_and_rows_may_lie_anywhere():
+    x, ids, weights, kept, w_in, w_out = _mixture(9, 4, 128, 65, 2)
+    q_in, q_out = quantize_weight(w_in, 4, zero=True), quantize_weight(w_out.mT, zero=True)
+    strided = (x.mT.contiguous().mT, ids.mT.contiguous().mT, weights.mT.contiguous().mT, kept.mT.contiguous().mT)
+    y = kernels.quantized_moe_mlp(*strided, q_in, q_out)
+    assert torch.equal(y, kernels.quantized_moe_mlp(x, ids, weights, kept, q_in, q_out))
+    with kernels.using("reference"):
+        torch.testing.assert_close(
+            y, kernels.quantized_moe_mlp(x, ids, weights, kept, q_in, q_out), rtol=1e-4, atol=1e-3
+        )
+    none = kernels.quantized_moe_mlp(x, ids, weights, torch.zeros_like(kept), q_in, q_out)
+    assert not none.any(), "a token of which nothing is kept"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

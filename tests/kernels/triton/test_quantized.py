@@ -69,6 +69,14 @@ def test_a_row_that_is_not_finite_is_nan_and_spoils_no_other():
     assert not found[2].any()
 
 
+def test_a_row_too_small_for_a_turn_is_zero_and_a_strided_bias_is_read_where_it_lies():
+    x, bias = torch.zeros(2, 64), torch.randn(7, 2)[:, 1]
+    x[0, :5] = -3e-38
+    found, wanted = both("quantized_linear", x, quantize_weight(torch.randn(7, 64), rows="int8"), bias)
+    assert torch.equal(found, wanted)
+    assert torch.equal(found, bias.expand(2, 7))
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize(
