@@ -30,6 +30,7 @@ from .decoder import Decoder
 MODEL_TYPE = "turnout"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 TOKENIZER = "tokenizer.json"
+NAN = 0x7F  # of e4m3, whatever its sign
 
 
 def save_model(
@@ -204,3 +205,6 @@ def _match(tensors: Mapping[str, Tensor], cfg: ModelConfig, source: str) -> None
         if kind != kinds.get(name, kind) or not (name in kinds or kind.is_floating_point):
             rule = f"must be {kinds.get(name, 'floating point')}"
             raise CheckpointError(f"{name} ({kind}) in {source} {rule}: export it again")
+        if kind == torch.float8_e4m3fn and (tensors[name].view(torch.uint8) & NAN == NAN).any():
+            rule = "must be finite, and the kernels know no other e4m3"
+            raise CheckpointError(f"{name} (NaN) in {source} {rule}: compress the model again")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from turnout import CheckpointError, ConfigError
 from turnout.moe import Decoder, ModelConfig, MoEConfig, load_model, save_model
@@ -19,6 +20,7 @@ from turnout.moe.layers.quantized import (
 )
 from turnout.moe.models.context import VarlenContext
 from turnout.moe.models.init import init_weights
+from turnout.moe.models.store import WEIGHTS
 from turnout.moe.quantization_config import QuantizationConfig
 
 KINDS = [
@@ -126,6 +128,19 @@ def test_files_that_hold_other_types_are_refused_by_name(tmp_path):
         save_model(tmp_path / "m", ours.cfg, wrong)
     with pytest.raises(CheckpointError, match="exactly the tensors"):
         save_model(tmp_path / "m", ours.cfg, whole.state_dict())
+
+
+def test_e4m3_that_is_no_number_is_refused_by_name(tmp_path):
+    ours, _ = rounded(config(), KINDS[-1])
+    save_model(tmp_path / "m", ours.cfg, ours.state_dict())
+    broken, name = ours.state_dict(), "blocks.0.attention.wq.q"
+    broken[name] = broken[name].clone()
+    broken[name].view(torch.uint8)[3, 5] = 0xFF
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.attention\.wq\.q \(NaN\) .* must be finite"):
+        save_model(tmp_path / "m", ours.cfg, broken)
+    save_file(broken, tmp_path / "m" / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.attention\.wq\.q \(NaN\) .* must be finite"):
+        load_model(tmp_path / "m")
 
 
 def test_a_stack_is_its_matrices():
