@@ -44,6 +44,8 @@ class EngineConfig:
             None = where the model is on a GPU.
         moe_capacity: "dropless", or "trained": experts drop what they drop in the trainer's evaluation, each request
             being a group of its own, whatever runs beside it.
+        semi_structured: multiply matrices of two numbers in every four (`pattern=2:4` of `turnout compress`) without
+            their zeros, by a GPU's sparse tensor cores; not those of experts.
         grammar_timeout: seconds that compiling one request's grammar may take.
         graph_buckets: numbers of requests, ascending, in whose shapes decode steps run; none = as they come.
         watchdog_seconds: how long a step may take before the engine counts as stalled: all stacks go to stderr and
@@ -72,6 +74,7 @@ class EngineConfig:
     kv_layout: KVLayout = "paged"
     overlap: bool | None = None
     moe_capacity: MoECapacity = "dropless"
+    semi_structured: bool = False
     grammar_timeout: float = 5.0
     graph_buckets: tuple[int, ...] = ()
     watchdog_seconds: float = 120.0
@@ -133,7 +136,7 @@ class EngineConfig:
         )
 
     def _check_choices(self) -> None:
-        """What is one of a few words."""
+        """What is one of a few words, or excludes another."""
         choices = {
             "batching": Batching, "kv_layout": KVLayout, "kv_dtype": KVDtype, "kernels": Kernels,
             "moe_capacity": MoECapacity,
@@ -148,6 +151,9 @@ class EngineConfig:
             "must be auto with deterministic=true, which takes the forms that are batch-invariant",
             "leave one of them out",
         )
+        rule = "must be empty with semi_structured=true, whose kernels nobody has seen in a CUDA graph"
+        fits = not (self.semi_structured and self.graph_buckets)
+        check(fits, "graph_buckets", ", ".join(map(str, self.graph_buckets)), rule, "leave one of them out")
 
     @property
     def form(self) -> str | None:

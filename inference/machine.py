@@ -6,8 +6,9 @@ from dataclasses import replace
 import torch
 
 from .. import ConfigError
-from ..configs.typed import digest
+from ..configs.typed import check, digest
 from ..kernels.cpp.build import library
+from ..moe.layers.semi_structured import check_device, skip_zeros
 from ..moe.models.decoder import Decoder
 from ..parallel.config import Layout
 from .config import EngineConfig
@@ -27,7 +28,7 @@ class Machine:
     """The parts of one engine, built from the settings; what these leave open is resolved here.
 
     Args:
-        model, config, clock, ranks: as `Engine` has them.
+        model, config, clock, ranks: as `Engine` has them; with `semi_structured` layers of the model are replaced.
 
     Attributes:
         config: resolved: `max_model_len` and `num_blocks` are numbers.
@@ -43,9 +44,11 @@ class Machine:
     ) -> None:
         device, dtype = model.device, model.dtype
         length = _check(model, config)
+        layout = Layout(dp=1, ep=1, edp=1) if ranks is None else ranks.mesh.layout
+        if config.semi_structured:
+            _skip_zeros(model, layout.tp)
         held = sum(part.nbytes for part in model.state_dict().values())
         free = free_memory(device) // (1 if ranks is None else ranks.neighbours)
-        layout = Layout(dp=1, ep=1, edp=1) if ranks is None else ranks.mesh.layout
         plan = plan_memory(model.cfg, config, length, dtype, held, free, device.type, layout.ep, layout.tp, layout.dp)
         self.memory = plan if ranks is None else ranks.agree(plan)
         self.config = replace(config, max_model_len=length, num_blocks=self.memory.kv.num_blocks)
@@ -75,6 +78,15 @@ def _check(model: Decoder, config: EngineConfig) -> int:
     if length > longest:
         raise ConfigError(f"max_model_len ({length}) must not exceed the model's max_seq_len: use {longest}")
     return length
+
+
+def _skip_zeros(model: Decoder, tp: int) -> None:
+    """What `semi_structured` asks for, where it can be had."""
+    rule = f"needs whole matrices, and parallel.tp ({tp}) divides them"
+    check(tp == 1, "semi_structured", "true", rule, "use parallel.tp=1")
+    capability = torch.cuda.get_device_capability(model.device) if model.device.type == "cuda" else (0, 0)
+    check_device(model.device, model.dtype, capability)
+    skip_zeros(model)
 
 
 def _check_kernels(kernels: str, device: torch.device) -> None:

@@ -42,6 +42,7 @@ usage: turnout serve CKPT [key=value ...]
   kv_dtype=auto                int8: a byte a number, and a scale a head and token
   watchdog_seconds=120         a step that takes longer ends the server: its stacks go to stderr
   moe_capacity=dropless        trained: experts drop what they drop in the trainer's evaluation
+  semi_structured=false        true: a GPU leaves out the zeros of matrices pruned 2:4
   dtype=auto                   float32, bfloat16, ...
   nproc=1                      processes that compute together, each on a GPU of its own if there are as many
   parallel.ep=2                ranks over which the experts are spread

@@ -69,7 +69,7 @@ class Attention(nn.Module):
 
     def _project(self, x_TD: Tensor, positions_T: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values by head, normalised, clamped and rotated."""
-        whole = isinstance(self.wq, Linear)
+        whole = all(isinstance(matrix, Linear) for matrix in (self.wq, self.wk, self.wv))
         if (
             whole
             and self.rotary is not None

@@ -50,3 +50,8 @@ def test_kernels_are_one_kind_or_the_batch_invariant_ones():
         EngineConfig(kernels="fast")
     with pytest.raises(ConfigError, match=r"kernels \(cpp\) must be auto with deterministic=true"):
         EngineConfig(kernels="cpp", deterministic=True)
+
+
+def test_sparse_tensor_cores_and_cuda_graphs_exclude_each_other():
+    with pytest.raises(ConfigError, match=r"graph_buckets \(1, 2\) must be empty with semi_structured=true"):
+        EngineConfig(semi_structured=True, graph_buckets=(1, 2))
