@@ -260,6 +260,19 @@ def test_a_mixture_takes_rows_as_they_are_and_every_kind_of_weight(how):
     assert torch.equal(kernels.quantized_moe_mlp(*(a[4:5] for a in args[:4]), q_in, q_out)[0], y[4])
 
 
+@pytest.mark.parametrize("how", [KINDS[1], KINDS[5], KINDS[6], {"rows": "int8"}])
+def test_threads_change_no_bit(how):
+    x, ids, weights, kept, w_in, w_out = _mixture(9, 4, 384, 384, 2)
+    q_in, q_out = quantize_weight(w_in, **how), quantize_weight(w_out.mT, **how)
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        mixed = kernels.quantized_moe_mlp(x, ids, weights, kept, q_in, q_out)
+        found.append((kernels.quantized_linear(x, q_in[0]), mixed))
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize(("bits", "most"), [(8, 0.03), (4, 0.25)])
 def test_the_error_of_a_mixture_is_as_stated(bits, most):
     x, ids, weights, kept, w_in, w_out = _mixture(64, 8, 256, 256, 2)
