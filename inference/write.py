@@ -4,14 +4,19 @@ Whoever trains a model lets it write so: the module itself computes, with the we
 free again before the next training pass.
 """
 
+import sys
 import time
 from collections.abc import Sequence
 
+import torch
+
+from ..moe.config import ModelConfig
 from ..moe.models.decoder import Decoder
 from .config import EngineConfig
 from .core.request import Request
 from .core.sampling import SamplingParams
 from .machine import Machine
+from .run.memory import plan_memory
 
 AT_ONCE = 16
 """Requests that run beside one another; the cache has room for so many of the longest."""
@@ -34,17 +39,7 @@ def write(
         ConfigError: the cache does not fit the memory.
     """
     longest = max(len(prompt) + count for prompt, count in zip(prompts, counts, strict=True))
-    at_once, defaults = min(len(prompts), AT_ONCE), EngineConfig()
-    config = EngineConfig(
-        max_num_seqs=at_once,
-        num_blocks=1 + at_once * -(-longest // defaults.block_size),
-        max_model_len=longest,
-        max_waiting=len(prompts),
-        enable_prefix_caching=False,
-        deterministic=model.device.type == "cpu",
-        overlap=False,
-    )
-    machine = Machine(model, config, time.monotonic)
+    machine = Machine(model, _settings(len(prompts), longest, model.device.type == "cpu"), time.monotonic)
     requests = [
         Request(id=str(i), prompt_token_ids=prompt, params=_params(count, end), seed=seed)
         for i, (prompt, count, seed) in enumerate(zip(prompts, counts, seeds, strict=True))
@@ -56,6 +51,30 @@ def write(
         sampled = machine.executor.collect().sampled
         machine.scheduler.commit(plan, {i: end if it.token is None else it.token for i, it in sampled.items()})
     return [request.output_token_ids for request in requests]
+
+
+def needed(model: ModelConfig, prompts: int, longest: int) -> int:
+    """Bytes that writing takes beside float32 weights, at most: a step and the cache.
+
+    Args:
+        prompts: how many go on, at least one.
+        longest: tokens of a prompt and what is written behind it.
+    """
+    plan = plan_memory(model, _settings(prompts, longest), longest, torch.float32, weights=0, free=sys.maxsize)
+    return plan.activations + plan.cache
+
+
+def _settings(prompts: int, longest: int, deterministic: bool = False) -> EngineConfig:
+    at_once, defaults = min(prompts, AT_ONCE), EngineConfig()
+    return EngineConfig(
+        max_num_seqs=at_once,
+        num_blocks=1 + at_once * -(-longest // defaults.block_size),
+        max_model_len=longest,
+        max_waiting=prompts,
+        enable_prefix_caching=False,
+        deterministic=deterministic,
+        overlap=False,
+    )
 
 
 def _params(count: int, end: int) -> SamplingParams:

@@ -6,6 +6,7 @@ turnout plan experiment=switch_pydocs world=64 train.global_batch=512 accelerato
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from ..configs.hardware import Accelerator, Network, accelerator, network
@@ -69,6 +70,7 @@ def main(args: list[str]) -> int:
     show(chosen, table, worlds, options, composed.choice)
     plan: dict[str, Any] = {"accelerator": options.accelerator, "network": options.network}
     plan |= {"parameters": parameters(config), "teacher_bytes": teacher_bytes(config)}
+    plan |= {"writing_bytes": writing_bytes(chosen)}
     rows = {"layouts": [summary(each) for each in table], "worlds": [summary(each) for each in worlds]}
     write_json(options.json, {**plan, **summary(chosen), **details(chosen), **rows})
     return 0
@@ -120,6 +122,17 @@ def teacher_bytes(config: RunConfig) -> int:
 
     numbers = shapes.count(shapes.shapes(load_config(config.train.distill.teacher)))
     return numbers * (4 if config.train.dtype == "float32" else 2)
+
+
+def writing_bytes(chosen: Forecast) -> int:
+    """What a student that writes rows of its own takes while it does, on every rank; 0 where it does not."""
+    train = chosen.config.train
+    if train.distill is None or not train.distill.on_policy:
+        return 0
+    from ..inference.write import needed  # loads torch
+
+    rows = min(chosen.memory.rows, ceil(train.distill.written(train.global_batch)))
+    return needed(chosen.config.model, rows, train.seq_len)
 
 
 def summary(forecast: Forecast) -> dict[str, Any]:
@@ -249,6 +262,8 @@ def _lines(chosen: Forecast) -> Iterator[str]:
     yield f"KV cache    {size(held.kv_token)} a token, {size(held.kv_token * model.max_seq_len)} a longest sequence"
     if teacher := teacher_bytes(chosen.config):
         yield f"teacher     {size(teacher)} of weights on every rank with the head, beside what follows; its time too"
+    if writing := writing_bytes(chosen):
+        yield f"writing     {size(writing)} of a step and its cache, free again before a forward pass; its time too"
     if not chosen.fits:
         yield f"DOES NOT FIT: {size(held.total)} of {size(chosen.accelerator.memory)} on a rank"
 

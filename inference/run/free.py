@@ -15,7 +15,8 @@ LAYOUTS = (  # where version 2 and version 1 have limit and use, and what use co
 def free_memory(device: torch.device) -> int:
     """Bytes that can be allocated on `device` now."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes
+        return torch.cuda.mem_get_info(device)[0] + kept
     fields = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
     machine = next(int(words[1]) * 1024 for words in fields if words[0] == "MemAvailable:")
     return min([machine, *group_memory(Path("/proc/self/cgroup").read_text(), GROUPS)])

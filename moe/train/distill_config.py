@@ -19,7 +19,8 @@ class DistillConfig:
         teacher: a run, model or Hugging Face directory or GGUF file, of the run's own tokenizer; whole on every rank.
         temperature: τ, which divides both models' logits before the softmax.
         soft: share of the teacher's distribution in the loss, in (0, 1]; the text's next token has the rest.
-        hidden: weight of the distance between hidden states behind the blocks (DistilBERT 1910.01108 §3); 0 = none.
+        hidden: weight of the distance between hidden states behind the blocks (DistilBERT 1910.01108 §3); 0 = none. A
+            student of another width learns a matrix that brings its states there (TinyBERT 1909.10351, eq. 8).
         distance: of two states: `cosine`, 1 - cos, or `mse`, the mean square over the width.
         layers: for each of the student's blocks the teacher's that it is held against; null = evenly, last to last.
         stop: share of the run behind which the text alone teaches (DeepSpeed-MoE 2201.05596 §4.2: a small student has
@@ -78,6 +79,10 @@ class DistillConfig:
         check(self.on_policy <= most, "train.distill.on_policy", self.on_policy, rule, f"use {most:.4g} or less")
         name, rule = "train.distill.on_policy_prompt", f"must leave room in a row of {seq_len} tokens (train.seq_len)"
         check(self.on_policy_prompt < seq_len, name, self.on_policy_prompt, rule, f"use {seq_len // 2}")
+
+    def written(self, global_batch: int) -> float:
+        """Rows of a step's `global_batch` that the student writes, in the mean over the steps."""
+        return round(self.on_policy * global_batch, 9)  # 0.29 · 100 is a little less than 29
 
     def pairs(self, student: int, teacher: int) -> dict[int, int]:
         """The student's block → the teacher's, of models of so many blocks.

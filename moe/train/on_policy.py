@@ -22,6 +22,7 @@ import torch
 from ...configs.typed import check
 from ..data.rows import Batch, Cursor, Rows, segments
 from ..models.decoder import Decoder
+from ..routing.registry import ROUTERS
 from .config import RunConfig
 
 # model in evaluation mode, prompts, tokens to write behind each, 64-bit keys, the token that ends a text → what follows
@@ -38,7 +39,7 @@ class Author:
         generate: goes on with prompts; it is composed above this floor (`inference.write`).
 
     Raises:
-        ConfigError: nobody says how to generate.
+        ConfigError: nobody says how to generate, or nobody can with its router.
     """
 
     def __init__(self, config: RunConfig, rows: Rows, model: Decoder, generate: Generate | None) -> None:
@@ -47,8 +48,11 @@ class Author:
         fix = "start the run by `turnout train`, or give generate=turnout.inference.write.write"
         check(generate is not None, "train.distill.on_policy", how.on_policy, "needs someone who generates", fix)
         assert generate is not None
+        moe, rule = config.model.moe, "looks at tokens that a text which is being written does not have yet"
+        causal = moe is None or ROUTERS[moe.router].causal
+        check(causal, "moe.router", moe and moe.router, rule, "use another router, or train.distill.on_policy=0")
         self.generate, self.model, self.rows = generate, model, rows
-        self.share, self.prompt = how.on_policy, how.on_policy_prompt
+        self.a_step, self.prompt = how.written(config.train.global_batch), how.on_policy_prompt
         self.seed, self.global_batch, self.seq_len = config.seed, config.train.global_batch, config.train.seq_len
 
     def rewrite(self, batch: Batch, cursor: Cursor, step: int) -> Batch:
@@ -69,8 +73,7 @@ class Author:
         """Numbers of the rows of a global batch that are written: its share, to the row, over the steps."""
         full_G = (whole.targets_T.view(-1, self.seq_len) >= 0).all(-1).tolist()
         numbers = [number for number, full in zip(self._numbers(whole), full_G, strict=True) if full]
-        a_step = round(self.share * self.global_batch, 9)  # 0.29 · 100 is a little less than 29
-        count = int((step + 1) * a_step) - int(step * a_step)
+        count = int((step + 1) * self.a_step) - int(step * self.a_step)
         return set(sorted(numbers, key=lambda number: self._key(step, number, 0))[:count])
 
     def _fill(self, batch: Batch, mine: Sequence[int], step: int) -> Batch:
@@ -82,8 +85,9 @@ class Author:
         targets_RS[mine] = -1
         for row in mine:
             targets_RS[row, self.prompt - 1 : -1] = tokens_RS[row, self.prompt :]
-        begins_RS = (tokens_RS == self.rows.stream.eos_id).numpy() & batch.valid_T.view_as(tokens_RS).numpy()
-        positions_T, cu_seqlens = segments(begins_RS)
+        begins_RS = batch.positions_T.view_as(tokens_RS) == 0
+        begins_RS[mine] = tokens_RS[mine] == self.rows.stream.eos_id
+        positions_T, cu_seqlens = segments(begins_RS.numpy())
         tokens_T, targets_T = tokens_RS.view(-1), targets_RS.view(-1)
         return replace(batch, tokens_T=tokens_T, targets_T=targets_T, positions_T=positions_T, cu_seqlens=cu_seqlens)
 

@@ -1,5 +1,7 @@
 """A student that writes rows of its own: they are what the engine samples, the teacher alone judges them."""
 
+import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +12,12 @@ from turnout import ConfigError
 from turnout.inference.config import EngineConfig
 from turnout.inference.core.sampling import SamplingParams
 from turnout.inference.engine import Engine
+from turnout.inference.machine import Machine
 from turnout.inference.text.tokenizer import TextTokenizer
 from turnout.inference.write import write
 from turnout.launch.compose import compose
-from turnout.moe.data.rows import Batch, segments
+from turnout.launch.main import main
+from turnout.moe.data.rows import Batch, Cursor, segments
 from turnout.moe.train.distill_config import DistillConfig
 from turnout.moe.train.loop import Trainer
 from turnout.parallel import process
@@ -177,8 +181,35 @@ def test_a_run_goes_on_to_the_bit_and_behind_the_stop_the_text_has_all_rows(word
     assert [row["tokens"] for row in found] == [targets, 2 * targets, 2 * targets + BATCH * LENGTH]
 
 
+def test_rows_of_text_keep_their_borders_and_padding_its_own(made):
+    source = made.setup.rows
+    last = next(i for i in range(len(source)) if (source.batch(Cursor(0, i), 1).targets_T < 0).any())
+    cursor = Cursor(0, last - 1)
+    text = source.batch(cursor, BATCH)
+    own = made.author.rewrite(text, cursor, 0)
+    told = ~own.written_T
+    assert not told.all()
+    assert (text.targets_T[told] < 0).any()
+    for name in ("tokens_T", "targets_T", "positions_T"):
+        assert torch.equal(getattr(own, name)[told], getattr(text, name)[told]), name
+
+
+def test_a_plan_says_what_writing_takes(words, made, tmp_path, capsys):
+    path, sizes = tmp_path / "plan.json", []
+    for more in ([], ["train.micro_batch=1"], ["train.distill.on_policy=0"]):
+        assert main(["plan", *words, *more, "world=1", "accelerator=cpu", f"json={path}"]) == 0
+        sizes.append(json.loads(path.read_text())["writing_bytes"])
+        assert ("writing  " in capsys.readouterr().out) == bool(sizes[-1])
+    for count, size in zip((2, 1), sizes, strict=False):
+        config = EngineConfig(max_num_seqs=count, num_blocks=1 + 2 * count, max_model_len=LENGTH)  # of 16 tokens
+        plan = Machine(made.setup.model.eval(), config, time.monotonic).memory
+        assert size == plan.activations + plan.cache
+    made.setup.model.train()
+    assert sizes[2] == 0
+
+
 def test_its_share_is_kept_to_the_row_over_the_steps(made, monkeypatch):
-    monkeypatch.setattr(made.author, "share", 0.3)
+    monkeypatch.setattr(made.author, "a_step", 0.3 * BATCH)
     whole = made.setup.rows.batch(made.now.cursor, BATCH)
     counts = [len(made.author.choose(whole, step)) for step in range(10)]
     assert sum(counts) == 0.3 * BATCH * 10
@@ -229,6 +260,13 @@ def test_a_run_in_which_nobody_can_write_is_refused(made, change, message):
 def test_what_can_not_be_is_refused_at_birth(values, message):
     with pytest.raises(ConfigError, match=message):
         DistillConfig(teacher="x", **values)
+
+
+def test_a_student_whose_router_looks_ahead_is_refused_before_its_first_step(words, tmp_path):
+    ahead = [*(word for word in words if word != "model.moe=null"), "moe=expert_choice", "moe.num_experts=2"]
+    ahead += ["moe.noncausal=true"]
+    with pytest.raises(ConfigError, match=r"moe.router \(expert_choice\) looks at tokens .*on_policy=0"):
+        trainer(str(tmp_path / "run"), ahead)
 
 
 def test_a_trainer_that_nobody_gave_a_generator_says_so(made, tmp_path):
