@@ -110,6 +110,8 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
     model = load_model(path, options.dtype, device)
     with tokenizer_directory(path) as directory:
         tokenizer = Tokenizer.load(directory)
+    if options.draft is not None:
+        _check_draft(options.draft, tokenizer)
     measure = _measure(path, model, tokenizer, documents, options)
     form = "invariant" if options.deterministic else None
     with using(form):
@@ -131,7 +133,8 @@ def report(path: Path, options: EvaluateOptions) -> dict[str, Any]:
         with shuffled_experts(model), using(form):
             found["shuffled_loss"] = measure().val_loss
     if options.draft is not None:
-        found["draft"] = drafted(model, tokenizer, documents, window(path, model.cfg, options), options)
+        seq_len = window(path, model.cfg, options)
+        found["draft"] = drafted(options.draft, options.dtype, model, tokenizer, documents, seq_len)
     if options.baselines:
         found["markov"] = markov(read_documents(options.data, "train", tuning), documents, options.order)
     return found
@@ -180,27 +183,31 @@ def _measure(
     return partial(windows, seq_len=seq_len, stride=options.stride)
 
 
-def drafted(
-    model: "Decoder", tokenizer: "Tokenizer", documents: Sequence[str], seq_len: int, options: EvaluateOptions
-) -> dict[str, Any]:
-    """What `options.draft` is worth as a draft of `model`, were it to speculate.
+def _check_draft(path: str, tokenizer: "Tokenizer") -> None:
+    """Refuse a draft of other tokens before anything is measured.
 
     Raises:
         CheckpointError: there is no model. ConfigError: its tokenizer is another.
     """
-    from ..moe import load_model
     from ..moe.data.tokenizer import Tokenizer
-    from ..moe.eval.draft import acceptance
     from ..moe.models.store import tokenizer_directory
 
-    assert options.draft is not None
-    with tokenizer_directory(options.draft) as directory:
+    with tokenizer_directory(path) as directory:
         same = Tokenizer.load(directory).digest == tokenizer.digest
-    check(same, "draft", options.draft, "has another tokenizer", "use a draft that was distilled from this model")
-    small = load_model(options.draft, options.dtype, model.device)
+    check(same, "draft", path, "has another tokenizer", "use a draft that was distilled from this model")
+
+
+def drafted(
+    path: str, dtype: Dtype, model: "Decoder", tokenizer: "Tokenizer", documents: Sequence[str], seq_len: int
+) -> dict[str, Any]:
+    """What the model at `path` is worth as a draft of `model`, were it to speculate."""
+    from ..moe import load_model
+    from ..moe.eval.draft import acceptance
+
+    small = load_model(path, dtype, model.device)
     found = acceptance(model, small, tokenizer, documents, seq_len=min(seq_len, small.cfg.max_seq_len))
     expected = {str(count): found.length(count) for count in DRAFTED}
-    return {"model": options.draft, "acceptance": found.rate, "greedy": found.greedy, "expected_tokens": expected}
+    return {"model": path, "acceptance": found.rate, "greedy": found.greedy, "expected_tokens": expected}
 
 
 def _tuning(path: Path, split: str) -> float | None:

@@ -11,6 +11,7 @@ R scored tokens, r of them at once, V vocabulary, D width.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from ..models.decoder import Decoder
 from ..train.part import part_of
 from .perplexity import cut, evaluating, pack
 
-ROWS = 1024  # whose logits exist at once
+LOGITS = 1 << 24  # of one model, that exist at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +73,14 @@ def acceptance(
         check(seq_len <= longest, "seq_len", seq_len, f"can not exceed {name}'s max_seq_len ({longest})", "lower it")
     if not any(documents):
         raise DataError("the documents hold no text: give some")
-    ids = [torch.tensor([*part, tokenizer.eos_id]).numpy() for part in tokenizer.encode_batch(documents)]
-    windows = cut(ids, seq_len, seq_len)
+    ids = [np.append(part, tokenizer.eos_id) for part in tokenizer.encode_batch(documents)]
+    windows, at_once = cut(ids, seq_len, seq_len), max(LOGITS // target.cfg.vocab_size, 1)
     taken = same = tokens = 0.0
     with evaluating(target), evaluating(draft):
         for first in range(0, len(windows), batch):
             packed = pack(windows[first : first + batch], 1, tokenizer.eos_id)
             ours, theirs = (_Read.of(model, packed) for model in (target, draft))
-            for rows_r in (packed.targets_T >= 0).nonzero().flatten().split(ROWS):
+            for rows_r in (packed.targets_T >= 0).nonzero().flatten().split(at_once):
                 p_rV, q_rV = ours.probabilities(rows_r), theirs.probabilities(rows_r)
                 taken += float(torch.minimum(p_rV, q_rV).sum(dtype=torch.float64))
                 same += float((p_rV.argmax(-1) == q_rV.argmax(-1)).sum())
@@ -103,4 +104,4 @@ class _Read:
     def probabilities(self, rows_r: Tensor) -> Tensor:
         """Of every next token, [r, V] float32."""
         self.ctx.logit_rows = rows_r.to(self.x_TD.device)
-        return self.model.logits(self.x_TD, self.ctx).float().softmax(-1).cpu()
+        return self.model.logits(self.x_TD, self.ctx).float().softmax(-1)
