@@ -81,7 +81,9 @@ def learn(plain: Tree, told: Said) -> Tree:
     vocabulary = _config(name, teacher).vocab_size
     started = {("data", "vocab_size")} if plain["train"]["init"] is not None else set()
     data = _words(plain, name, teacher, vocabulary, told | started)
-    return {**plain, "data": data, "model": {**plain["model"], "vocab_size": vocabulary}}
+    model = {"vocab_size": plain["model"]["vocab_size"]}
+    same = _agree("model", model, {"vocab_size": vocabulary}, told, f"{name} ({teacher})")
+    return {**plain, "data": data, "model": {**plain["model"], **same}}
 
 
 def _config(name: str, path: str) -> ModelConfig:

@@ -7,7 +7,7 @@ Truncated normal at ±2σ, σ = sqrt(s / fan_in), s = 0.1: the smaller scale tha
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -22,18 +22,24 @@ DENSE_SCALE = 0.1
 
 
 @torch.no_grad()
-def init_weights(model: Decoder, seed: int, shards: Mapping[str, ShardSpec] | None = None) -> None:
-    """Fill every parameter in place; norms become one, biases zero. The parameters must be materialised (not on meta).
+def init_weights(
+    model: Decoder, seed: int, shards: Mapping[str, ShardSpec] | None = None, names: Collection[str] | None = None
+) -> None:
+    """Fill parameters in place; norms become one, biases zero. They must be materialised (not on meta).
 
-    `shards` is what `parallelize`, or `fsdp.divide`, returned; None: every matrix is whole.
+    Args:
+        shards: what `parallelize`, or `fsdp.divide`, returned; None: every matrix is whole.
+        names: of those to fill, where the model has them; None = all, and the routers' buffers.
     """
     scale = model.cfg.moe.init_scale if model.cfg.moe else DENSE_SCALE
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     gain = {"embed.weight" if model.cfg.tie_embeddings else "head.weight": model.cfg.logit_scale**-2}
     routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
-    for buffer in (buffer for router in routers.values() for buffer in router.buffers()):
+    for buffer in (buffer for router in routers.values() for buffer in router.buffers() if names is None):
         buffer.zero_()
     for name, weight in own_parameters(model).items():
+        if names is not None and name not in names:
+            continue
         owner, _, leaf = name.rpartition(".")
         stack, place = stacks.get(owner), shards[name] if shards else None
         if owner in routers:

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.utils.checkpoint import checkpoint
 
 from ... import ConfigError
 from ...configs.typed import check
 from ...kernels import cross_entropy
+from ...kernels.reference.precision import wide
 from ...parallel.mesh import Mesh
 from ...parallel.spread import Spread
 from ..data.rows import Batch
@@ -29,13 +30,15 @@ from ..data.tokenizer import Tokenizer
 from ..layers.context import Outlet
 from ..models.context import VarlenContext
 from ..models.decoder import Decoder
-from ..models.store import load_model, tokenizer_directory
+from ..models.store import TOKENIZER, load_config, load_model, tokenizer_directory
 from .config import RunConfig
 from .distill_config import DistillConfig
 from .part import Part, part_of
 
 LOGITS = 1 << 22  # of one model, that exist at once
 FEWEST = 128  # rows of a chunk
+PROJECTION = "projection"  # of a student of another width than its teacher
+LENT = (f"{PROJECTION}.weight",)  # [C, D]: what a student has only while it learns
 
 
 class Teacher:
@@ -50,9 +53,10 @@ class Teacher:
     Attributes:
         weights_P: of the losses in a token's loss: cross entropy, the teacher's, distance of hidden states, and the
             teacher's about what the student has written.
+        project: brings the student's hidden states to the teacher's width.
 
     Raises:
-        ConfigError: the teacher has another vocabulary, tokenizer, width or form. CheckpointError: it does not read.
+        ConfigError: the teacher has another vocabulary, tokenizer or form. CheckpointError: it does not read.
     """
 
     def __init__(self, config: RunConfig, student: Decoder, tokenizer: Tokenizer, mesh: Mesh) -> None:
@@ -62,6 +66,7 @@ class Teacher:
         weights = [1 - how.soft, how.soft * how.temperature**2, *([how.hidden] if how.hidden else [])]
         weights += [how.temperature**2] if how.on_policy else []
         self.weights_P = torch.tensor(weights, device=mesh.device, dtype=torch.float64)
+        self.project = dict(student.named_children()).get(PROJECTION, nn.Identity())
         self.model: Decoder | None = None
         self.pairs: Mapping[int, int] = {}
         if mesh.place["pp"] < mesh.layout.pp - 1:
@@ -124,7 +129,8 @@ class Lesson:
         losses_TP = losses_T2
         if how.hidden:
             pairs = self.teacher.pairs.items()
-            far = [distance(how, self.states.pop(mine), states[theirs]) for mine, theirs in pairs]
+            project = self.teacher.project
+            far = [distance(how, project(self.states.pop(mine)), states[theirs]) for mine, theirs in pairs]
             far_T = torch.stack(far).mean(0).where(targets_T >= 0, 0)
             losses_TP = torch.cat([losses_T2, far_T[:, None].to(losses_T2)], -1)
         written_T = self.batch.written_T
@@ -152,22 +158,38 @@ def compare(x_nD: Tensor, ours: Outlet, y_nC: Tensor, theirs: Outlet, targets_n:
     Both are 0 where the target is negative. Source: Hinton et al. 1503.02531 §2, there without its factor τ².
     """
     with torch.no_grad(), torch.autocast(y_nC.device.type, enabled=False):
-        theirs_nV = _scores(theirs.project(y_nC) / temperature)
+        theirs_nV = _scores(theirs.project(y_nC), temperature)
     ours_nV = ours.project(x_nD)
     hard_n = cross_entropy(ours_nV, targets_n)
-    soft_n = (theirs_nV.exp() * (theirs_nV - _scores(ours_nV / temperature))).sum(-1)
+    soft_n = (theirs_nV.exp() * (theirs_nV - _scores(ours_nV, temperature))).sum(-1)
     return torch.stack([hard_n, soft_n.where(targets_n >= 0, 0).to(hard_n)], -1)
 
 
-def _scores(logits_nV: Tensor) -> Tensor:
-    """Log-probabilities, float32 at least."""
-    return logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32)).log_softmax(-1)
+def _scores(logits_nV: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities; nothing is rounded below float32 once the logits are there."""
+    return (wide(logits_nV) / temperature).log_softmax(-1)
 
 
-def distance(how: DistillConfig, x_TD: Tensor, y_TD: Tensor) -> Tensor:
-    """Of a student's hidden state from a teacher's, [T]: 1 - cos, or the mean square over D."""
-    x_TD, y_TD = x_TD.float(), y_TD.float()
-    return 1 - cosine_similarity(x_TD, y_TD, dim=-1) if how.distance == "cosine" else (x_TD - y_TD).square().mean(-1)
+def distance(how: DistillConfig, x_TC: Tensor, y_TC: Tensor) -> Tensor:
+    """Of a student's hidden state from a teacher's, [T]: 1 - cos, or the mean square over C."""
+    x_TC, y_TC = x_TC.float(), y_TC.float()
+    return 1 - cosine_similarity(x_TC, y_TC, dim=-1) if how.distance == "cosine" else (x_TC - y_TC).square().mean(-1)
+
+
+def add_projection(student: Decoder, how: DistillConfig | None) -> None:
+    """Give a student of another width than its teacher the matrix by which its hidden states are compared, unfilled.
+
+    One for all blocks, trained and saved with the student; the servable model has none.
+    Source: Jiao et al. 1909.10351 (TinyBERT), eq. 8.
+
+    Raises:
+        ConfigError, CheckpointError: there is no such teacher.
+    """
+    if how is None or not how.hidden:
+        return
+    theirs, ours = load_config(how.teacher).width, student.cfg.width
+    if theirs != ours:
+        student.add_module(PROJECTION, nn.Linear(ours, theirs, bias=False))
 
 
 def check_teacher(config: RunConfig, teacher: Decoder, tokenizer: Tokenizer) -> None:
@@ -185,11 +207,8 @@ def check_teacher(config: RunConfig, teacher: Decoder, tokenizer: Tokenizer) -> 
     check(cfg.vocab_size == model.vocab_size, name, how.teacher, rule, f"use data.vocab_size={cfg.vocab_size}")
     rule = f"reads at most {cfg.max_seq_len} tokens, and train.seq_len is {config.train.seq_len}"
     check(cfg.max_seq_len >= config.train.seq_len, name, how.teacher, rule, f"use train.seq_len={cfg.max_seq_len}")
-    rule = f"is of width {cfg.width}, and train.distill.hidden compares states of the student's width ({model.width})"
-    fits = not how.hidden or cfg.width == model.width
-    check(fits, name, how.teacher, rule, f"use model.width={cfg.width}, or train.distill.hidden=0")
     with tokenizer_directory(how.teacher) as directory:
-        theirs = Tokenizer.load(directory)
+        theirs = Tokenizer.load(directory) if (directory / TOKENIZER).is_file() else tokenizer  # it was given one
     if theirs.digest != tokenizer.digest:
         raise ConfigError(
             f"{name} ({how.teacher}) has another tokenizer (sha256 {theirs.digest[:12]}) than the run "

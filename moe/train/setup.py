@@ -38,7 +38,7 @@ from ..shapes import is_expert, is_router
 from ..upcycle_config import UpcycleConfig
 from . import state
 from .config import RunConfig, flatten, identity
-from .distill import Teacher
+from .distill import LENT, Teacher, add_projection
 from .narrow import narrow_gradients
 from .optim import build_optimizers
 from .recompute import recompute
@@ -124,6 +124,7 @@ def build_model(cfg: ModelConfig, config: RunConfig, mesh: Mesh) -> tuple[Decode
     """This rank's part of the model, made on meta so that no rank ever holds all experts; drawn, or from train.init."""
     with torch.device("meta"):
         model = Decoder(cfg)
+        add_projection(model, config.train.distill)
     shards = parallelize(model, mesh)
     if mesh.layout.pp > 1:
         keep_stages(model, stages(cfg, config, mesh), mesh.layout.pp * config.parallel.virtual - 1)
@@ -134,12 +135,15 @@ def build_model(cfg: ModelConfig, config: RunConfig, mesh: Mesh) -> tuple[Decode
         init_weights(model, config.seed, shards)
         return model, shards
     start_from(config.train.init, config.upcycle, model, shards)
+    init_weights(model, config.seed, shards, LENT)
     return model, shards
 
 
 @torch.no_grad()
 def start_from(path: str, how: UpcycleConfig, model: Decoder, shards: Mapping[str, ShardSpec]) -> None:
     """Fill this rank's part of the model from a checkpoint, made sparse as `how` says: one whole tensor at a time.
+
+    What only learning from a teacher needs stays as it is.
 
     Raises:
         ConfigError: the checkpoint has other tensors than the model. CheckpointError: it does not read.
@@ -148,6 +152,8 @@ def start_from(path: str, how: UpcycleConfig, model: Decoder, shards: Mapping[st
         source: Source = dense if how.num_experts is None else Upcycled(dense, how)
         there = whole_shapes(source.cfg)
         for name, weight in model.state_dict().items():
+            if name in LENT:
+                continue
             if there.get(name) != shards[name].global_shape:
                 raise ConfigError(
                     f"train.init ({path}) has no {name} of shape {shards[name].global_shape}: "

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from turnout import ConfigError, DataError
+from turnout import ConfigError
 from turnout.launch.compose import compose
 from turnout.launch.plan import teacher_bytes
 from turnout.moe.data.tokenizer import Tokenizer
@@ -30,6 +30,11 @@ LAYOUTS = [
     pytest.param(["parallel.cp=2"], id="cp", marks=pytest.mark.full),
     pytest.param(["parallel.fsdp=true", "parallel.ep=2"], id="fsdp", marks=pytest.mark.full),
     pytest.param(["engine=deepspeed", "parallel.ep=2"], id="deepspeed", marks=pytest.mark.full),
+    pytest.param(
+        ["engine=deepspeed", "parallel.zero=2", "train.micro_batch=1"],
+        id="zero-2 and accumulation",
+        marks=pytest.mark.full,
+    ),
 ]
 
 
@@ -77,6 +82,15 @@ def test_two_distributions_are_compared_as_the_formula_says():
     torch.testing.assert_close(grad, tau * ((q_nV - p_nV) * valid[:, None]) @ ours.weight)
 
 
+def test_a_narrow_models_logits_are_not_rounded_again_by_the_temperature():
+    torch.manual_seed(0)
+    x_nD, y_nC, head = torch.randn(5, 4).bfloat16(), torch.randn(5, 4).bfloat16(), Head(4, 9).bfloat16()
+    found = distill.compare(x_nD, head, y_nC, head, torch.zeros(5, dtype=torch.int64), 3.0)[:, 1]
+    z_nV, t_nV = head.project(x_nD).double(), head.project(y_nC).double()
+    p_nV, q_nV = (t_nV / 3).softmax(-1), (z_nV / 3).softmax(-1)
+    torch.testing.assert_close(found.double(), (p_nV * (p_nV / q_nV).log()).sum(-1), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["cosine", pytest.param("mse", marks=pytest.mark.full)])
 def test_chunks_change_nothing_and_the_parts_are_mixed_as_the_run_says(words, tmp_path, monkeypatch, kind):
     more = ["model.moe=null", "model.layers=1", "train.distill.hidden=3", f"train.distill.distance={kind}"]
@@ -96,6 +110,30 @@ def test_chunks_change_nothing_and_the_parts_are_mixed_as_the_run_says(words, tm
     mixed = made.setup.teacher.mix(losses_TP.detach().sum(0))
     torch.testing.assert_close(mixed, 0.6 * entropy + 0.4 * 2**2 * soft + 3 * hidden)
     assert made.setup.teacher.pairs == {0: 1}  # last to last
+
+
+@pytest.mark.parametrize(
+    "start", [pytest.param(False, marks=pytest.mark.full), True], ids=["drawn", "from a checkpoint"]
+)
+def test_a_student_of_another_width_learns_to_bring_its_states_to_the_teachers(words, tmp_path, start):
+    more = [*words, "model.moe=null", "model.width=24", "train.distill.hidden=3", "train.distill.distance=mse"]
+    if start:
+        go(str(tmp_path / "init"), [*more, "train.distill.hidden=0", "train.steps=1"])
+        more += [f"train.init={tmp_path / 'init'}"]
+    more += ["train.steps=2"]
+    made, losses_TP = first_losses(tmp_path / "run", more)
+    weight_CD = made.setup.model.get_parameter("projection.weight")
+    assert weight_CD.shape == (32, 24)
+    inputs = made._inputs(0)
+    made.setup.model.hidden(*inputs)
+    ours, (theirs, _) = inputs[-1].states, inputs[-1].loss._read()
+    far_T = sum((ours[layer] @ weight_CD.T - theirs[layer]).square().mean(-1) / 2 for layer in range(2))
+    torch.testing.assert_close(losses_TP[:, 2], far_T.where(made.parts[0].targets_T >= 0, 0))
+    made.parts.clear()
+    before = weight_CD.detach().clone()
+    assert made.run() == Outcome(step=2, preempted=False)
+    assert not torch.equal(weight_CD, before)
+    assert not any("projection" in name for name in load_model(tmp_path / "run").state_dict())
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(words, tmp_path):
@@ -119,7 +157,7 @@ def test_what_a_lesson_has_read_goes_with_its_micro_batch(words, tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_ranks_learn_what_one_does(words, tmp_path, layout):
     student = [*words, "moe=switch", "moe.num_experts=2", "moe.every=1", "train.distill.hidden=1", "train.steps=3"]
-    student += ["train.distill.temperature=2"]
+    student += ["train.distill.temperature=2", "model.width=24"]  # with a projection
     go(str(tmp_path / "one"), student)
     run_ranks(go, 2, str(tmp_path / "two"), [*student, *layout])
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
@@ -143,6 +181,7 @@ def test_the_last_rank_of_a_pipeline_has_the_teacher(words, tmp_path):
 
 def test_a_run_goes_on_to_the_bit_before_and_behind_the_stop(words, tmp_path):
     student = [*words, "model.moe=null", "train.distill.stop=0.5", "train.distill.hidden=1", "train.dtype=bfloat16"]
+    student += ["model.width=24"]  # with a projection
     go(str(tmp_path / "whole"), student)
     for steps in (2, 2, None):
         go(str(tmp_path / "parts"), [*student, "train.resume=true"], steps)
@@ -173,6 +212,8 @@ def test_the_vocabulary_and_the_tokenizer_follow_the_teacher_whose_memory_is_pla
     assert Path(str(config.data.tokenizer)) == Path(words[-1].partition("=")[2]) / "model"
     with pytest.raises(ConfigError, match=r"data.vocab_size \(500\) contradicts train.distill.teacher \(.*400"):
         compose([*quiet, "data.vocab_size=500"])
+    with pytest.raises(ConfigError, match=r"model.vocab_size \(500\) contradicts train.distill.teacher \(.*400"):
+        compose([*quiet, "model.vocab_size=500"])
     with pytest.raises(ConfigError, match=r"train.distill.teacher \(nowhere\) must be a model"):
         compose([*quiet, "train.distill.teacher=nowhere"])
     with pytest.raises(ConfigError, match=r"train.distill.teacher is missing"):
@@ -184,7 +225,6 @@ def test_the_vocabulary_and_the_tokenizer_follow_the_teacher_whose_memory_is_pla
     [
         ({"max_seq_len": 16}, "reads at most 16 tokens, and train.seq_len is 32"),
         ({"vocab_size": 401}, r"has a vocabulary of 401 and the student \(model.vocab_size\) one of 400"),
-        ({"width": 48, "moe": None}, r"is of width 48, and train.distill.hidden compares .* \(32\)"),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused(words, change, message):
@@ -210,8 +250,10 @@ def test_a_teacher_of_another_tokenizer_is_refused(words, tmp_path):
     with pytest.raises(ConfigError, match=r"has another tokenizer \(sha256 .*\) than the run"):
         distill.check_teacher(config, load_model(teacher), tokenizer)
     (other / "tokenizer.json").unlink()
-    with pytest.raises(DataError, match=r"tokenizer\.json can not be read"):
-        distill.check_teacher(config, load_model(teacher), tokenizer)
+    with pytest.raises(ConfigError, match=r"data.tokenizer \(None\) must be given, for train.distill.teacher"):
+        compose([*words, f"train.distill.teacher={other}"])
+    assert compose([*words, f"train.distill.teacher={other}", f"data.tokenizer={teacher}"])
+    distill.check_teacher(config, load_model(teacher), tokenizer)  # of what it has not, the run's is taken at its word
 
 
 @pytest.mark.parametrize(
