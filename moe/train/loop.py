@@ -8,6 +8,7 @@ gradients are summed, so any layout computes the same step.
 T tokens, P cross entropy and what a teacher adds.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -188,7 +189,7 @@ class Trainer:
             self._drop()
             return None
         if not result.finite:
-            self._skip(float(self.losses_P[0]), result.grad_norm)
+            self._skip(result.grad_norm)
             return None
         loss = self.losses_P[0] * self.targets / (self.targets - self.written)
         if config.train.spike is not None and self._rewound(loss, config.train.spike):
@@ -327,12 +328,14 @@ class Trainer:
 
         on_first(write)
 
-    def _skip(self, loss: float, grad_norm: float) -> None:
+    def _skip(self, grad_norm: float) -> None:
         """Leave a note of the batch that broke the step and pass over it, or stop on every rank. Collective."""
         allowed, cursor = self.config.train.skip_nonfinite, self._cursor(self.skipped)
-        step = self.now.step
+        step, (loss, *lessons) = self.now.step, self.losses_P.tolist()
         with self.setup.engine.whole():
             text = nonfinite.leave_note(self.run_dir, self.setup.model, step, cursor, loss, grad_norm)
+        if math.isfinite(loss) and not all(map(math.isfinite, lessons)):
+            text += f"; the teacher's losses alone are not: can it compute in train.dtype ({self.config.train.dtype})?"
         if self.skipped == allowed:
             again = f" ({allowed} in a row were skipped before it, as train.skip_nonfinite says)" if allowed else ""
             raise NonFiniteError(f"{text}{again}: lower optim.lr or look at the batch named in {nonfinite.NOTE}")

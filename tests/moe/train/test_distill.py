@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from turnout import ConfigError
+from turnout import ConfigError, NonFiniteError
 from turnout.launch.compose import compose
 from turnout.launch.plan import teacher_bytes
 from turnout.moe.data.tokenizer import Tokenizer
@@ -233,6 +233,19 @@ def test_a_teacher_that_does_not_fit_is_refused(words, change, message):
     teacher.cfg = replace(teacher.cfg, **change)
     with pytest.raises(ConfigError, match=message):
         distill.check_teacher(config, teacher, Tokenizer.load(config.data.tokenizer))
+
+
+@pytest.mark.full
+def test_a_teacher_whose_numbers_are_none_is_named(words, tmp_path):
+    teacher = Path(words[-1].partition("=")[2]) / "model"
+    tensors = load_model(teacher).state_dict()
+    save_model(
+        tmp_path / "huge", load_config(teacher), {**tensors, "norm.weight": tensors["norm.weight"] * 1e6}, teacher
+    )
+    student = [*words, "model.moe=null", f"train.distill.teacher={tmp_path / 'huge'}", "train.steps=1"]
+    go(str(tmp_path / "wide"), student)
+    with pytest.raises(NonFiniteError, match=r"the teacher's losses alone are not: .* train.dtype \(float16\)"):
+        go(str(tmp_path / "narrow"), [*student, "train.dtype=float16"])
 
 
 def test_a_teacher_of_another_tokenizer_is_refused(words, tmp_path):
