@@ -118,10 +118,19 @@ def teacher_bytes(config: RunConfig) -> int:
     """Weights of the run's teacher in `train.dtype`, on every rank that has the head; 0 without one."""
     if config.train.distill is None:
         return 0
-    from ..moe.models.store import load_config  # loads torch
+    import torch
 
-    numbers = shapes.count(shapes.shapes(load_config(config.train.distill.teacher)))
-    return numbers * (4 if config.train.dtype == "float32" else 2)
+    from ..moe.layers.quantized import fixed_names
+    from ..moe.models.decoder import Decoder
+    from ..moe.models.store import load_config
+
+    with torch.device("meta"):
+        teacher = Decoder(load_config(config.train.distill.teacher))
+    fixed, each = fixed_names(teacher), 4 if config.train.dtype == "float32" else 2
+    return sum(
+        part.numel() * (part.itemsize if name in fixed else 4 if shapes.is_router(name) else each)
+        for name, part in teacher.state_dict().items()
+    )
 
 
 def writing_bytes(chosen: Forecast) -> int:

@@ -10,6 +10,7 @@ import torch
 
 from turnout import ConfigError, NonFiniteError
 from turnout.launch.compose import compose
+from turnout.launch.main import main
 from turnout.launch.plan import teacher_bytes
 from turnout.moe.data.tokenizer import Tokenizer
 from turnout.moe.layers.embedding import Head
@@ -202,6 +203,19 @@ def test_a_student_comes_near_its_teacher_and_one_without_does_not(words, tmp_pa
     taught, alone = far
     assert taught[-1] < taught[0]
     assert taught[-1] < 0.9 * alone[-1]
+
+
+@pytest.mark.full
+def test_a_teacher_may_be_rounded_and_is_planned_as_it_is_held(words, tmp_path):
+    small = tmp_path / "small"
+    assert (
+        main(["compress", words[-1].partition("=")[2], str(small), "method=int8", "max_bytes=1000", "speed=false"]) == 0
+    )
+    student = [*words, "model.moe=null", f"train.distill.teacher={small}", "train.dtype=bfloat16", "train.steps=2"]
+    go(str(tmp_path / "run"), student)
+    assert all(0 < row["distill_loss"] < 10 for row in rows(tmp_path / "run"))
+    held = load_model(small, "bfloat16").state_dict().values()
+    assert teacher_bytes(compose(student).config) == sum(part.nbytes for part in held)
 
 
 def test_the_vocabulary_and_the_tokenizer_follow_the_teacher_whose_memory_is_planned(words):
