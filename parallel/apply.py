@@ -45,7 +45,7 @@ def parallelize(model: nn.Module, mesh: Mesh, *, uneven: bool = False) -> dict[s
         shape = tuple(tensor.shape)
         placement = match(plan, name)
         shards[name] = ShardSpec(shape, (0,) * len(shape), parts=2 if placement == "gated" else 1)
-        if placement == "expert" and mesh.ep_size > 1:
+        if placement == "expert" and mesh.ep_size > 1 and tensor.numel():  # symmetric codes have no zero points
             first = _keep_local_experts(model, name, mesh, uneven)
             shards[name] = ShardSpec(shape, (first,) + (0,) * (len(shape) - 1), along="edp")
     for name, module in model.named_modules():

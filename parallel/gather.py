@@ -1,12 +1,15 @@
 """Two exchanges that are each other's gradient: all ranks' tokens on each, and sums of which each keeps its tokens.
+And two without a gradient, of layers that divide their output features alone.
 
     x of a rank's own tokens       →  x of all tokens, rank after rank      all-gather
     a rank's term of all tokens    →  the sum for a rank's own tokens       reduce-scatter
+    a rank's features, all tokens  →  all features of all tokens            all-gather
+    a rank's features, all tokens  →  all features of a rank's own tokens   all-to-all
 
 A sum's terms travel in their own dtype and are added in float32 (float64 stays), in the order of the ranks: the same
 bits however the network works, and every time.
 
-P ranks, T tokens held here, A = P · T tokens of all of them.
+P ranks, T tokens held here, A = P · T tokens of all of them, f features held here, F = P · f.
 """
 
 from typing import Any
@@ -31,6 +34,22 @@ def gather(x_T: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
 def scatter_sum(y_A: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
     """Terms [A, ...] → their sum over ranks, for the T tokens of this one. Otherwise as `gather`."""
     return _ScatterSum.apply(y_A, group, what)
+
+
+def gather_features(x_Af: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
+    """[A, f] → [A, F], rank after rank. Carries no gradient; collective over `group`; `what` names it in errors.
+
+    Raises:
+        PeerError: a peer died or hangs.
+    """
+    x_PAf = _gathered(x_Af, group, f"gathering of {what}").unflatten(0, (group.size(), len(x_Af)))
+    return x_PAf.transpose(0, 1).flatten(1)
+
+
+def scatter_tokens(y_Af: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
+    """[A, f] → [T, F], rank after rank, for the T tokens of this one. Otherwise as `gather_features`."""
+    y_PTf = _turned(y_Af, group, f"exchange of {what}")
+    return y_PTf.transpose(0, 1).flatten(1)
 
 
 class _Gather(torch.autograd.Function):
@@ -68,8 +87,12 @@ def _gathered(x_T: Tensor, group: dist.ProcessGroup, operation: str) -> Tensor:
 
 def _summed(y_A: Tensor, group: dist.ProcessGroup, operation: str) -> Tensor:
     """By an all-to-all, as many bytes as a reduce-scatter of these terms."""
-    terms_A = torch.empty_like(y_A, memory_format=torch.contiguous_format)
+    return wide(_turned(y_A, group, operation)).sum(0).to(y_A.dtype)
+
+
+def _turned(y_A: Tensor, group: dist.ProcessGroup, operation: str) -> Tensor:
+    """What every rank has for the T tokens of this one: [P, T, ...]."""
+    found_A = torch.empty_like(y_A, memory_format=torch.contiguous_format)
     with naming(operation):
-        dist.all_to_all_single(terms_A, y_A.contiguous(), group=group)
-    terms_PT = terms_A.unflatten(0, (group.size(), len(y_A) // group.size()))
-    return wide(terms_PT).sum(0).to(y_A.dtype)
+        dist.all_to_all_single(found_A, y_A.contiguous(), group=group)
+    return found_A.unflatten(0, (group.size(), len(y_A) // group.size()))

@@ -7,7 +7,7 @@ A model's `plan()` maps name patterns (as in file names: `blocks.*.ffn.experts.*
     column      [out, in] or [out]: each tensor-parallel rank holds its output features
     gated       column, where the first half of the output features are gates and the second what they gate: each rank
                 holds the same part of both
-    row         [out, in]: each tensor-parallel rank holds its input features
+    row         [out, in]: each tensor-parallel rank holds its input features; of a rounded matrix its output features
     vocab       the vocabulary; whole on every rank, for tensor-parallel ranks share out the tokens of the head and the
                 loss instead: as few FLOPs, and nothing to exchange
 

@@ -44,6 +44,12 @@ class ShardSpec:
         """This rank's part, of `local_shape`, of the whole tensor."""
         return whole.reshape(self.block.global_shape)[self.place(local_shape)].reshape(local_shape)
 
+    def pieces(self, local_shape: tuple[int, ...]) -> list[tuple[slice, ...]]:
+        """Where a local tensor of this shape lies in the whole one: a piece of each part, which are it together."""
+        rows, *others = self.place(local_shape)[-len(local_shape) :]
+        each = self.global_shape[0] // self.parts
+        return [(slice(i * each + rows.start, i * each + rows.stop), *others) for i in range(self.parts)]
+
     def place(self, local_shape: tuple[int, ...]) -> tuple[slice, ...]:
         """Where a local tensor of this shape lies in the whole one, once both have the parts as a dimension."""
         local = self.unfold(local_shape)

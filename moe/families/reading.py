@@ -13,9 +13,11 @@ from ... import CheckpointError, ConfigError
 from ...configs.typed import check
 from ...parallel.apply import parallelize
 from ...parallel.mesh import Mesh
+from ...parallel.shard import ShardSpec
 from ..config import ModelConfig
+from ..layers.quantized import fixed_names
 from ..models.decoder import Decoder
-from ..models.store import WEIGHTS, is_foreign, load_config, model_directory
+from ..models.store import WEIGHTS, is_foreign, load_config, match_tensors, model_directory
 from ..shapes import is_router
 from .directory import DTYPES, STORED, Foreign, match_places, open_foreign, stored_dtype
 from .place import Place
@@ -39,20 +41,17 @@ class OwnSource:
     """A servable directory of ours."""
 
     def __init__(self, cfg: ModelConfig, reader: Any, file: Path) -> None:
-        self.cfg, self._reader = cfg, reader
-        shapes, held = whole_shapes(cfg), set(reader.keys())
-        self._shapes = shapes
-        for name in sorted(shapes.keys() ^ held):
-            word = "is missing in" if name in shapes else "is not the model's, but lies in"
-            raise CheckpointError(f"{name} {word} {file}: export the model again")
-        for name, shape in shapes.items():
-            found = tuple(reader.get_slice(name).get_shape())
-            if found != shape:
-                raise CheckpointError(f"{name} {list(found)} in {file} must have shape {list(shape)}: export it again")
+        self.cfg, self._reader, self._shapes = cfg, reader, whole_shapes(cfg)
+        match_tensors({name: reader.get_tensor(name) for name in reader.keys()}, cfg, str(file))  # noqa: SIM118
 
     def read(self, name: str) -> Tensor:
         found: Tensor = self._reader.get_tensor(name)
         return found.float()
+
+    def part(self, name: str, place: ShardSpec, shape: tuple[int, ...]) -> Tensor:
+        """What lies at `place`, of `shape`, as stored; nothing else is read."""
+        held = self._reader.get_slice(name)
+        return torch.cat([held[slices] for slices in place.pieces(shape)])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every tensor."""
@@ -81,6 +80,10 @@ class ForeignSource:
             place.put(self._shards.read(place.theirs), whole)
         return whole
 
+    def part(self, name: str, place: ShardSpec, shape: tuple[int, ...]) -> Tensor:
+        """What lies at `place`, of `shape`; the whole is read."""
+        return place.take(self.read(name), shape).clone()
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """As `OwnSource.shapes`."""
         return self._shapes
@@ -92,8 +95,12 @@ class ForeignSource:
 
 
 @contextmanager
-def open_source(path: str | Path) -> Iterator[OwnSource | ForeignSource]:
+def open_source(path: str | Path, *, rounded: bool = False) -> Iterator[OwnSource | ForeignSource]:
     """Open a run, a model directory, a Hugging Face directory or a GGUF file; names and shapes are checked first.
+
+    Args:
+        path: which.
+        rounded: whether its matrices may be rounded, as `part` reads them.
 
     Raises:
         ConfigError: its configuration. CheckpointError: no model there, or files and tensors that do not fit it.
@@ -104,7 +111,8 @@ def open_source(path: str | Path) -> Iterator[OwnSource | ForeignSource]:
             yield ForeignSource(*stack.enter_context(open_foreign(directory)))
             return
         cfg, file = load_config(directory), directory / WEIGHTS
-        check_whole(cfg, directory)
+        if not rounded:
+            check_whole(cfg, directory)
         try:
             reader = stack.enter_context(safe_open(file, framework="pt"))
         except (OSError, SafetensorError) as error:
@@ -132,7 +140,8 @@ def whole_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 def load_part(path: str | Path, mesh: Mesh, dtype: str | None = None) -> Decoder:
     """This rank's part of a servable model, in evaluation mode on the mesh's device.
 
-    Some ranks may hold one expert more than others. No more than the part and one whole tensor are in memory.
+    Some ranks may hold one expert more than others. No more than the part is in memory, of a foreign model one whole
+    tensor besides.
 
     Args:
         path, dtype: as `load_model` has them.
@@ -142,13 +151,14 @@ def load_part(path: str | Path, mesh: Mesh, dtype: str | None = None) -> Decoder
     """
     if dtype not in (None, "auto", *DTYPES):
         raise ConfigError(f"dtype ({dtype}) is not supported: use auto, {', '.join(DTYPES)}")
-    with open_source(path) as source:
+    with open_source(path, rounded=True) as source:
         with torch.device("meta"):
             model = Decoder(source.cfg)
-        places = parallelize(model, mesh, uneven=True)
+        places, fixed = parallelize(model, mesh, uneven=True), fixed_names(model)
         part = {}
         for name, local in model.state_dict().items():
-            mine = places[name].take(source.read(name), tuple(local.shape))
-            part[name] = mine.to(mesh.device, source.dtype(name, dtype), copy=True)
+            mine = source.part(name, places[name], tuple(local.shape))
+            part[name] = mine.to(mesh.device, mine.dtype if name in fixed else source.dtype(name, dtype))
         model.load_state_dict(part, assign=True)
+    model.tell_dtype()
     return model.eval().requires_grad_(False)

@@ -125,8 +125,8 @@ class Decoder(nn.Module):
             "*blocks.*.attention.w[qkv].*": "column",
             "*blocks.*.attention.sinks": "column",
             "*blocks.*.attention.wkv.weight": "column",
-            "*blocks.*.attention.wo.weight": "row",
-            "*blocks.*.ffn.w_in.weight": "gated" if self.cfg.activation.startswith("swiglu") else "column",
-            "*blocks.*.ffn.w_out.weight": "row",
+            "*blocks.*.attention.wo.*": "row",
+            "*blocks.*.ffn.w_in.*": "gated" if self.cfg.activation.startswith("swiglu") else "column",
+            "*blocks.*.ffn.w_out.*": "row",
             "*blocks.*.ffn.experts.*": "expert",
         }

@@ -52,7 +52,7 @@ def save_model(
     Raises:
         CheckpointError: `tensors` are not exactly the model's, or the directory can not be written.
     """
-    _match(tensors, cfg, "the tensors to save")
+    match_tensors(tensors, cfg, "the tensors to save")
     directory = Path(directory)
     aside = directory.with_name(f"tmp-{directory.name}")
     try:
@@ -171,7 +171,7 @@ def load_tensors(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} does not read as safetensors ({error}): export the model again") from error
-    _match(tensors, cfg, str(file))
+    match_tensors(tensors, cfg, str(file))
     return cfg, tensors
 
 
@@ -186,7 +186,12 @@ def _config(directory: Path) -> dict[str, Any]:
     return data
 
 
-def _match(tensors: Mapping[str, Tensor], cfg: ModelConfig, source: str) -> None:
+def match_tensors(tensors: Mapping[str, Tensor], cfg: ModelConfig, source: str) -> None:
+    """Check that `tensors` are exactly the model's, in shape and, where its codes have one, in type.
+
+    Raises:
+        CheckpointError: naming the first that is not, and `source`.
+    """
     with torch.device("meta"):
         model = Decoder(cfg)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -1,11 +1,15 @@
 """Parallel sizes: what fits resolves, what does not is refused naming field, value, rule and fix; plans and shards."""
 
+import math
+
 import pytest
+import torch
 
 from turnout import ConfigError
 from turnout.parallel.config import Layout, ParallelConfig
 from turnout.parallel.mesh import ranks_along, through_nodes
 from turnout.parallel.plan import match
+from turnout.parallel.shard import ShardSpec
 
 
 @pytest.mark.parametrize(
@@ -72,6 +76,16 @@ def test_rows_go_through_nodes_where_there_are_several_of_several_ranks(node, ex
 def test_impossible_values_are_refused_at_birth(bad):
     with pytest.raises(ConfigError, match=rf"parallel\.{next(iter(bad))}"):
         ParallelConfig(**bad)
+
+
+@pytest.mark.parametrize(("parts", "shape", "local"), [(1, (6, 4), (2, 4)), (2, (12, 5), (4, 5)), (2, (0,), (0,))])
+def test_the_pieces_of_a_part_are_what_is_taken_of_the_whole(parts, shape, local):
+    whole = torch.arange(math.prod(shape)).view(shape)
+    offset = min(shape[0], 2)
+    place = ShardSpec(shape, (offset,) + (0,) * (len(shape) - 1), parts=parts)
+    pieces = [whole[piece] for piece in place.pieces(local)]
+    assert len(pieces) == parts
+    assert torch.equal(torch.cat(pieces), place.take(whole, local))
 
 
 def test_the_first_matching_pattern_places_a_parameter_and_the_rest_is_replicated():

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from turnout.parallel import process
-from turnout.parallel.gather import gather, scatter_sum
+from turnout.parallel.gather import gather, gather_features, scatter_sum, scatter_tokens
 from turnout.tests.helpers.ranks import run_ranks
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -35,6 +35,22 @@ def test_gathering_sums_gradients_and_summing_gathers_them(dtype, tokens):
         expected = terms.double().sum(0).to(dtype)
         assert torch.equal(x_grad, expected)
         assert torch.equal(y_TD, expected)
+
+
+def features(tokens: int) -> list[torch.Tensor]:
+    """All features of all tokens, and of this rank's; numbers name rank, token and feature."""
+    group, rank = dist.group.WORLD, process.rank()
+    x_Af = 100 * rank + 10 * torch.arange(2 * tokens)[:, None] + torch.arange(3)
+    return [gather_features(x_Af, group, "x"), scatter_tokens(x_Af, group, "y")]
+
+
+@pytest.mark.parametrize("tokens", [2, 0])
+def test_features_of_all_ranks_lie_side_by_side_in_the_order_of_the_ranks(tokens):
+    each = 100 * torch.arange(2)[:, None] + torch.arange(3)
+    every_AF = 10 * torch.arange(2 * tokens)[:, None] + each.flatten()
+    for rank, (x_AF, y_TF) in enumerate(run_ranks(features, 2, tokens)):
+        assert torch.equal(x_AF, every_AF)
+        assert torch.equal(y_TF, every_AF[rank * tokens : (rank + 1) * tokens])
 
 
 def small_terms() -> torch.Tensor:

@@ -13,15 +13,8 @@ from turnout.inference.run import recorded
 from turnout.kernels.registry import using
 from turnout.moe import MoEConfig
 from turnout.moe.attention_config import AttentionConfig, LatentConfig
-from turnout.moe.layers.quantized import (
-    QuantizedEmbedding,
-    QuantizedExperts,
-    QuantizedLinear,
-    matrices,
-    round_to,
-    stacks,
-)
 from turnout.moe.quantization_config import QuantizationConfig
+from turnout.tests.helpers.rounded import rounded
 from turnout.tests.inference.conftest import build_model
 from turnout.tests.inference.run.test_attention_forms import make
 from turnout.tests.inference.test_deterministic import deepseek
@@ -38,19 +31,11 @@ def gpt_oss():
     return build_model(moe=moe, attention=AttentionConfig(sinks=True, qkv_bias=True, output_bias=True))
 
 
-def rounded(**how):
+def few_bits(**how):
     """Every matrix in few bits, and the ends."""
-    cfg, moe = QuantizationConfig(**how), replace(mixture("topk_softmax"), width=64, expert_width=64)
+    moe = replace(mixture("topk_softmax"), width=64, expert_width=64)
     model = build_model(moe=moe, width=64, head_dim=16, ffn_width=128).bfloat16()
-    for name, linear in list(matrices(model)):
-        model.set_submodule(name, QuantizedLinear(round_to(linear.weight, cfg)))
-    for name, experts in list(stacks(model)):
-        both = (round_to(w, cfg) for w in (experts.w_in, experts.w_out.mT))
-        model.set_submodule(name, QuantizedExperts(experts, *both))
-    for end in ("embed", "head"):
-        setattr(model, end, QuantizedEmbedding(round_to(getattr(model, end).weight, cfg.of_vocabulary)))
-    model.tell_dtype()
-    return model
+    return rounded(model, QuantizationConfig(**how))
 
 
 MODELS = {
@@ -65,9 +50,9 @@ MODELS = {
     "one head": lambda: build_model(moe=mixture("topk_softmax", shared_experts=1), kv_heads=1),
     "GPT-OSS": gpt_oss,
     "windows and sinks": lambda: make("windows in some layers, sinks, biases", torch.float32),
-    "eight bits": lambda: rounded(),
-    "four bits, zero points": lambda: rounded(bits=4, group=64, zero=True),
-    "eight bits, rows too": lambda: rounded(rows="int8"),
+    "eight bits": lambda: few_bits(),
+    "four bits, zero points": lambda: few_bits(bits=4, group=64, zero=True),
+    "eight bits, rows too": lambda: few_bits(rows="int8"),
     "norms of the width": lambda: make("norms of the width", torch.float32),
 }
 VOID = ("GPT-OSS",)
