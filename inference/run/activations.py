@@ -25,6 +25,8 @@ SAMPLING = 56
 """Bytes that the sampler has at once for each logit of a row: copies, sorted values and indices, float64 sums."""
 HIDDEN = {"swiglu": 4, "swiglu_clamped": 8, "gelu": 2, "relu": 2}
 """Hidden widths that an activation function has at once, its operand and result included."""
+GATHERED = 3
+"""And that ranks have at most which gather those of a rounded layer: their own, all as they come, all in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +119,11 @@ class Activations:
     @property
     def dense(self) -> int:
         """A dense feed-forward network."""
-        return self._feed(self.model.ffn_width, self.model.activation)
+        gathers = self.tp > 1 and self.model.quantization is not None
+        return self._feed(self.model.ffn_width, self.model.activation, GATHERED if gathers else 0)
 
-    def _feed(self, hidden: int, activation: str) -> int:
-        return self.tokens * self.w * (HIDDEN[activation] * hidden + self.model.width)
+    def _feed(self, hidden: int, activation: str, least: int = 0) -> int:
+        return self.tokens * self.w * (max(HIDDEN[activation], least) * hidden + self.model.width)
 
     @property
     def rows(self) -> int:

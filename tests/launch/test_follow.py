@@ -8,9 +8,11 @@ from turnout import ConfigError
 from turnout.launch.compose import compose
 from turnout.moe.families.reading import open_source, whole_shapes
 from turnout.moe.families.upcycle import Upcycled
-from turnout.moe.models.store import load_config, save_model
+from turnout.moe.models.store import load_config, load_model, save_model
+from turnout.moe.quantization_config import QuantizationConfig
 from turnout.moe.upcycle_config import UpcycleConfig
 from turnout.tests.helpers.llama import llama
+from turnout.tests.helpers.rounded import rounded
 
 SHORT = "train.seq_len=32"
 
@@ -91,6 +93,13 @@ def test_another_tokenizer_is_refused(dense, tmp_path):
 def test_a_place_without_a_model_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"train\.init \(.*\) must be a model: .* holds no model"):
         compose([f"train.init={tmp_path}"])
+
+
+def test_rounded_weights_are_refused_for_they_have_no_gradient(dense, tmp_path):
+    model = rounded(load_model(dense), QuantizationConfig())
+    path = save_model(tmp_path / "slim", model.cfg, model.state_dict(), dense)
+    with pytest.raises(ConfigError, match=r"model\.quantization .* is how a compressed model is stored, and training"):
+        compose([f"train.init={path}", SHORT])
 
 
 def test_upcycling_needs_something_to_start_from():

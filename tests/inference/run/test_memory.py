@@ -26,6 +26,7 @@ from turnout.inference.run.kv import MIB
 from turnout.inference.run.memory import SHARE, WORKSPACE, plan_memory
 from turnout.inference.run.sampler import sample
 from turnout.moe import Decoder, ModelConfig, save_model
+from turnout.moe.quantization_config import QuantizationConfig
 from turnout.parallel import ParallelConfig, build_mesh
 from turnout.tests.helpers.memory import Memory
 from turnout.tests.helpers.ranks import run_ranks
@@ -172,6 +173,10 @@ def test_M9_every_token_of_all_ranks_may_go_to_the_experts_of_one(make_model):
     assert worst(cfg, ranks=2, tp=2).rows == 512 * 2, "two ranks divide one replica's tokens"
     travelled = two.rows * 4 * 32 * 4  # to the expert and back, as they set out and as they arrive
     assert two.experts - alone.experts >= travelled + 512 * 2 * 32 * 4
+    relu = replace(cfg, activation="relu")
+    few_bits = replace(relu, quantization=QuantizationConfig())
+    assert worst(few_bits, tp=2).dense - worst(few_bits).dense == 512 * 64 * 4, "hidden units are gathered"
+    assert worst(relu, tp=2).dense == worst(relu).dense
     large = replace(cfg, vocab_size=100_000)
     assert worst(large, replicas=2).logits == 2 * worst(large).logits, "rank 0 samples for both"
 

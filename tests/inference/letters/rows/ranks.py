@@ -3,6 +3,7 @@
 from ..row import Mutant, Row
 
 RANKS = "tests/inference/test_ranks.py"
+ROUNDED = "tests/inference/test_rounded_ranks.py"
 LINK = "tests/parallel/test_serving.py"
 SERVE = "tests/launch/test_serve_ranks.py"
 
@@ -26,6 +27,15 @@ ROWS = [
             f"{RANKS}::test_M3_eight_experts_and_all_tokens_to_one_of_them",
         ),
         Mutant("parallel/apply.py", "if uneven and experts < ranks:", "if uneven and experts > ranks:"),
+    ),
+    Row(
+        "M3",
+        (
+            f"{ROUNDED}::test_M3_two_ranks_give_the_bits_of_one",
+            f"{ROUNDED}::test_M3_every_layout_gives_the_bits_of_one_rank_in_few_bits",
+            f"{ROUNDED}::test_M3_so_does_every_form_of_model",
+        ),
+        Mutant("parallel/gather.py", "x_PAf.transpose(0, 1)", "x_PAf.flip(0).transpose(0, 1)"),
     ),
     Row(
         "M4",
