@@ -74,11 +74,13 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "reference": "reference.quantized",
             "triton": "triton.quantized",
             "cpp": "cpp.quantized",
+            "rows": "rows.quantized",
         },
         "quantized_moe_mlp": {
             "reference": "reference.quantized",
             "triton": "triton.quantized",
             "cpp": "cpp.quantized",
+            "rows": "rows.quantized",
         },
         "sort_by_expert": {
             "reference": "reference.routing",

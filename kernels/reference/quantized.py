@@ -30,8 +30,9 @@ def quantized_moe_mlp(
     kept_TK = torch.ones_like(ids_TK, dtype=torch.bool) if kept_TK is None else kept_TK
     order_N, slot_TK, counts_E = sort_by_expert(ids_TK, kept_TK, len(w_in.q))
     rows = x_TD.float()[order_N // ids_TK.shape[1]].split(counts_E.tolist())
-    y = [_product(swiglu(_product(x, w_in[e])), w_out[e]) for e, x in enumerate(rows)]
-    return combine(torch.cat(y), weights_TK, order_N, slot_TK).to(x_TD.dtype)
+    y = [_product(swiglu(_product(x, w_in[e])), w_out[e]) for e, x in enumerate(rows) if len(x)]
+    y_ND = torch.cat(y) if y else x_TD.new_zeros(0, x_TD.shape[1], dtype=torch.float32)
+    return combine(y_ND, weights_TK, order_N, slot_TK).to(x_TD.dtype)
 
 
 def _product(x_TD: Tensor, w: QuantizedWeight) -> Tensor:

@@ -273,6 +273,27 @@ def test_threads_change_no_bit(how):
     assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize(("form", "dtype"), [("rows", torch.bfloat16), ("invariant", torch.float64)])
+@pytest.mark.parametrize("how", [{}, {"bits": 4, "zero": True, "rows": "int8"}])
+def test_without_the_kernels_rows_are_alone_as_in_company_too(form, dtype, how):
+    x, ids, weights, kept, w_in, w_out = _mixture(9, 4, 384, 192, 2)
+    x, kept[3] = x.to(dtype), False
+    q_in, q_out = quantize_weight(w_in, **how), quantize_weight(w_out.mT, **how)
+    with kernels.using("reference"):
+        wanted = kernels.quantized_linear(x, q_in[0]), kernels.quantized_moe_mlp(x, ids, weights, kept, q_in, q_out)
+    with kernels.using(form):
+        found = kernels.quantized_linear(x, q_in[0]), kernels.quantized_moe_mlp(x, ids, weights, kept, q_in, q_out)
+        for t in (0, 3, 8):
+            own = slice(t, t + 1)
+            assert torch.equal(kernels.quantized_linear(x[own], q_in[0])[0], found[0][t])
+            alone = kernels.quantized_moe_mlp(x[own], ids[own], weights[own], kept[own], q_in, q_out)
+            assert torch.equal(alone[0], found[1][t])
+        assert kernels.quantized_linear(x[:0], q_in[0]).shape == (0, 384)
+        assert kernels.quantized_moe_mlp(x[:0], ids[:0], weights[:0], kept[:0], q_in, q_out).shape == (0, 384)
+    for ours, theirs in zip(found, wanted, strict=True):
+        _near(ours, theirs, torch.bfloat16)
+
+
 @pytest.mark.parametrize(("bits", "most"), [(8, 0.03), (4, 0.25)])
 def test_the_error_of_a_mixture_is_as_stated(bits, most):
     x, ids, weights, kept, w_in, w_out = _mixture(64, 8, 256, 256, 2)
