@@ -8,6 +8,7 @@ from turnout.moe.train import setup
 from turnout.moe.train.loop import Trainer
 from turnout.moe.train.narrow import narrow_gradients
 from turnout.parallel.mesh import build_mesh
+from turnout.tests.helpers.runs import corpus
 
 WORDS = (
     "model.width=32", "model.layers=2", "model.heads=2", "model.kv_heads=2", "model.head_dim=16", "model.ffn_width=48",
@@ -46,8 +47,11 @@ def test_they_are_narrow_alone_and_under_expert_parallelism():
 
 
 def test_a_run_moves_its_weights_to_the_same_bits(tmp_path, monkeypatch):
+    run = config(f"data.path={corpus(tmp_path)}", f"data.cache={tmp_path}", "data.vocab_size=400")
+
     def trained(name):
-        trainer = Trainer(config(), tmp_path / name, build_mesh(config().parallel, num_experts=4), lambda: False)
+        (tmp_path / name).mkdir()
+        trainer = Trainer(run, tmp_path / name, build_mesh(run.parallel, num_experts=4), lambda: False)
         monkeypatch.setattr(trainer, "_export", lambda: None)
         weights = dict(trainer.setup.model.named_parameters())
         types = {weight.grad_dtype for key, weight in weights.items() if ".experts." in key}
