@@ -27,7 +27,7 @@ usage: turnout quickstart [quick=true] [run=DIR] [json=PATH]
 Trains a small Switch model on Python's documentation (2 ranks with expert parallelism, or all GPUs of this machine),
 evaluates it beside Markov models, serves it and streams 8 completions at once.
 
-  quick=true   the reduced form: under 2 minutes instead of about 5 on two CPU cores
+  quick=true   the reduced form: under 2 minutes instead of 4 to 7 on two CPU cores
   run=DIR      the run's directory (default: runs/quickstart-<time>)
   json=PATH    also write the summary there (it is always written to <run>/quickstart.json)
 
