@@ -7,23 +7,15 @@
 The server starts once per test session; a child inherits the environment that the server had.
 """
 
-import multiprocessing as mp
 import os
 import sys
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from turnout.tests.helpers.ranks import address, load
+from turnout.tests.helpers.ranks import address, context, load
 
 TIMEOUT = 240
-PRELOAD = [
-    "turnout.parallel.checkpoint.reader", "turnout.moe.train.loop", "turnout.launch.rank", "turnout.launch.compose",
-    "hydra._internal.hydra", "torch._dynamo", "torch.profiler", "numpy.ma",
-]  # fmt: skip
-
-context = mp.get_context("forkserver")
-context.set_forkserver_preload(PRELOAD)
 
 
 def start(function: Callable[..., Any], *args: Any) -> BaseProcess:

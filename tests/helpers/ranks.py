@@ -8,10 +8,11 @@
     def test_ranks_sum():
         assert run_ranks(sums, 2, 1.5) == [3.0, 3.0]
 
-The ranks are spawned once per test session (importing torch costs seconds) and reused: every call gets a new process
-group, a new store on a free port, seed 0, the environment as it was. A rank that raises, dies or runs past `timeout`
-fails the test with every rank's traceback, and its pool is replaced. `fresh=True` takes processes of its own, for
-functions that leave something behind in the process. Arguments and results travel through multiprocessing pipes.
+The ranks are forked from a server that has imported everything (importing torch costs seconds), once per test session,
+and reused: every call gets a new process group, a new store on a free port, seed 0, the environment as it was. A rank
+that raises, dies or runs past `timeout` fails the test with every rank's traceback, and its pool is replaced.
+`fresh=True` takes processes of its own, for functions that leave something behind in the process. Arguments and results
+travel through multiprocessing pipes.
 """
 
 import atexit
@@ -30,7 +31,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+PRELOAD = [
+    "turnout.parallel.checkpoint.reader", "turnout.moe.train.loop", "turnout.launch.rank", "turnout.launch.compose",
+    "hydra._internal.hydra", "torch._dynamo", "torch.profiler", "numpy.ma",
+]  # fmt: skip
 GRACE = 10.0  # seconds that the other ranks get to report after the first failure
+
+context = mp.get_context("forkserver")
+context.set_forkserver_preload(PRELOAD)
 
 
 class RankError(AssertionError):
@@ -55,7 +63,7 @@ def run_ranks(
         group_timeout: seconds until a collective gives up on a peer.
         dies: ranks that are expected to die or hang; their result is None, and nobody waits for them.
         fresh: run in new processes that end with the call.
-        env: environment variables set during the call (before anything but torch is imported when `fresh`).
+        env: environment variables set during the call (when `fresh` before anything but PRELOAD is imported).
 
     Raises:
         RankError: a rank raised, died unexpectedly or did not finish in time.
@@ -87,14 +95,13 @@ def run_ranks(
 
 
 class _Pool:
-    """Spawned processes, one a rank, each serving calls from its pipe until it is closed."""
+    """Processes, one a rank, each serving calls from its pipe until it is closed."""
 
     def __init__(self) -> None:
         self.workers: list[tuple[BaseProcess, Connection]] = []
         atexit.register(self.close)
 
     def send(self, calls: list[Any]) -> None:
-        context = mp.get_context("spawn")
         while len(self.workers) < len(calls):
             ours, theirs = context.Pipe()
             worker = context.Process(target=_serve, args=(theirs,), daemon=True)
