@@ -16,17 +16,18 @@ the memory that FSDP is there to save.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
 
 from .. import ConfigError
 from .mesh import Dimension, Mesh
 from .process import naming
 from .shard import ShardSpec
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 def divide(
@@ -55,6 +56,9 @@ def divide(
     """
     if mesh.size("stage") == 1:
         return dict(shards)
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # takes a second, and is rare
+    from torch.distributed.tensor import Shard
+
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         raise ConfigError(
             f"parallel.fsdp (true) needs torch 2.13, this is {torch.__version__}: install it, or use false"
@@ -85,8 +89,7 @@ def divide(
             module.set_force_sum_reduction_for_comms(True)
             module.set_reduce_scatter_unused_params(True)  # a rank without tokens may leave parameters untouched
     cast(Any, model).register_forward_hook(_reshard)
-    slices = {name: _slice(shards[name], parameters[name], mesh, dim) for name, dim in over.items()}
-    return {**shards, **slices}
+    return {**shards, **{name: _slice(shards[name], parameters[name], mesh, dim) for name, dim in over.items()}}
 
 
 def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -99,19 +102,24 @@ def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def own(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: all of it, or its slice of a DTensor."""
-    return cast(DTensor, tensor.detach()).to_local() if isinstance(tensor, DTensor) else tensor
+    return cast(Any, tensor.detach()).to_local() if _divided(tensor) else tensor
 
 
 def hand_over_gradients(model: nn.Module) -> None:
     """Move the divided parameters' gradients to the tensors of `own_parameters`."""
     for weight in model.parameters():
-        if isinstance(weight, DTensor):
+        if _divided(weight):
             _own(weight).grad = None if weight.grad is None else own(weight.grad)
             weight.grad = None
 
 
+def _divided(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, whose module is only imported when something is divided."""
+    return hasattr(tensor, "to_local")
+
+
 def _own(weight: Any) -> nn.Parameter:
-    if isinstance(weight, DTensor) and not hasattr(weight, "own"):
+    if _divided(weight) and not hasattr(weight, "own"):
         setattr(weight, "own", nn.Parameter(own(weight), requires_grad=weight.requires_grad))  # noqa: B010 (not torch's)
     return getattr(weight, "own", weight)
 
@@ -124,7 +132,7 @@ def _slice(spec: ShardSpec, weight: Tensor, mesh: Mesh, dim: Dimension) -> Shard
     return replace(spec, offset=tuple(offset), along="alone")
 
 
-def _reshard(model: FSDPModule, *_: Any) -> None:
+def _reshard(model: "FSDPModule", *_: Any) -> None:
     """Without a backward pass nothing else would divide embedding and head again."""
     if not torch.is_grad_enabled():
         model.reshard()

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ...parallel.whole import Whole
+from .plain import PlainOptimizer
 
 FACTORS: Mapping[str, int] = {"row_square": -1, "column_square": -2}  # state → the parameter's axis it is a mean over
 DECAY = 0.8
@@ -20,7 +20,7 @@ EPS = 1e-30
 CLIP = 1.0
 
 
-class Adafactor(Optimizer):
+class Adafactor(PlainOptimizer):
     """AdaGrad's direction from factored squares, for matrices [R, C] and stacks of them [E, R, C] (algorithm 4).
 
         r_R ← β r_R + (1 - β) mean_C(g² + ε)     c_C ← β c_C + (1 - β) mean_R(g² + ε)     β = 1 - t⁻⁰·⁸, ε = 1e-30

@@ -1,6 +1,5 @@
-"""AdamW whose step is one pass over memory, and whose making does not import a compiler (130 MB)."""
+"""AdamW whose step is one pass over memory."""
 
-import inspect
 from typing import Any
 
 import torch
@@ -8,16 +7,14 @@ from torch import Tensor, optim
 
 from ...kernels import adamw_step
 from ...parallel.engine.update import ScaledOptimizer
+from .plain import PlainOptimizer
 
 
-class AdamW(optim.AdamW, ScaledOptimizer):
+class AdamW(PlainOptimizer, optim.AdamW, ScaledOptimizer):
     """PyTorch's AdamW (Loshchilov & Hutter 1711.05101), its settings and states; on a GPU its fused kernel too.
 
     On a CPU gradients may be of a narrower type than their parameters.
     """
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        inspect.unwrap(optim.Optimizer.add_param_group)(self, param_group)  # what wraps it imports the compiler
 
     @torch.no_grad()
     def step(self, closure: None = None, *, scale: float = 1.0) -> None:  # type: ignore[override]

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ...kernels import uniform
 from ...kernels.random import ROUND
 from ...parallel.shard import ShardSpec
+from .plain import PlainOptimizer
 
 CHUNK = 2**20  # draws at a time: they take more memory than what they round
 
@@ -77,7 +77,7 @@ def round_stochastically(x: Tensor, draw: Tensor) -> Tensor:
     return ((x.view(torch.int32) + noise) & -(2**16)).view(torch.float32).bfloat16()
 
 
-class CompactAdamW(Optimizer):
+class CompactAdamW(PlainOptimizer):
     """AdamW (Loshchilov & Hutter 1711.05101) in float32 with both moments held in bfloat16.
 
     Args:

@@ -24,6 +24,7 @@ from .adafactor import Adafactor
 from .adamw import AdamW
 from .config import OptimConfig
 from .moments import CompactAdamW, Rounding
+from .plain import PlainOptimizer
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -76,7 +77,7 @@ def set_rate(optimizers: Sequence[Optimizer], factor: float) -> None:
             group["lr"] = group["peak"] * factor
 
 
-class Muon(Optimizer):
+class Muon(PlainOptimizer):
     """Momentum orthogonalised by Newton-Schulz, for matrices [R, C] and stacks of them [E, R, C].
 
     The step is scaled by sqrt(max(1, fan_out / fan_in)), so that one learning rate suits wide and narrow matrices.
