@@ -95,6 +95,7 @@ class TrainConfig:
         compile: compile the blocks' training pass with torch.compile; attention, routing and experts stay as they are.
         init: a run, model or Hugging Face directory: the run starts from its weights, with its architecture and
             tokenizer (`launch/follow.py`), made sparse where `upcycle` says so.
+        keep_zeros: what is zero in the blocks' matrices of `init` stays zero, so that a pruned model stays one.
         distill: who teaches the run beside its text, and how; null = nobody.
         resume: true = go on from the run's newest checkpoint if there is one; or a run or checkpoint directory.
         profile: steps that a profiler records after a short warm-up, into `profile/` of the run; null = none.
@@ -119,6 +120,7 @@ class TrainConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     init: str | None = None
+    keep_zeros: bool = False
     distill: DistillConfig | None = None
     resume: bool | str = False
     profile: int | None = None
@@ -142,6 +144,8 @@ class TrainConfig:
         if self.init is not None and isinstance(self.resume, str):
             rule = f"can not be combined with train.resume ({self.resume})"
             check(False, "train.init", self.init, rule, "a run starts from one place: keep one, or train.resume=true")
+        rule = "keeps what pruning made zero, and train.init (null) names no pruned model"
+        check(self.init is not None or not self.keep_zeros, "train.keep_zeros", True, rule, "use train.init=DIR")
         for name in ("rewinds", "skip_nonfinite", "save_failures"):
             value = getattr(self, name)
             check(value >= 0, f"train.{name}", value, "must not be negative", "use 0 or more")
@@ -253,6 +257,7 @@ class RunConfig:
             rule = "is not built for engine=deepspeed (the loss is scaled by our engine, not by ZeRO's)"
             check(self.train.dtype != "float16", "train.dtype", self.train.dtype, rule, "use train.dtype=bfloat16")
             rule = "is not built for engine=deepspeed"
+            check(not self.train.keep_zeros, "train.keep_zeros", True, rule, "use engine=native")
             for name in ("cp", "tp"):
                 size = getattr(self.parallel, name)
                 check(size == 1, f"parallel.{name}", size, rule, "use engine=native")
@@ -375,6 +380,7 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     flat = flatten(config)
     timed = any((source["since"], source["until"]) != (0, 1) for source in config["data"].get("mix") or ())
     names = (*IDENTITY, "train.steps") if timed else IDENTITY  # which a source's time is a share of
+    names = (*names, "train.keep_zeros") if config["train"].get("keep_zeros") else names
     return {key: value for key, value in flat.items() if any(f"{key}.".startswith(f"{name}.") for name in names)}
 
 

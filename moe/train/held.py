@@ -125,7 +125,8 @@ class Held:
     def workspace(self) -> int:
         """Muon's step: about three bfloat16 copies of all matrices of its most common shape. AdamW works in place.
 
-        Adafactor and AdamW in bfloat16 take about three and five float32 copies of the largest tensor.
+        Adafactor and AdamW in bfloat16 take about three and five float32 copies of the largest tensor. Zeros that stay
+        take a byte a number of the largest matrix or stack.
         """
         optim = self.config.optim
         copies = 3 if optim.name == "adafactor" else 5 if optim.state_dtype == "bfloat16" else 0
@@ -135,7 +136,9 @@ class Held:
             if self._muon(name, shape):
                 key = (*shape[-2:], name.endswith("w_out"))
                 groups[key] = groups.get(key, 0) + times * prod(shape)
-        return max(3 * NARROW * max(groups.values(), default=0), copies * WIDE * largest)
+        masked = [shape for name, shape, _ in self.owned if shapes.is_hidden_matrix(name, len(shape))]
+        muon = 3 * NARROW * max(groups.values(), default=0)
+        return max(muon, copies * WIDE * largest, self.config.train.keep_zeros * max(map(prod, masked), default=0))
 
     def _state(self, name: str, shape: tuple[int, ...]) -> int:
         """Bytes of a parameter's optimizer state."""

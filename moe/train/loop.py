@@ -109,6 +109,8 @@ class Trainer:
             run, config.log, to_dict(config), writes=mesh.rank == 0, step=self.now.step, wandb_id=self.now.wandb_id
         )
         self.now = replace(self.now, wandb_id=self.metrics.wandb_id)
+        if self.setup.zeros is not None and saved is None:
+            self._tell_zeros(*self.setup.zeros)
         self.saver = Saver(run / CHECKPOINTS, config.train, mesh, self.metrics, saved)
 
     def run(self) -> Outcome:
@@ -286,6 +288,11 @@ class Trainer:
         self.compiling, seconds = False, round(compile_seconds(), 3)
         row = {"kind": "compile", "step": self.now.step, "compile_seconds": seconds}
         self.metrics.event(row, f"compiled the blocks in {seconds:.1f} s")
+
+    def _tell_zeros(self, zeros: int, numbers: int) -> None:
+        """A row about the weights that stay zero, once."""
+        row = {"kind": "zeros", "step": self.now.step, "zeros": zeros, "numbers": numbers}
+        self.metrics.event(row, f"keeps {zeros:,} zeros, {zeros / numbers:.1%} of the blocks' matrices")
 
     def _evaluate(self, limit: int | None) -> None:
         """A row about held-out text, of which `limit` bytes (None: all) are read. Collective."""

@@ -36,6 +36,7 @@ def build_optimizers(
     shards: Mapping[str, ShardSpec] | None = None,
     seed: int = 0,
     mesh: Mesh | None = None,
+    keep_zeros: bool = False,
 ) -> list[Optimizer]:
     """The optimizers of a model's parameters, each parameter in exactly one; `peak` of a group is its highest rate.
 
@@ -45,6 +46,7 @@ def build_optimizers(
         shards: where each parameter lies in the global one; None = all are whole.
         seed: with `shards`, keys how bfloat16 states are rounded.
         mesh: the layout, when ranks hold matrices in slices. Collective then.
+        keep_zeros: weights that are zero and have no gradient there do not move.
     """
     named = [(name, weight) for name, weight in own_parameters(model).items() if weight.requires_grad]
     hidden = [(n, w) for n, w in named if cfg.name == "muon" and is_hidden_matrix(n, w.ndim)]
@@ -67,7 +69,7 @@ def build_optimizers(
     if not hidden:
         return [adamw]
     whole = Whole(dict(hidden), shards, mesh)
-    return [adamw, Muon(hidden, cfg.muon_lr, cfg.momentum, cfg.weight_decay, rounding, whole)]
+    return [adamw, Muon(hidden, cfg.muon_lr, cfg.momentum, cfg.weight_decay, rounding, whole, keep_zeros)]
 
 
 def set_rate(optimizers: Sequence[Optimizer], factor: float) -> None:
@@ -89,6 +91,7 @@ class Muon(PlainOptimizer):
         weight_decay: decoupled decay, times the learning rate.
         rounding: holds the momentum in bfloat16; None = float32.
         whole: brings divided matrices together; None = none is divided.
+        keep_zeros: do not move weights that are zero.
     """
 
     def __init__(
@@ -99,8 +102,9 @@ class Muon(PlainOptimizer):
         weight_decay: float = 0.0,
         rounding: Rounding | None = None,
         whole: Whole | None = None,
+        keep_zeros: bool = False,
     ) -> None:
-        self.whole = whole or Whole()
+        self.whole, self.keep_zeros = whole or Whole(), keep_zeros
         shapes: dict[tuple[int, int, bool], list[nn.Parameter]] = {}
         for name, weight in named:
             flipped = weight.ndim == 3 and name.endswith("w_out")
@@ -121,7 +125,7 @@ class Muon(PlainOptimizer):
             ahead = {weight: self._look_ahead(weight, grad, group["momentum"]) for weight, grad in grads.items()}
             for weight, update in self.whole.own(_directions(self.whole.gather(ahead)), ahead).items():
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update, alpha=-group["lr"] * group["scale"])
+                weight.add_(update * (weight != 0) if self.keep_zeros else update, alpha=-group["lr"] * group["scale"])
 
     def _look_ahead(self, weight: nn.Parameter, grad: Tensor, momentum: float) -> Tensor:
         """Update the momentum; the Nesterov direction in bfloat16, of the weight's shape."""

@@ -42,13 +42,20 @@ from .distill import LENT, Teacher, add_projection
 from .narrow import narrow_gradients
 from .optim import build_optimizers
 from .recompute import recompute
+from .zeros import count_zeros, kept
 
 CHECKPOINTS = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A run that is ready to step. `identity` is what its checkpoints depend on, `teacher` who has a say."""
+    """A run that is ready to step.
+
+    Attributes:
+        identity: what its checkpoints depend on.
+        teacher: who has a say beside the text.
+        zeros: (zeros, numbers) of the matrices whose zeros stay.
+    """
 
     tokenizer: Tokenizer
     rows: Rows
@@ -57,6 +64,7 @@ class Setup:
     engine: Engine
     identity: dict[str, object]
     teacher: Teacher | None = None
+    zeros: tuple[int, int] | None = None
 
 
 def prepare_run(config: RunConfig, run: Path, mesh: Mesh) -> Setup:
@@ -79,14 +87,19 @@ def prepare_run(config: RunConfig, run: Path, mesh: Mesh) -> Setup:
         for name, weight in model.named_parameters():
             if is_expert(name):
                 weight.grad_dtype = torch.bfloat16
+    engine, zeros = build_engine(config, model, mesh, shards), None
+    if config.train.keep_zeros:
+        engine.keeps_zeros = kept(model)
+        zeros = count_zeros(model, shards, mesh, config.train.init)
     return Setup(
         tokenizer=tokenizer,
         rows=rows,
         model=model,
         shards=shards,
-        engine=build_engine(config, model, mesh, shards),
+        engine=engine,
         identity=identity(to_dict(config)),
         teacher=None if config.train.distill is None else Teacher(config, model, tokenizer, mesh),
+        zeros=zeros,
     )
 
 
@@ -173,7 +186,8 @@ def stages(cfg: ModelConfig, config: RunConfig, mesh: Mesh) -> dict[int, range]:
 
 def build_engine(config: RunConfig, model: Decoder, mesh: Mesh, shards: dict[str, ShardSpec]) -> Engine:
     """The engine that `engine` names, over the optimizers that `optim` names."""
-    optimizers, clip = build_optimizers(model, config.optim, shards, config.seed, mesh), config.optim.clip
+    optimizers = build_optimizers(model, config.optim, shards, config.seed, mesh, config.train.keep_zeros)
+    clip = config.optim.clip
     if mesh.layout.pp > 1:
         from ...parallel.engine.pipeline import PipelineEngine  # imports a compiler's 80 MB
 

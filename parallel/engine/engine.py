@@ -52,6 +52,7 @@ class Engine(ABC):
         mesh: the layout.
         clip: largest gradient norm; None = no limit.
         dtype: of the forward pass under autocast; None = as the parameters are.
+        keeps_zeros: names of parameters whose zeros stay: their gradient there is zero.
         scale: what callers multiply their losses by (balance losses too), in float16; None = nothing.
     """
 
@@ -60,6 +61,7 @@ class Engine(ABC):
     mesh: Mesh
     clip: float | None
     dtype: torch.dtype | None = None
+    keeps_zeros: frozenset[str] = frozenset()
     scale: LossScale | None = None
 
     @property

@@ -57,6 +57,8 @@ def clip_and_step(engine: Engine, replicas: Callable[[str], int]) -> StepResult:
     grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     if engine.scale is not None:
         engine.scale.unscale(grads.values())
+    for name in engine.keeps_zeros.intersection(grads):
+        grads[name].mul_(parameters[name] != 0)
     norm = global_norm(((grad, replicas(name)) for name, grad in grads.items()), engine.mesh.device)
     finite = math.isfinite(norm)
     coefficient = clip_coefficient(norm, engine.clip) if finite else 0.0
