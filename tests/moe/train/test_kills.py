@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -131,13 +132,21 @@ def forgetful(run: str, words: list[str], forgotten: str, kill_at: int | None) -
     trainer.run()
 
 
+@pytest.fixture(scope="module")
+def killed(words, tmp_path_factory):
+    """The words of a short run, and where it lies `whole` and killed before its last step."""
+    words, runs = [*words, "train.steps=6"], tmp_path_factory.mktemp("runs")
+    assert ends([start(forgetful, str(runs / "whole"), words, "nothing", None)]) == [0]
+    assert ends([start(forgetful, str(runs / "parts"), words, "nothing", 5)]) == [-signal.SIGKILL]
+    return words, runs
+
+
 @pytest.mark.parametrize("forgotten", ["nothing", "data cursor", "random streams"])
-def test_a_checkpoint_that_forgot_cursor_or_random_streams_would_be_seen(words, tmp_path, forgotten):
-    words = [*words, "train.steps=6"]
-    assert ends([start(forgetful, str(tmp_path / "whole"), words, "nothing", None)]) == [0]
-    assert ends([start(forgetful, str(tmp_path / "parts"), words, "nothing", 5)]) == [-signal.SIGKILL]
+def test_a_checkpoint_that_forgot_cursor_or_random_streams_would_be_seen(killed, tmp_path, forgotten):
+    words, runs = killed
+    shutil.copytree(runs / "parts", tmp_path / "parts")
     assert ends([start(forgetful, str(tmp_path / "parts"), [*words, "train.resume=true"], forgotten, None)]) == [0]
-    same = fingerprint(tmp_path / "whole", 6) == fingerprint(tmp_path / "parts", 6)
+    same = fingerprint(runs / "whole", 6) == fingerprint(tmp_path / "parts", 6)
     assert same == (forgotten == "nothing")
 
 
