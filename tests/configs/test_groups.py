@@ -41,7 +41,7 @@ def test_an_option_sets_only_what_its_dataclass_knows(group, option):
     assert content.keys() <= defaults(GROUPS[group]).keys()
 
 
-@pytest.mark.parametrize("model", ["tiny", "small"])
+@pytest.mark.parametrize("model", ["tiny", pytest.param("small", marks=pytest.mark.full)])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_is_small_and_follows_model_and_rows(preset, model):
     words = [f"moe={preset}", f"model={model}", "nproc=1", "train.seq_len=64", *FORCED.get(preset, [])]
@@ -57,7 +57,7 @@ def test_every_router_but_the_bare_softmax_has_a_preset():
     assert routers == PAPER.keys() - {"softmax"}
 
 
-@pytest.mark.parametrize("preset", ["switch", "gshard"])
+@pytest.mark.parametrize("preset", ["switch", pytest.param("gshard", marks=pytest.mark.full)])
 @pytest.mark.parametrize("router", sorted(PAPER.keys() - {"expert_choice"}))
 def test_any_router_is_one_word_from_the_shipped_presets(router, preset):
     moe = compose([f"experiment={preset}_pydocs", f"moe.router={router}"]).config.model.moe
