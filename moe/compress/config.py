@@ -188,6 +188,11 @@ class CompressConfig:
         check(fits, "scale", self.scale, "must be a row's or the matrix' for method=fp8", "use channel, or null")
         fits = not self.zero or (self.method != "fp8" and self.scale != "tensor")
         check(fits, "zero", self.zero, "goes with whole numbers and a scale a row or group", "use zero=false")
+        shared = self.quantization is not None and self.quantization.group is not None
+        fits = shared or self.group == DEFAULTS["group"]
+        check(fits, "group", self.group, "goes with scale=group", "use scale=group, or leave it out")
+        fits = self.clip == "percentile" or self.percentile == DEFAULTS["percentile"]
+        check(fits, "percentile", self.percentile, "goes with clip=percentile", "use it, or leave percentile out")
 
     def _check_pattern(self) -> None:
         n, colon, m = (self.pattern or "2:4").partition(":")

@@ -16,6 +16,8 @@ from turnout.moe.compress.config import CompressConfig
         ({"method": "merge", "num_experts": 2, "by": "load"}, r"by \(load\) goes with"),
         ({"method": "int4", "scale": "channel"}, r"scale \(channel\) must be group for four bits: use group"),
         ({"method": "gptq", "group": 96}, r"group \(96\) must be a multiple of 64"),
+        ({"method": "int8", "group": 128}, r"group \(128\) goes with scale=group"),
+        ({"method": "gptq", "percentile": 98.0}, r"percentile \(98.0\) goes with clip=percentile"),
         ({"method": "fp8", "zero": True}, r"zero \(True\) goes with whole numbers"),
         ({"method": "fp8", "scale": "group"}, r"scale \(group\) must be a row's"),
         ({"method": "int8", "scale": "tensor", "zero": True}, r"zero \(True\) goes with .* a scale a row or group"),
