@@ -31,13 +31,16 @@ class Partial:
         notes: what was told of each.
 
     Raises:
-        CheckpointError: it can not be written, or what lies there does not read.
+        CheckpointError: it can not be written, what lies there does not read, or is something else.
     """
 
     def __init__(self, target: Path, plan: Mapping[str, Any]) -> None:
         self.directory = target.with_name(f"partial-{target.name}")
         self.done, self.notes = 0, list[dict[str, Any]]()
         text = json.dumps(plan, indent=1, sort_keys=True)
+        strange = [file for file in self.directory.glob("*") if file.name != PLAN and file.suffix != ".safetensors"]
+        if strange:
+            raise CheckpointError(f"{strange[0]} is no part of a compression: move it away, or choose another DST")
         try:
             if self._read(PLAN) != text:
                 shutil.rmtree(self.directory, ignore_errors=True)

@@ -21,6 +21,15 @@ def test_finished_blocks_are_found_again_and_those_that_go_leave_no_gap(tmp_path
     assert Partial(tmp_path / "m", {"a": 2}).done == 0, "another plan begins anew"
 
 
+def test_what_is_somebodys_own_is_not_thrown_away(tmp_path):
+    mine = tmp_path / "partial-m" / "letter.txt"
+    mine.parent.mkdir()
+    mine.write_text("dear")
+    with pytest.raises(CheckpointError, match=r"letter.txt is no part of a compression: move it away"):
+        Partial(tmp_path / "m", {})
+    assert mine.read_text() == "dear"
+
+
 def test_a_file_that_does_not_read_is_named_with_what_to_do(tmp_path):
     first = Partial(tmp_path / "m", {})
     first.put({}, {}, {})
