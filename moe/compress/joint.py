@@ -39,7 +39,7 @@ class Grid:
         if at % self._span == 0:
             own = slice(at, at + self._span)
             self._found.append(fit_scale(w_FD[:, own], self._cfg, self._rule, self._square_D[own]))
-        scale_F, zero_F = (self._of_column(value, at) if value.numel() else None for value in self._found[-1])
+        scale_F, zero_F = (self._of_column(value) if value.numel() else None for value in self._found[-1])
         assert scale_F is not None
         q_F = nearest(w_FD[:, at], scale_F, zero_F, self._cfg.bits, self._cfg.kind)
         return (q_F if zero_F is None else q_F - zero_F) * scale_F
@@ -49,8 +49,8 @@ class Grid:
         scale, zero = (torch.cat(parts, -1) for parts in zip(*self._found, strict=True))
         return encode(w_FD, scale, zero, self._cfg.bits, kind=self._cfg.kind, rows=self._cfg.rows)
 
-    def _of_column(self, value: Tensor, at: int) -> Tensor:
-        return value if self._cfg.group is None else value[:, at % self._span // self._cfg.group]
+    def _of_column(self, value: Tensor) -> Tensor:
+        return value if self._cfg.group is None else value[:, 0]  # groups that come together share one
 
 
 def prune_and_round(

@@ -54,6 +54,14 @@ def test_calibration_says_whose_errors_count():
     assert torch.equal(weighed[0][:, 1:], alone[0][:, 1:])
 
 
+def test_one_scale_for_a_matrix_weighs_the_errors_of_every_row():
+    w, square = weight(), torch.ones(256).index_fill(0, torch.tensor([5]), 1e4)
+    w[:, 5] = 3.0
+    whole, none = fit_scale(w, INT4, ScaleRule(whole=True))
+    found = loss(w, fit_scale(w, INT4, ScaleRule(clip="mse", whole=True), square), INT4, square)
+    assert found <= min(loss(w, (whole * share, none), INT4, square) for share in SHARES) * (1 + 1e-5)
+
+
 def test_a_matrix_is_searched_in_pieces_with_the_same_result(monkeypatch):
     w, rule = weight(rows=9), ScaleRule(clip="mse")
     expected = fit_scale(w, INT4, rule)[0]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from turnout import NonFiniteError
-from turnout.kernels.quantized import find_scale, nearest
-from turnout.moe.compress.clipping import ScaleRule
+from turnout.kernels.quantized import nearest
+from turnout.moe.compress.clipping import MAXIMUM, ScaleRule, fit_scale
 from turnout.moe.compress.gptq import gptq
 from turnout.moe.compress.rounding import round_weight
 from turnout.moe.compress.seen import Seen
@@ -34,7 +34,7 @@ def weight(rows, width, seed=1):
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
 
 
-def reference(w, seen, cfg, damp=0.01, order=None):
+def reference(w, seen, cfg, damp=0.01, order=None, rule=MAXIMUM):
     """Column by column in float64: H⁻¹ of the columns from c on is computed afresh, every later one updated at once."""
     w, width = w.double(), w.shape[1]
     original, size = w.clone(), cfg.group or width
@@ -47,7 +47,7 @@ def reference(w, seen, cfg, damp=0.01, order=None):
         if group not in scales:
             span = slice(group * size, (group + 1) * size)
             source = original[:, span] if static or cfg.group is None else w[:, span]
-            scales[group] = find_scale(source, cfg.bits, cfg.group, zero=cfg.zero, kind=cfg.kind)
+            scales[group] = fit_scale(source, cfg, rule, seen.square_D[span])
         scale, zero = (x.flatten().double() if x.numel() else None for x in scales[group])
         q = nearest(w[:, c], scale, zero, cfg.bits, cfg.kind)
         made = scale * (q if zero is None else q - zero)
@@ -92,9 +92,11 @@ def test_float32_is_as_good_as_float64():
 
 @pytest.mark.parametrize("clip", ["percentile", "mse"])
 def test_scales_of_groups_follow_the_rule(clip):
-    w, seen = weight(8, 128), seen_of(rows_of(300, 128))
+    w, seen = weight(8, 128), seen_of(rows_of(300, 128) * torch.logspace(-1, 1, 128))
     rule = ScaleRule(clip=clip, percentile=95)
-    made, fitted = gptq(w, seen, INT4, rule, name="w")
+    made, fitted = gptq(w.double(), seen, INT4, rule, name="w")
+    expected = reference(w, seen, INT4, rule=rule)
+    torch.testing.assert_close(made.dequantized().double(), expected, rtol=1e-5, atol=1e-5)
     assert (made.scale < gptq(w, seen, INT4, name="w")[0].scale).float().mean() > 0.5
     assert fitted.after < fitted.before
     whole, _ = gptq(w, seen, INT4, replace(rule, whole=True), name="w")
@@ -123,6 +125,13 @@ def test_where_calibration_can_not_decide_the_weights_alone_do(rows, damp, says)
     assert fitted.after == fitted.before
     weighed = seen if rows >= 5 else None
     assert torch.equal(made.q, round_weight(w, INT4, rule, weighed, name="w").q)
+
+
+def test_too_few_rows_do_not_weigh_errors_either():
+    w, rule, seen = weight(8, 128), ScaleRule(clip="mse"), seen_of(rows_of(4, 128) * torch.logspace(-2, 2, 128))
+    alone, weighed = (round_weight(w, INT4, rule, one, name="w").scale for one in (None, seen))
+    assert not torch.equal(alone, weighed)
+    assert torch.equal(gptq(w, seen, INT4, rule, name="w", min_rows=5)[0].scale, alone)
 
 
 def test_rows_of_zeros_decide_nothing():

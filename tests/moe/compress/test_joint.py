@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from turnout.kernels.quantized import find_scale, nearest
-from turnout.moe.compress.clipping import ScaleRule
+from turnout.kernels.quantized import nearest
+from turnout.moe.compress.clipping import MAXIMUM, ScaleRule, fit_scale
 from turnout.moe.compress.joint import prune_and_round
 from turnout.moe.compress.pruning import prune
 from turnout.moe.compress.rounding import round_weight
@@ -21,14 +21,15 @@ WAYS = [(QuantizationConfig(), 150), (QuantizationConfig(zero=True), 150), (INT4
 SPARSE = [Sparsity(), Sparsity(span=2), Sparsity(share=0.0)]
 
 
-def rounder(cfg):
+def rounder(cfg, seen, rule=MAXIMUM):
     """A group's scale when its first column comes, of a row's all, from the matrix as it is then."""
     scales = {}
 
     def rounded(matrix, at):
         size = cfg.group or matrix.shape[1]
         if at % size == 0:
-            scales["now"] = find_scale(matrix[:, at : at + size], cfg.bits, cfg.group, zero=cfg.zero)
+            span = slice(at, at + size)
+            scales["now"] = fit_scale(matrix[:, span], cfg, rule, seen.square_D[span])
         scale, zero = (x.flatten().double() if x.numel() else None for x in scales["now"])
         q = nearest(matrix[:, at], scale, zero, cfg.bits, cfg.kind)
         return scale * (q if zero is None else q - zero)
@@ -41,7 +42,7 @@ def rounder(cfg):
 def test_zeros_and_numbers_are_those_of_one_pass_in_float64(cfg, width, sparsity):
     w, seen = weight(8, width), seen_of(rows_of(2 * width, width))
     stored, made = prune_and_round(w, seen, sparsity, cfg, name="w")
-    wanted = reference(w, seen.gram_DD, sparsity, 0.01, rounder(cfg))
+    wanted = reference(w, seen.gram_DD, sparsity, 0.01, rounder(cfg, seen))
     found = stored.dequantized().double()
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     assert made.sparsity == float((wanted == 0).double().mean()) >= sparsity.share
@@ -49,6 +50,13 @@ def test_zeros_and_numbers_are_those_of_one_pass_in_float64(cfg, width, sparsity
         assert ((found == 0).unflatten(1, (-1, sparsity.span)).sum(-1) >= 1).all()
     off = w - found
     assert made.error == pytest.approx(float(((off @ seen.gram_DD) * off).sum()), rel=1e-3)
+
+
+def test_calibration_weighs_each_groups_errors_by_its_own_channels():
+    w, seen, rule = weight(8, 192), seen_of(rows_of(400, 192) * torch.logspace(-1, 1, 192)), ScaleRule(clip="mse")
+    stored, _ = prune_and_round(w, seen, Sparsity(), INT4, rule, name="w")
+    wanted = reference(w, seen.gram_DD, Sparsity(), 0.01, rounder(INT4, seen, rule))
+    torch.testing.assert_close(stored.dequantized().double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("sparsity", [Sparsity(share=0.3), Sparsity(share=0.25, span=4)], ids=str)

@@ -1,6 +1,7 @@
 """What stands around the methods: bad numbers, calibration that saw nothing, experts of their own rows."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,6 +85,8 @@ def test_every_matrix_of_a_block_is_pruned_and_every_expert_by_its_own_rows(bloc
     least = sorted(counts)[2]  # so that two experts have too few
     how = CompressConfig(method=method, pattern=pattern, min_rows=least)
     notes = prune_block(new, met, how, {})
+    strict = prune_block(copy.deepcopy(block), met, replace(how, min_rows=61), {})
+    assert not any(name.startswith(("attention", "ffn.shared")) for name in strict["by_weights"])
     few = [e for e, count in enumerate(counts) if count < least]
     assert few
     decided = [] if method == "magnitude" else [f"{stack}[{e}]" for stack in met_stacks(met) for e in few]
