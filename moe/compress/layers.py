@@ -1,20 +1,15 @@
 """Fewer layers: a student that starts from some of its teacher's blocks (DistilBERT 1910.01108 §3).
 
-    kept = spread(cfg, 6)
-    save_model(directory, shallower(cfg, kept), keep_layers(cfg, tensors, kept), tokenizer)
+    student = shallower(cfg, spread(cfg, 6))
 
 Blocks keep their order; embedding, head, norms and an encoder stay as they are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-
-from torch import Tensor
 
 from ...configs.typed import check
 from ..config import ModelConfig, MoEConfig
-
-BLOCKS = "blocks."
 
 
 def spread(cfg: ModelConfig, layers: int) -> tuple[int, ...]:
@@ -53,22 +48,6 @@ def shallower(cfg: ModelConfig, kept: Sequence[int]) -> ModelConfig:
     if attention.window_layers is not None:
         attention = replace(attention, window_layers=_moved(attention.window_layers, kept))
     return replace(cfg, layers=len(kept), attention=attention, moe=_sparse(cfg, kept))
-
-
-def keep_layers(cfg: ModelConfig, tensors: Mapping[str, Tensor], kept: Sequence[int]) -> dict[str, Tensor]:
-    """The tensors of `shallower(cfg, kept)` by name: the teacher's own, under the student's names; nothing is copied.
-
-    Raises:
-        ConfigError: as `shallower`.
-    """
-    shallower(cfg, kept)
-    names = {f"{BLOCKS}{old}.": f"{BLOCKS}{new}." for new, old in enumerate(kept)}
-    found = {}
-    for name, tensor in tensors.items():
-        block = name[: name.index(".", len(BLOCKS)) + 1] if name.startswith(BLOCKS) else ""
-        if not block or block in names:
-            found[names.get(block, "") + name.removeprefix(block)] = tensor
-    return found
 
 
 def _sparse(cfg: ModelConfig, kept: Sequence[int]) -> MoEConfig | None:

@@ -16,7 +16,7 @@ from turnout.launch.main import main
 from turnout.moe import Decoder, ModelConfig, load_model, save_model
 from turnout.moe.compress.channels import narrow_block, narrower
 from turnout.moe.compress.experts import fewer_experts, prune_experts
-from turnout.moe.compress.layers import keep_layers, shallower
+from turnout.moe.compress.layers import shallower
 from turnout.moe.compress.merging import merge_experts
 from turnout.moe.compress.routed import Routed, noting
 from turnout.moe.data.tokenizer import Tokenizer
@@ -39,7 +39,8 @@ WAYS = {
 def slim(model: Decoder, way: str, cfg: ModelConfig) -> dict[str, torch.Tensor]:
     """The tensors of the smaller model; the blocks of `model` are changed on the way."""
     if way == "layers":
-        return keep_layers(model.cfg, model.state_dict(), (1,))
+        model.blocks = torch.nn.ModuleList([model.blocks[1]])
+        return model.state_dict()
     for block in model.blocks:
         if way == "channels":
             narrow_block(block, cfg, {})
