@@ -78,7 +78,8 @@ def walk(
         CheckpointError: a weight that is not finite, by name.
     """
     method = Method.of(how, source.cfg, lambda index: _block(source, index))
-    whole, ends = _ends(source, source.cfg), _rounded_ends(source, method.target)
+    whole = _ends(source, source.cfg)
+    ends = _rounded_ends(source, method.target, whole)
     if partial.done:
         streams.load(partial.states())
     else:
@@ -146,11 +147,11 @@ def _ends(source: OwnSource | ForeignSource, cfg: ModelConfig) -> Decoder:
     return model.eval().requires_grad_(False)
 
 
-def _rounded_ends(source: OwnSource | ForeignSource, cfg: ModelConfig) -> Decoder:
-    """The compressed model without its blocks."""
+def _rounded_ends(source: OwnSource | ForeignSource, cfg: ModelConfig, whole: Decoder) -> Decoder:
+    """The compressed model without its blocks: `whole` itself where its ends are not rounded."""
     own = cfg.quantization
     if own is None or not own.embedding:
-        return _ends(source, source.cfg)
+        return whole
     with torch.device("meta"):
         model = Decoder(cfg)
     del model.blocks
