@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "a trained model made smaller: rounded, pruned, with fewer experts"
 REPORT, PICTURE = "compress.json", "compress.png"
-BATCH, TOKENS, TURNS = 8, 48, 3
+BATCH, PROMPT, TOKENS, TURNS = 8, 4, 48, 3
 DOCUMENTS = 16  # that are read at a time until there are windows enough
 HELP = """\
 usage: turnout compress CKPT DST method=METHOD [key=value ...]
@@ -47,7 +47,8 @@ interrupted goes on where it was (partial-DST, beside DST).
   keep=0.5           share of the hidden units that stay
   num_experts=N      experts that stay: by=load, gate or output says what one is worth
   num_layers=N       blocks that stay, evenly spaced
-  damp=0.01, act_order=false, min_rows=32     of GPTQ and SparseGPT
+  damp=0.01          added to second moments, by GPTQ and SparseGPT; act_order=true: GPTQ takes large ones first
+  min_rows=32        an expert that met fewer rows is handled by its weights alone
   calibration=pydocs text that the method looks at (training split); samples=32 windows of seq_len=512; seed=0
   data=pydocs        held-out text that the result is measured on, max_bytes=20000 of it
   speed=true         measure tokens a second of one request, before and after
@@ -122,7 +123,7 @@ def compress(path: Path, target: Path, options: CompressOptions) -> dict[str, An
         }  # fmt: skip
         report |= _write(path, target, source, how, partial)
     if options.speed:
-        report |= speeds(path, target)
+        report |= speeds(path, target, source.cfg.max_seq_len)
     write_json(target / REPORT, report)
     from .compress_plot import draw
 
@@ -211,20 +212,26 @@ def losses_of(losses: Mapping[str, float]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def speeds(path: Path, target: Path) -> dict[str, Any]:
-    """Tokens a second of one greedy request, the two models in turns; medians."""
+def speeds(path: Path, target: Path, longest: int) -> dict[str, Any]:
+    """Tokens a second of one greedy request, the two models in turns; medians.
+
+    Args:
+        path, target: the models.
+        longest: tokens that they read at most.
+    """
     from ..inference.core.sampling import SamplingParams
     from ..inference.llm import LLM
 
-    params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+    tokens = min(TOKENS, longest - PROMPT)
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     models = {"before": LLM(str(path), max_num_seqs=1), "after": LLM(str(target), max_num_seqs=1)}
     found: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(1 + TURNS):
         for name, llm in models.items():
             started = time.monotonic()
-            llm.generate([[1, 2, 3, 4]], params)
+            llm.generate([[*range(PROMPT)]], params)
             if turn:
-                found[name].append(TOKENS / (time.monotonic() - started))
+                found[name].append(tokens / (time.monotonic() - started))
     return {f"tokens_per_second_{name}": statistics.median(each) for name, each in found.items()}
 
 

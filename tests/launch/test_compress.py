@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -228,6 +229,24 @@ def test_experts_that_met_too_few_rows_are_named(folder, tmp_path):
     words = "\n".join(verb.describe(found))
     for expert in range(MOE.num_experts):
         assert f"ffn.experts.w_in[{expert}]: saw" in words
+    assert "attention" not in words, "what every row meets has met enough"
+
+
+def test_fewer_blocks_are_the_models_own(folder, tmp_path):
+    compress(folder, tmp_path / "m", CompressOptions(method="layers", num_layers=2, **(SMALL | {"max_bytes": 500})))
+    whole, found = load_model(folder), load_model(tmp_path / "m").state_dict()
+    whole.blocks = torch.nn.ModuleList(whole.blocks[:2])
+    assert found.keys() == whole.state_dict().keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.state_dict().items())
+
+
+def test_speed_is_measured_of_a_model_of_short_texts_too(folder, tmp_path):
+    short = replace(MODEL, max_seq_len=16)
+    save_model(tmp_path / "short", short, load_model(folder).state_dict(), folder)
+    options = CompressOptions(method="int8", **(SMALL | {"max_bytes": 300, "speed": True}))
+    found = compress(tmp_path / "short", tmp_path / "m", options)
+    assert min(found["tokens_per_second_before"], found["tokens_per_second_after"]) > 0
+    assert "one request" in "\n".join(verb.describe(found))
 
 
 def test_a_scan_says_what_zeros_cost_by_block_and_shares_them_out(folder, tmp_path, capsys):
