@@ -247,6 +247,11 @@ def asked() -> str | None:
     return _forced.get()
 
 
+def compiles(form: str | None) -> bool:
+    """Whether operations on a CPU may take compiled kernels under `using(form)`."""
+    return form is None or "cpp" in PREFERENCES[form]
+
+
 def invariant() -> bool:
     """Whether batch-invariant forms are wanted here."""
     return not torch.compiler.is_compiling() and _forced.get() in ("invariant", "rows")

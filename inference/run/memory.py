@@ -12,6 +12,7 @@ import torch
 
 from ... import ConfigError
 from ...kernels.cpp.attention import attends_in_place
+from ...kernels.registry import compiles
 from ...moe.config import ModelConfig
 from ..config import EngineConfig
 from .activations import Activations
@@ -98,7 +99,7 @@ def plan_memory(
 
     each = page_bytes(model, config.block_size, counted=config.moe_capacity == "trained")
     shape: dict[str, Any] = {"model": model, "config": config, "dtype": dtype, "ranks": ranks, "tp": tp}
-    in_place = device == "cpu" and attends_in_place(dtype)
+    in_place = device == "cpu" and compiles(config.form) and attends_in_place(dtype)
 
     def plan(kv: KVPlan) -> MemoryPlan:
         length = min(max_model_len, kv.tokens)

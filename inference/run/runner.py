@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.cpp.build import library
-from ...kernels.registry import using
+from ...kernels.registry import compiles, using
 from ...moe.models.context import VarlenContext
 from ...moe.models.decoder import Decoder
 from ...moe.routing.record import RouteContext
@@ -153,5 +153,5 @@ class ModelRunner:
 
 def compile_kernels(device: torch.device, form: str | None) -> None:
     """Have a CPU's kernels compiled, if they are not, while nobody waits for a token."""
-    if device.type == "cpu" and form in (None, "cpp", "invariant"):
+    if device.type == "cpu" and compiles(form):
         library()
