@@ -79,6 +79,13 @@ def complete(engine: Engine, prompt: list[int], wanted: SamplingParams) -> Reque
     return run(engine)["x"]
 
 
+def step_until_compiled(engine: Engine) -> GrammarMatcher:
+    """The first choice's matcher, as soon as it has one."""
+    while not (request := next(iter(engine._ledger.choices.values())).request).grammar:
+        engine.step()
+    return request.grammar
+
+
 def ending(model_of: Callable[..., Any], **changes: Any) -> Any:
     """A model with an end-of-sequence token: the tokenizer's control token."""
     return model_of(eos_token_id=0, **changes)
@@ -181,6 +188,7 @@ def test_O10_a_dead_end_ends_only_its_request(make_model, make_engine, byte_leve
     (expected,) = complete(make_engine(model), [4, 5], other).outputs
     engine = make_engine(model)
     engine.add_request("stuck", [1, 2, 3], params(0, {"regex": "x[0-9]{9}y"}, stop_token_ids=digits, n=2))
+    step_until_compiled(engine)
     engine.add_request("other", [4, 5], other)
     last = run(engine)
     stuck = last["stuck"]
@@ -196,9 +204,7 @@ def test_O10_a_dead_end_ends_only_its_request(make_model, make_engine, byte_leve
 def test_O10_a_token_that_the_grammar_refuses_is_a_dead_end_not_a_wrong_text(make_model, make_engine, byte_level):
     engine = make_engine(make_model())
     engine.add_request("x", [1, 2], params(0, {"choice": ["ab"]}))
-    while not (request := next(iter(engine._ledger.choices.values())).request).grammar:
-        engine.step()
-    request.grammar.accept(byte_level.encode("z")[0])  # as if it had been sampled
+    step_until_compiled(engine).accept(byte_level.encode("z")[0])  # as if it had been sampled
     failed = run(engine)["x"]
     assert isinstance(failed, FailedOutput)
     assert re.search(r"allows no token after \d \(.*fails parse", str(failed.error))
