@@ -189,6 +189,12 @@ class _Process:
         if child is not None:
             child.kill()
 
+    def close(self) -> None:
+        """End the process and close its pipes; nobody may be waiting for it."""
+        self.kill()
+        if self._child is not None:
+            self._bury()
+
     def _open(self) -> None:
         self._child = subprocess.Popen(  # noqa: S603 - our own file
             [sys.executable, "-P", grammar_check.__file__],
@@ -235,7 +241,7 @@ def _work(jobs: "queue.SimpleQueue[_Job | None]", process: _Process, vocabulary:
             job.future.set_exception(error)
         else:
             job.future.set_result(Grammar(start, vocabulary.size))
-    process.kill()
+    process.close()
 
 
 def _gave_up(future: "Future[Grammar]") -> bool:

@@ -160,6 +160,10 @@ def test_O9_an_endless_grammar_holds_up_no_other_and_leaves_no_process(impatient
     assert len(children) == 2
     impatient._end()
     assert [child.wait(10) for child in children] == [-signal.SIGKILL] * 2
+    deadline = time.monotonic() + 10
+    while not all(child.stdin.closed and child.stdout.closed for child in children):
+        assert time.monotonic() < deadline, "their pipes are closed too"
+        time.sleep(0.01)
 
 
 def test_a_process_that_was_killed_is_replaced(impatient):
