@@ -286,12 +286,12 @@ def test_without_drops_a_wider_model_is_foretold_closely(data, tmp_path, dtype):
     [
         ["parallel.ep=2"],
         ["parallel.cp=2", "parallel.ep=2", "train.recompute=full", "train.dtype=float32"],
-        ["parallel.tp=2", "moe.every=2"],
+        pytest.param(["parallel.tp=2", "moe.every=2"], marks=pytest.mark.full),
         ["parallel.tp=2", "model.kv_heads=2", "train.dtype=float32", "model.moe=null"],
-        ["parallel.pp=2", "model.layers=4", "train.micro_batch=1"],
+        pytest.param(["parallel.pp=2", "model.layers=4", "train.micro_batch=1"], marks=pytest.mark.full),
         ["parallel.pp=2", "model.layers=4", "train.micro_batch=1", "parallel.schedule=gpipe", "train.recompute=full"],
         ["train.micro_batch=1"],
-        ["parallel.fsdp=true", "train.micro_batch=1"],
+        pytest.param(["parallel.fsdp=true", "train.micro_batch=1"], marks=pytest.mark.full),
         ["parallel.fsdp=true", "parallel.ep=2"],
         pytest.param(["parallel.fsdp=true", "train.dtype=float32", "model.layers=6"], marks=pytest.mark.full),
         pytest.param(
