@@ -143,7 +143,6 @@ def build_model(cfg: ModelConfig, config: RunConfig, mesh: Mesh) -> tuple[Decode
         keep_stages(model, stages(cfg, config, mesh), mesh.layout.pp * config.parallel.virtual - 1)
     if config.parallel.fsdp:
         shards = divide(model, model.all_blocks, mesh, shards, is_router, forward_dtype(config))
-    if config.parallel.fsdp:
         model.to_empty(device=mesh.device)
     else:  # what follows is the same, without sympy, which takes as long to import as all of ours
         model._apply(lambda some: torch.empty(some.shape, dtype=some.dtype, device=mesh.device))

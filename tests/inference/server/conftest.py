@@ -23,6 +23,7 @@ from turnout.inference.server.config import ServerConfig
 from turnout.inference.server.lifecycle import Server, bind
 from turnout.inference.text.tokenizer import TextTokenizer
 from turnout.moe import Decoder
+from turnout.tests.helpers.waiting import eventually
 
 NAME = "tiny"
 SLOW = 0.1
@@ -100,14 +101,6 @@ class Running:
     def idle(self) -> bool:
         stats = self.engine.stats()
         return (stats.running, stats.waiting, stats.usage) == (0, 0, 0.0) and not self.server.service.calls
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
-    """Whether the condition becomes true; the time-out only bounds a failing test."""
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    return condition()
 
 
 Serve = Callable[..., Running]

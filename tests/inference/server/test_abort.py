@@ -6,7 +6,9 @@ import socket
 
 import pytest
 
-from .conftest import NAME, SLOW, Running, eventually
+from turnout.tests.helpers.waiting import eventually
+
+from .conftest import NAME, SLOW, Running
 
 
 def open_call(served: Running, **body) -> socket.socket:

@@ -6,8 +6,9 @@ import openai
 import pytest
 
 from turnout.inference.server.app import ROUTES
+from turnout.tests.helpers.waiting import eventually
 
-from .conftest import NAME, Running, eventually
+from .conftest import NAME, Running
 from .test_bad_input import check_error
 
 MESSAGES = [{"role": "user", "content": "naïve?"}]

@@ -12,8 +12,8 @@ import uvicorn
 
 from turnout.inference.server.config import ServerConfig
 from turnout.inference.server.connection import Connections
+from turnout.tests.helpers.waiting import eventually
 
-from .conftest import eventually
 from .raw import connect, get, read_answer
 
 TEXT = (b"content-type", b"text/plain")

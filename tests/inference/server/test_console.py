@@ -6,8 +6,9 @@ import pytest
 
 from turnout.inference.server.console import FOLDER, MOST_SHARES, _newest
 from turnout.inference.timeline import StepRecord
+from turnout.tests.helpers.waiting import eventually
 
-from .conftest import ENGINE, SLOW, Running, Serve, eventually
+from .conftest import ENGINE, SLOW, Running, Serve
 
 PROMPT = "The import statement combines two operations"
 PAGES = ["/", *sorted(f"/console/{path.name}" for path in FOLDER.iterdir())]

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from .conftest import Running, Serve, eventually
+from turnout.tests.helpers.waiting import eventually
+
+from .conftest import Running, Serve
 
 CHROMIUM = Path("/usr/bin/chromium")
 WIDTHS = {1400: 1000, 400: 850}  # pixels, and the height that goes with them

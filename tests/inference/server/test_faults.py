@@ -3,7 +3,7 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 
-from .conftest import eventually
+from turnout.tests.helpers.waiting import eventually
 
 BAD = 320  # a token that no step survives
 BODY = {"max_tokens": 20, "temperature": 0, "ignore_eos": True}

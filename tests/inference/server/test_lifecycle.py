@@ -16,8 +16,9 @@ from turnout import ConfigError
 from turnout.inference.errors import EngineStoppedError
 from turnout.inference.server.config import ServerConfig
 from turnout.inference.server.lifecycle import Server, bind
+from turnout.tests.helpers.waiting import eventually
 
-from .conftest import NAME, SLOW, Running, eventually, run_server
+from .conftest import NAME, SLOW, Running, run_server
 
 LONG = {"prompt": "The list", "max_tokens": 100, "ignore_eos": True}
 

@@ -10,8 +10,9 @@ import httpx
 import pytest
 
 from turnout.inference.server.logs import LineFormatter, logger
+from turnout.tests.helpers.waiting import eventually
 
-from .conftest import NAME, SLOW, Running, eventually
+from .conftest import NAME, SLOW, Running
 from .test_abort import open_call, read_until
 
 SECRET = "xyzzy"  # noqa: S105  (a prompt)

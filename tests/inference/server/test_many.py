@@ -25,8 +25,9 @@ from turnout.inference.server.generation import Generation
 from turnout.inference.server.metrics import Watch
 from turnout.tests.helpers.crowd import LEAVES, TEMPERS, Crowd
 from turnout.tests.helpers.oracle import Oracle
+from turnout.tests.helpers.waiting import eventually
 
-from .conftest import NAME, Running, eventually
+from .conftest import NAME, Running
 
 SEATS = {"max_num_seqs": 32, "max_waiting": 48, "max_num_batched_tokens": 256}
 BLOCKS = 136  # one of the longest requests fits, and not much beside it

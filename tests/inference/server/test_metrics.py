@@ -10,8 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from turnout.moe import MoEConfig, RouteContext, VarlenContext
 from turnout.moe.routing.stats import RoutingStats
 from turnout.moe.train.metrics import Window
+from turnout.tests.helpers.waiting import eventually
 
-from .conftest import SLOW, Running, eventually
+from .conftest import SLOW, Running
 
 
 def moved(before: dict[str, float], after: dict[str, float], name: str) -> float:

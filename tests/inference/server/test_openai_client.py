@@ -10,7 +10,9 @@ import openai
 import pydantic
 import pytest
 
-from .conftest import NAME, SLOW, Running, eventually
+from turnout.tests.helpers.waiting import eventually
+
+from .conftest import NAME, SLOW, Running
 
 PROMPT = "The import statement"
 MESSAGES = [{"role": "user", "content": PROMPT}]

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from .conftest import Running, eventually, run_server
+from turnout.tests.helpers.waiting import eventually
+
+from .conftest import Running, run_server
 from .raw import connect, get
 from .test_raw import ROWS
 from .test_slow import connections, tasks

@@ -11,8 +11,9 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks
 
 from turnout.inference.server.openapi import OPERATIONS
+from turnout.tests.helpers.waiting import eventually
 
-from .conftest import Running, eventually, run_server
+from .conftest import Running, run_server
 
 RIGHT, WRONG = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 CHECKS = [

@@ -11,8 +11,9 @@ from contextlib import ExitStack
 import pytest
 
 from turnout.inference.server.connection import REFUSED
+from turnout.tests.helpers.waiting import eventually
 
-from .conftest import NAME, Running, eventually, run_server
+from .conftest import NAME, Running, run_server
 from .raw import HOST, JSON, connect, converse, get, post, read_answer, sized
 
 STALLED = {

@@ -7,7 +7,9 @@ import threading
 
 import pytest
 
-from .conftest import NAME, SLOW, Running, eventually
+from turnout.tests.helpers.waiting import eventually
+
+from .conftest import NAME, SLOW, Running
 from .test_abort import open_call
 
 PERSON = {

@@ -15,8 +15,9 @@ import pytest
 
 from turnout.inference.core.request import Request
 from turnout.inference.outputs import RequestOutput
+from turnout.tests.helpers.waiting import eventually
 
-from .conftest import NAME, Running, eventually
+from .conftest import NAME, Running
 
 ENDS: dict[str, dict[str, Any]] = {
     "whole": {},

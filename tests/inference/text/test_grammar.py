@@ -13,6 +13,7 @@ from turnout.inference.core.structured import StructuredOutputs
 from turnout.inference.text import grammar as grammar_module
 from turnout.inference.text.grammar import GrammarCompiler, GrammarError, GrammarMatcher, GrammarTimeoutError
 from turnout.inference.text.tokenizer import TextTokenizer
+from turnout.tests.helpers.waiting import eventually
 
 VOCABULARY = 330  # some more than the tokenizer knows
 ENDLESS = {"json": {"allOf": [{"type": "integer", "multipleOf": p} for p in (9973, 9967, 9949, 9941)]}}
@@ -156,14 +157,11 @@ def test_O9_an_endless_grammar_holds_up_no_other_and_leaves_no_process(impatient
     again = impatient.compile(StructuredOutputs(**ENDLESS))
     assert again is not endless, "another time it may be in time"
     compiled(impatient, regex="busy meanwhile")
-    children = [process._child for process in impatient._processes if process._child is not None]
-    assert len(children) == 2
+    assert eventually(lambda: None not in [process._child for process in impatient._processes]), "the other one opens"
+    children = [process._child for process in impatient._processes]
     impatient._end()
     assert [child.wait(10) for child in children] == [-signal.SIGKILL] * 2
-    deadline = time.monotonic() + 10
-    while not all(child.stdin.closed and child.stdout.closed for child in children):
-        assert time.monotonic() < deadline, "their pipes are closed too"
-        time.sleep(0.01)
+    assert eventually(lambda: all(child.stdin.closed and child.stdout.closed for child in children))
 
 
 def test_a_process_that_was_killed_is_replaced(impatient):

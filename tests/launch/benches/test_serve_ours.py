@@ -11,8 +11,9 @@ from turnout.launch.benches import online
 from turnout.launch.benches.figures import Slo, summary
 from turnout.launch.benches.online import Ask, Target
 from turnout.launch.benches.serve import AFTER, REPEATS
+from turnout.tests.helpers.waiting import eventually
 from turnout.tests.inference.conftest import byte_level, model  # noqa: F401  (fixtures)
-from turnout.tests.inference.server.conftest import NAME, eventually, serve  # noqa: F401  (fixtures)
+from turnout.tests.inference.server.conftest import NAME, serve  # noqa: F401  (fixtures)
 
 SHAPES = (
     ("load=closed", "concurrency=1,3", "slo.ttft=60", "slo.tpot=60"),

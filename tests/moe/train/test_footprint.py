@@ -309,7 +309,8 @@ def test_two_ranks_keep_what_is_foretold(data, tmp_path, words):
         assert foretold == pytest.approx(measured, rel=0 if what in ("lasting", "states") else 0.15), what
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [1, 2])
 def test_zero_holds_what_is_foretold(data, tmp_path, stage):
     words = ["train.seq_len=64", "moe=olmoe", "parallel.ep=2", "optim=adamw"]
     settings = tiny(data, *words, "engine=deepspeed", f"parallel.zero={stage}")
