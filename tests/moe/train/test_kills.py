@@ -89,8 +89,8 @@ def kill_once(run: Path, words: list[str], chance: random.Random, duration: floa
     return "done" if codes == [0, 0] else how
 
 
-def test_kills_at_random_moments_cost_nothing_but_time(words, whole, tmp_path):
-    _killed(words, whole, tmp_path, random.Random(1), kills=4)
+def test_eight_kills_at_random_moments_cost_nothing_but_time(words, whole, tmp_path):
+    _killed(words, whole, tmp_path, random.Random(1), kills=8)
 
 
 @pytest.mark.full

@@ -324,8 +324,7 @@ def deepspeed_three_times(root: str, words: list[str]) -> None:
     go(f"{root}/parts", [*words, "train.resume=true"])
 
 
-@pytest.mark.full  # the quick case is in tests/distributed/test_deepspeed.py
-@pytest.mark.parametrize("moe", ["switch", "deepseek_v3"])
+@pytest.mark.parametrize("moe", ["switch", pytest.param("deepseek_v3", marks=pytest.mark.full)])
 def test_deepspeed_trains_saves_and_resumes_like_the_native_engine(data, tmp_path, moe):
     words = tiny(data, f"moe={moe}", "optim=adamw", "train.dtype=float32")
     two_ranks(tmp_path / "native", words)
